@@ -1,0 +1,25 @@
+"""One session tests both precisions: x64 is on, so float64 and float32 arrays live side by side."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+INSTALL = (
+    "the parity tests need the reference: `pip install torch==2.13.0 psutil` and "
+    "`pip install --no-deps pufferlib-core==3.0.23`"
+)
+try:
+    import pufferlib.models  # noqa: F401
+    import torch
+except ImportError as error:
+    raise pytest.UsageError(f"{INSTALL} ({error})") from error
+
+torch.set_num_threads(1)
+install_import_hook("puffer_jax", "beartype.beartype")

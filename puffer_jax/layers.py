@@ -1,0 +1,225 @@
+"""Layers and initialisers with torch's meaning: layer_init, torch_init, LSTM, flatten, pooling."""
+
+import math
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from puffer_jax.modules import TorchParameter, torch_parameters
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+Affine = nnx.Linear | nnx.LinearGeneral | nnx.Conv
+
+
+def _check_affine(layer: nnx.Module, function: str) -> None:
+    if not isinstance(layer, Affine):
+        raise TypeError(f"{function} takes an nnx.Linear or nnx.Conv; got {type(layer).__name__}")
+
+
+def layer_init(
+    layer: Layer, std: float = math.sqrt(2), bias_const: float = 0.0, *, rngs: nnx.Rngs
+) -> Layer:
+    """Orthogonal weights of gain `std` and a constant bias, in place; CleanRL's default.
+
+    The kernel is orthogonal as a matrix (out, everything else), as torch flattens it.
+
+    Args:
+        layer: `nnx.Linear` or `nnx.Conv` of any number of spatial dimensions; a layer
+            without bias is fine.
+        std: the gain: all singular values of the flattened kernel.
+        bias_const: value of every bias.
+        rngs: draws one key from the stream `params`.
+
+    Returns:
+        `layer`, for use in one expression.
+
+    Raises:
+        TypeError: another type of layer.
+
+    Reference: `pufferlib.pytorch.layer_init`; Saxe et al. 2013, arXiv:1312.6120.
+    """
+    _check_affine(layer, "layer_init")
+    for parameter in torch_parameters(layer):
+        if parameter.name == "weight":
+            _set(parameter, std * _orthogonal(parameter, rngs))
+        else:
+            _set(parameter, jnp.full(parameter.shape, bias_const))
+    return layer
+
+
+@partial(jax.jit, static_argnames=("rows", "columns", "dtype"))
+def _orthogonal_matrix(key: Array, rows: int, columns: int, dtype: jnp.dtype) -> Array:
+    # JAX's own initialiser decomposes a square matrix of the longer side, 40 times the work
+    # for NatureCNN's Linear.
+    tall = jax.random.normal(key, (max(rows, columns), min(rows, columns)), dtype)
+    q, r = jnp.linalg.qr(tall)
+    # Without the signs the distribution would depend on the decomposition's conventions.
+    q *= jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
+    return q if rows >= columns else q.T
+
+
+def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs) -> Array:
+    rows, *rest = parameter.shape
+    dtype = parameter.variables[0].dtype
+    matrix = _orthogonal_matrix(rngs.params(), rows, math.prod(rest), dtype)
+    return matrix.reshape(parameter.shape)
+
+
+def _set(parameter: TorchParameter, value: Array) -> None:
+    for variable, array in zip(parameter.variables, parameter.from_torch(value), strict=True):
+        variable[...] = array.astype(variable.dtype)
+
+
+def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
+    """Torch's default for Linear and Conv, in place: weights and bias U(-1/sqrt(fan_in), +).
+
+    Args:
+        layer: `nnx.Linear` or `nnx.Conv`.
+        rngs: draws two keys from the stream `params`.
+
+    Raises:
+        TypeError: another type of layer.
+
+    Reference: `torch.nn.Linear.reset_parameters`.
+    """
+    _check_affine(layer, "torch_init")
+    bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
+    for variable in (layer.kernel, layer.bias):
+        if variable is not None:
+            variable[...] = _uniform(rngs, variable.shape, bound, variable.dtype)
+    return layer
+
+
+def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: jnp.dtype) -> Array:
+    return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+
+
+def reset_orthogonal(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
+    """Give every weight of `module` an orthogonal value of gain 1 and zero every bias, in place.
+
+    Goes by torch's names, as the reference does: names with `layer_norm` are left alone, those
+    with `bias` are zeroed, those with `weight` and at least two dimensions become orthogonal,
+    the rest (a learned log-std, say) keeps its value.
+
+    Reference: the loop in `pufferlib.models.LSTMWrapper.__init__`.
+    """
+    for parameter in torch_parameters(module):
+        if "layer_norm" in parameter.name:
+            continue
+        if "bias" in parameter.name:
+            _set(parameter, jnp.zeros(parameter.shape))
+        elif "weight" in parameter.name and len(parameter.shape) >= 2:
+            _set(parameter, _orthogonal(parameter, rngs))
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU, torch's default; JAX's default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Array:
+    """(batch, H, W, C) -> (batch, C*H*W), the order of torch's Linear weights."""
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+
+
+def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
+    """Torch's `max_pool2d(x, kernel_size=3, stride=2, padding=1)`: pads with -inf on all sides."""
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+class LSTM(nnx.Module):
+    """One LSTM layer with torch's parameters, gate order (i, f, g, o) and initialisation.
+
+    Both biases are kept: each gets the same gradient, so with only their sum as a parameter an
+    optimizer like Adam would move it at half the speed.
+
+    Parameters are stored as torch stores them: `weight_ih_l0` (4*hidden, input), `weight_hh_l0`
+    (4*hidden, hidden), `bias_ih_l0` and `bias_hh_l0` (4*hidden,), all U(-1/sqrt(hidden), +).
+
+    Reference: `torch.nn.LSTM` and `torch.nn.LSTMCell`; Hochreiter and Schmidhuber 1997.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        bound = 1 / math.sqrt(hidden_size)
+        rows = 4 * hidden_size
+
+        def parameter(*shape: int) -> nnx.Param:
+            return nnx.Param(_uniform(rngs, shape, bound, param_dtype))
+
+        self.weight_ih_l0 = parameter(rows, input_size)
+        self.weight_hh_l0 = parameter(rows, hidden_size)
+        self.bias_ih_l0 = parameter(rows)
+        self.bias_hh_l0 = parameter(rows)
+
+    def _weights(self) -> tuple[Array, Array]:
+        weight = jnp.concatenate([self.weight_ih_l0[...], self.weight_hh_l0[...]], axis=1)
+        bias = self.bias_ih_l0[...] + self.bias_hh_l0[...]
+        return weight, bias
+
+    def step(
+        self, x: Float[Array, "batch input"], h: Float[Array, "batch hidden"], c: Array
+    ) -> tuple[Array, Array]:
+        """One step: inputs and state (h, c) in, new state (h, c) out; h is the output."""
+        return lstm_cell(*self._weights(), x, h, c, self.dtype)
+
+    def scan(
+        self,
+        x: Float[Array, "time batch input"],
+        h: Float[Array, "batch hidden"],
+        c: Array,
+        done: Bool[Array, "time batch"] | None = None,
+    ) -> tuple[Float[Array, "time batch hidden"], Array, Array]:
+        """All steps: outputs (time, batch, hidden) and the last state (h, c).
+
+        Where `done[t]` is set the state is zeroed before step t: `x[t]` begins an episode.
+        """
+        weight, bias = self._weights()
+
+        def one(state: tuple[Array, Array], inputs: tuple[Array, Array | None]):
+            x_t, done_t = inputs
+            if done_t is not None:
+                state = jax.tree.map(lambda s: jnp.where(done_t[:, None], 0, s), state)
+            h, c = lstm_cell(weight, bias, x_t, *state, self.dtype)
+            return (h, c), h
+
+        (h, c), outputs = jax.lax.scan(one, (h, c), (x, done))
+        return outputs, h, c
+
+
+def lstm_cell(
+    weight: Float[Array, "gates input_and_hidden"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "batch input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+    dtype: jnp.dtype | None = None,
+) -> tuple[Array, Array]:
+    """The one LSTM step behind both evaluation and training.
+
+    Input and state share one matmul, in `dtype` (default: that of the weights); the gates and
+    the state stay in the dtype of the weights, so a carried state never changes its dtype.
+    """
+    inputs = jnp.concatenate([x.astype(h.dtype), h], axis=1)
+    if dtype is None:
+        gates = inputs @ weight.T + bias
+    else:
+        gates = (inputs.astype(dtype) @ weight.astype(dtype).T).astype(bias.dtype) + bias
+    i, f, g, o = jnp.split(gates, 4, axis=1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c

@@ -1,0 +1,321 @@
+"""What puffer_jax knows of any `nnx.Module`: split and merge, and its parameters as torch's.
+
+The exchange with torch is a rule per layer type (`_RULES`) applied along attribute paths:
+`policy.encoder.layers[0].kernel` of an `nnx.Linear` is torch's `policy.encoder.0.weight`,
+transposed. A module whose attributes carry the names of its torch twin therefore converts
+with no code. A class may say more:
+
+    torch_names = {"attribute": "torch_attribute", ...}    other names, and torch's order
+    torch_aliases = {"cell.weight_ih": "lstm.weight_ih_l0"}    keys torch lists twice (tied)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+
+Path = tuple[str | int, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphDef:
+    """The static half of a policy: its structure, and what `merge` checks parameters against."""
+
+    graphdef: Any
+    shapes: tuple[tuple[Path, Shape], ...]
+    attributes: tuple[tuple[Path, tuple[str, ...]], ...]
+
+
+def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, Any]]:
+    """Split a policy into its static structure and a plain nested dict of arrays.
+
+    The dict is what `jax.jit`, `jax.grad`, `jax.vmap`, optax and orbax handle fastest.
+
+    Returns:
+        `(graphdef, params)`; `graphdef` is hashable and equal for policies of the same
+        structure, so it can be closed over or passed as a static argument.
+
+    Raises:
+        TypeError: the policy holds a variable that is not an `nnx.Param` (dropout keys,
+            batch statistics): a forward pass would have to write it back.
+    """
+    graphdef, state = nnx.split(policy)
+    strangers = [
+        f"{'.'.join(map(str, path))}: {type(variable).__name__}"
+        for path, variable in nnx.to_flat_state(state)
+        if not isinstance(variable, nnx.Param)
+    ]
+    if strangers:
+        raise TypeError(
+            "a policy holds only nnx.Param and static values; keep other state outside it. "
+            f"Found {', '.join(strangers)}"
+        )
+    params = nnx.to_pure_dict(state)
+    attributes = tuple((path, tuple(vars(module))) for path, module in _submodules(policy))
+    return GraphDef(graphdef, tuple(sorted(_shapes(params).items(), key=str)), attributes), params
+
+
+def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
+    """Rebuild a policy from what `split` returned; free under `jax.jit` once traced.
+
+    Raises:
+        ValueError: `params` lacks an array, has one too many or one of another shape; all
+            are listed. (Flax itself matches a plain dict by sorted position only, so a
+            renamed key would permute weights without a word.)
+    """
+    expected, given = dict(graphdef.shapes), _shapes(params)
+    if expected != given:
+        problems = mismatches(
+            {_dotted(path): shape for path, shape in expected.items()},
+            {_dotted(path): shape for path, shape in given.items()},
+        )
+        raise ValueError("the parameters do not fit the policy: " + "; ".join(problems))
+    policy = nnx.merge(graphdef.graphdef, params)
+    # Flax rebuilds attributes in sorted order; torch's order is the order of definition.
+    modules = dict(_submodules(policy))
+    for path, names in graphdef.attributes:
+        values = vars(modules[path])
+        for name in names:
+            if name in values:
+                values[name] = values.pop(name)
+    return policy
+
+
+def mismatches(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
+    """Every missing, unexpected and mis-shaped name, one line of text for each kind."""
+    wrong = [
+        f"{name} {given[name]} instead of {expected[name]}"
+        for name in expected
+        if name in given and tuple(given[name]) != tuple(expected[name])
+    ]
+    kinds = {
+        "missing": [f"{name} {expected[name]}" for name in expected if name not in given],
+        "unexpected": [f"{name} {given[name]}" for name in given if name not in expected],
+        "wrong shape": wrong,
+    }
+    return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+
+
+def _shapes(params: Mapping[str, Any]) -> dict[Path, Shape]:
+    return {path: tuple(np.shape(x)) for path, x in traverse_util.flatten_dict(params).items()}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+# --- parameters as torch names and lays them out -------------------------------------------
+
+
+class TorchParameter(NamedTuple):
+    """One tensor of the torch twin and the Flax parameters that hold its values.
+
+    `pack` turns their NumPy arrays into torch's tensor; `unpack` is its inverse.
+    """
+
+    name: str
+    variables: tuple[nnx.Param, ...]
+    pack: Callable[..., Any]
+    unpack: Callable[..., tuple[Any, ...]]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the torch tensor."""
+        zero = np.zeros((), np.int8)
+        return self.pack(*(np.broadcast_to(zero, v.shape) for v in self.variables)).shape
+
+    def to_torch(self) -> np.ndarray:
+        """The current values in torch's layout."""
+        return np.ascontiguousarray(self.pack(*(np.asarray(v[...]) for v in self.variables)))
+
+    def from_torch(self, tensor: Any) -> tuple[Any, ...]:
+        """Arrays for `variables` holding the values of `tensor`."""
+        return self.unpack(tensor, *(v.shape for v in self.variables))
+
+
+def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParameter]:
+    """The module's parameters in torch's `named_parameters()` order.
+
+    A module's own parameters come before those of its submodules, each group in the order
+    of definition. Tied tensors appear once, as in torch.
+
+    Raises:
+        TypeError: a layer type with parameters and no rule, or a variable that is no Param.
+    """
+    rule = _rule_for(module)
+    if rule is not None:
+        parameters = [
+            TorchParameter(prefix + name, tuple(variables), pack, unpack)
+            for name, paths, pack, unpack in rule
+            if (variables := [_get(module, path) for path in paths])[0] is not None
+        ]
+        covered = sum(len(parameter.variables) for parameter in parameters)
+    else:
+        parameters = []
+        flax_layer = type(module).__module__.startswith("flax.")
+        covered = 0 if flax_layer and not isinstance(module, _CONTAINERS) else None
+    if covered is not None:
+        if covered != len(jax.tree.leaves(nnx.state(module))):
+            where = prefix.rstrip(".") or "module"
+            raise TypeError(
+                f"{where}: no torch rule for this {type(module).__name__}; "
+                f"known are {', '.join(sorted(cls.__name__ for cls in _RULES))} and bare nnx.Param"
+            )
+        return parameters
+    own, below = [], []
+    for name, value in _attributes(module):
+        if isinstance(value, nnx.Param):
+            own.append(TorchParameter(prefix + name, (value,), _same, _same_back))
+        elif isinstance(value, nnx.Variable):
+            raise TypeError(f"{prefix + name}: {type(value).__name__} has no torch counterpart")
+        else:
+            below.extend(torch_parameters(value, f"{prefix}{name}."))
+    return own + below
+
+
+def torch_aliases(module: nnx.Module) -> dict[str, str]:
+    """Tied keys of the torch twin's `state_dict()`: alias -> the name it is tied to."""
+    return {
+        f"{prefix}{alias}": f"{prefix}{name}"
+        for prefix, below in _prefixed(module)
+        for alias, name in getattr(type(below), "torch_aliases", {}).items()
+    }
+
+
+def _prefixed(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    yield prefix, module
+    if _rule_for(module) is None:
+        for name, value in _attributes(module):
+            if not isinstance(value, nnx.Variable):
+                yield from _prefixed(value, f"{prefix}{name}.")
+
+
+def _attributes(module: Any) -> Iterator[tuple[str, Any]]:
+    """Torch name and value of every parameter and submodule, in torch's order."""
+    if isinstance(module, nnx.Sequential):
+        module = module.layers
+    if isinstance(module, nnx.List):
+        items = [(str(i), value) for i, value in enumerate(module)]
+    elif isinstance(module, nnx.Dict):
+        items = list(module.items())
+    else:
+        names = getattr(type(module), "torch_names", {})
+        attributes = vars(module)
+        order = [name for name in names if name in attributes]
+        order += [name for name in attributes if name not in names]
+        items = [(names.get(name, name), attributes[name]) for name in order]
+    for name, value in items:
+        if isinstance(value, nnx.Variable | nnx.Module | nnx.List | nnx.Dict):
+            yield name, value
+
+
+def _submodules(module: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    yield path, module
+    items = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
+    for name, value in items:
+        if isinstance(value, nnx.Module | nnx.List | nnx.Dict):
+            yield from _submodules(value, (*path, name))
+
+
+def _rule_for(module: Any) -> "tuple[Rule, ...] | None":
+    return next((_RULES[cls] for cls in type(module).__mro__ if cls in _RULES), None)
+
+
+def _get(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+# A rule: torch name, Flax attribute paths, Flax arrays -> tensor, (tensor, *shapes) -> arrays.
+Rule = tuple[str, tuple[str, ...], Callable[..., Any], Callable[..., tuple[Any, ...]]]
+
+
+def _same(array: Any) -> Any:
+    return array
+
+
+def _same_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor,)
+
+
+def _linear(kernel: Any) -> Any:
+    return kernel.T
+
+
+def _linear_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor.T,)
+
+
+def _conv(kernel: Any) -> Any:
+    # (*window, in, out) -> (out, in, *window)
+    spatial = range(kernel.ndim - 2)
+    return kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *spatial)
+
+
+def _conv_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor.transpose(*range(2, tensor.ndim), 1, 0),)
+
+
+def _attention_in(*kernels: Any) -> Any:
+    # three (in, heads, head_dim) -> (3 * heads * head_dim, in)
+    return np.concatenate([kernel.reshape(kernel.shape[0], -1).T for kernel in kernels])
+
+
+def _attention_in_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
+    rows = tensor.shape[0] // 3
+    return tuple(
+        tensor[i * rows : (i + 1) * rows].T.reshape(shape) for i, shape in enumerate(shapes)
+    )
+
+
+def _attention_bias(*biases: Any) -> Any:
+    return np.concatenate([bias.reshape(-1) for bias in biases])
+
+
+def _attention_bias_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
+    rows = tensor.shape[0] // 3
+    return tuple(tensor[i * rows : (i + 1) * rows].reshape(s) for i, s in enumerate(shapes))
+
+
+def _attention_out(kernel: Any) -> Any:
+    # (heads, head_dim, out) -> (out, heads * head_dim)
+    return kernel.reshape(-1, kernel.shape[-1]).T
+
+
+def _attention_out_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor.T.reshape(shape),)
+
+
+_BIAS: Rule = ("bias", ("bias",), _same, _same_back)
+_SCALE: Rule = ("weight", ("scale",), _same, _same_back)
+_QKV = ("query", "key", "value")
+_RULES: dict[type, tuple[Rule, ...]] = {
+    nnx.Linear: (("weight", ("kernel",), _linear, _linear_back), _BIAS),
+    nnx.Conv: (("weight", ("kernel",), _conv, _conv_back), _BIAS),
+    nnx.Embed: (("weight", ("embedding",), _same, _same_back),),
+    nnx.LayerNorm: (_SCALE, _BIAS),
+    nnx.GroupNorm: (_SCALE, _BIAS),
+    nnx.RMSNorm: (_SCALE,),
+    nnx.MultiHeadAttention: (
+        (
+            "in_proj_weight",
+            tuple(f"{name}.kernel" for name in _QKV),
+            _attention_in,
+            _attention_in_back,
+        ),
+        (
+            "in_proj_bias",
+            tuple(f"{name}.bias" for name in _QKV),
+            _attention_bias,
+            _attention_bias_back,
+        ),
+        ("out_proj.weight", ("out.kernel",), _attention_out, _attention_out_back),
+        ("out_proj.bias", ("out.bias",), _same, _same_back),
+    ),
+}
+_CONTAINERS = (nnx.Sequential, nnx.List, nnx.Dict)
