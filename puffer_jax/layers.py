@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ from jaxtyping import Array, Bool, Float
 from puffer_jax.modules import TorchParameter, torch_parameters
 
 Layer = TypeVar("Layer", bound=nnx.Module)
-Affine = nnx.Linear | nnx.LinearGeneral | nnx.Conv
 
 
-def _check_affine(layer: nnx.Module, function: str) -> None:
-    if not isinstance(layer, Affine):
+def _affine(layer: nnx.Module, function: str) -> list[TorchParameter]:
+    """Weight and, if there is one, bias."""
+    if not isinstance(layer, nnx.Linear | nnx.Conv):
         raise TypeError(f"{function} takes an nnx.Linear or nnx.Conv; got {type(layer).__name__}")
+    return torch_parameters(layer)
 
 
 def layer_init(
@@ -42,8 +43,7 @@ def layer_init(
 
     Reference: `pufferlib.pytorch.layer_init`; Saxe et al. 2013, arXiv:1312.6120.
     """
-    _check_affine(layer, "layer_init")
-    for parameter in torch_parameters(layer):
+    for parameter in _affine(layer, "layer_init"):
         if parameter.name == "weight":
             _set(parameter, std * _orthogonal(parameter, rngs))
         else:
@@ -86,11 +86,10 @@ def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
 
     Reference: `torch.nn.Linear.reset_parameters`.
     """
-    _check_affine(layer, "torch_init")
-    bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
-    for variable in (layer.kernel, layer.bias):
-        if variable is not None:
-            variable[...] = _uniform(rngs, variable.shape, bound, variable.dtype)
+    weight, *bias = _affine(layer, "torch_init")
+    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+    for parameter in (weight, *bias):
+        _set(parameter, _uniform(rngs, parameter.shape, bound, parameter.variables[0].dtype))
     return layer
 
 
@@ -128,7 +127,8 @@ def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Ar
 
 def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
     """Torch's `max_pool2d(x, kernel_size=3, stride=2, padding=1)`: pads with -inf on all sides."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows only its string forms
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
 class LSTM(nnx.Module):

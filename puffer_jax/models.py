@@ -162,7 +162,7 @@ class Default(_Policy):
             case spaces.Continuous((size,)):
                 self.decoder_mean = self._linear(hidden_size, size, 0.01, rngs=rngs)
                 self.decoder_logstd = nnx.Param(jnp.zeros((1, size), param_dtype))
-        self.value = self._linear(hidden_size, 1, 1, rngs=rngs)
+        self.value = self._linear(hidden_size, 1, 1.0, rngs=rngs)
 
     def encode_observations(
         self, observations: Any, state: State | None = None
@@ -468,7 +468,7 @@ class Convolutional(_Policy):
             jax.nn.relu,
         )
         self.actor = self._linear(hidden_size, self._discrete_actions(), 0.01, rngs=rngs)
-        self.value_fn = self._linear(output_size, 1, 1, rngs=rngs)
+        self.value_fn = self._linear(output_size, 1, 1.0, rngs=rngs)
 
     def _conv(
         self, inputs: int, outputs: int, window: int, stride: int, *, rngs: nnx.Rngs
@@ -649,7 +649,7 @@ class ProcgenResnet(_Policy):
             jax.nn.relu,
         )
         self.actor = self._linear(mlp_width, self._discrete_actions(), 0.01, rngs=rngs)
-        self.value = self._linear(mlp_width, 1, 1, rngs=rngs)
+        self.value = self._linear(mlp_width, 1, 1.0, rngs=rngs)
 
     def encode_observations(
         self, observations: Any, state: State | None = None

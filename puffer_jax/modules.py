@@ -101,7 +101,8 @@ def mismatches(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> lis
 
 
 def _shapes(params: Mapping[str, Any]) -> dict[Path, Shape]:
-    return {path: tuple(np.shape(x)) for path, x in traverse_util.flatten_dict(params).items()}
+    flat: dict[Path, Any] = dict(traverse_util.flatten_dict(params))
+    return {path: tuple(np.shape(x)) for path, x in flat.items()}
 
 
 def _dotted(path: Path) -> str:
@@ -129,8 +130,8 @@ class TorchParameter(NamedTuple):
         return self.pack(*(np.broadcast_to(zero, v.shape) for v in self.variables)).shape
 
     def to_torch(self) -> np.ndarray:
-        """The current values in torch's layout."""
-        return np.ascontiguousarray(self.pack(*(np.asarray(v[...]) for v in self.variables)))
+        """A copy of the current values in torch's layout."""
+        return np.array(self.pack(*(np.asarray(v[...]) for v in self.variables)), order="C")
 
     def from_torch(self, tensor: Any) -> tuple[Any, ...]:
         """Arrays for `variables` holding the values of `tensor`."""
@@ -181,17 +182,18 @@ def torch_aliases(module: nnx.Module) -> dict[str, str]:
     """Tied keys of the torch twin's `state_dict()`: alias -> the name it is tied to."""
     return {
         f"{prefix}{alias}": f"{prefix}{name}"
-        for prefix, below in _prefixed(module)
+        for prefix, below in torch_modules(module)
         for alias, name in getattr(type(below), "torch_aliases", {}).items()
     }
 
 
-def _prefixed(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
+def torch_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Every module with its name in torch and a final dot; the root's name is empty."""
     yield prefix, module
     if _rule_for(module) is None:
         for name, value in _attributes(module):
             if not isinstance(value, nnx.Variable):
-                yield from _prefixed(value, f"{prefix}{name}.")
+                yield from torch_modules(value, f"{prefix}{name}.")
 
 
 def _attributes(module: Any) -> Iterator[tuple[str, Any]]:

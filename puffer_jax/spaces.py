@@ -30,30 +30,77 @@ def kind_of(space: Any) -> Kind:
     if shape is not None and hasattr(space, "low"):
         return "box"
     raise TypeError(
-        f"not a space: {space!r} has none of `spaces` (Dict, Tuple), `nvec` (MultiDiscrete), "
+        f"unsupported space {space!r}: it has none of `spaces` (Dict, Tuple), `nvec` (MultiDiscrete), "
         "`n` (Discrete, MultiBinary), `low`/`high`/`shape` (Box)"
     )
 
 
-def structured_dtype(space: Any) -> np.dtype:
-    """The aligned NumPy dtype that emulation stores one observation of `space` in.
+def children_of(space: Any) -> dict[str, Any] | None:
+    """The subspaces of a Dict or Tuple space by field name (f0, f1, ...), None for a leaf.
 
-    Dict keys are the field names, Tuple elements are `f0`, `f1`, ...; Discrete and
-    MultiDiscrete are int32. Reference: `pufferlib.emulation.dtype_from_space`.
+    Raises:
+        ValueError: it is empty or has keys that cannot name a field of a struct.
     """
+    kind = kind_of(space)
+    if kind not in ("dict", "tuple"):
+        return None
+    spaces = space.spaces if kind == "dict" else {f"f{i}": s for i, s in enumerate(space.spaces)}
+    if not spaces or not all(isinstance(key, str) and key for key in spaces):
+        raise ValueError(f"a Dict or Tuple space needs non-empty string keys, got {list(spaces)}")
+    return dict(spaces)
+
+
+def structured_dtype(space: Any) -> np.dtype:
+    """The NumPy dtype of one observation of `space` (`pufferlib.emulation.dtype_from_space`).
+
+    Returns:
+        An aligned struct for Dict and Tuple (fields f0, f1, ...), else the leaf dtype with its
+        shape. Discrete and MultiDiscrete are stored as int32, whatever dtype they declare.
+
+    Raises:
+        ValueError: a Dict or Tuple is empty or has keys that cannot name a field.
+        TypeError: the space is of another kind.
+    """
+    children = children_of(space)
+    if children is not None:
+        return np.dtype([(k, structured_dtype(sub)) for k, sub in children.items()], align=True)
     match kind_of(space):
-        case "dict":
-            fields = [(key, structured_dtype(value)) for key, value in space.spaces.items()]
-            return np.dtype(fields, align=True)
-        case "tuple":
-            fields = [(f"f{i}", structured_dtype(value)) for i, value in enumerate(space.spaces)]
-            return np.dtype(fields, align=True)
         case "discrete":
             return np.dtype(np.int32)
         case "multidiscrete":
             return np.dtype((np.int32, np.shape(space.nvec)))
         case _:
-            return np.dtype((space.dtype, tuple(space.shape)))
+            return np.dtype((np.dtype(space.dtype), tuple(space.shape)))
+
+
+def _leaf_spaces(space: Any) -> list[Any]:
+    children = children_of(space)
+    if children is None:
+        return [space]
+    return [leaf for subspace in children.values() for leaf in _leaf_spaces(subspace)]
+
+
+def emulated_dtypes(space: Any) -> tuple[np.dtype, np.dtype]:
+    """Dtype of the flat rows, and of one observation (`emulation.emulate_observation_space`).
+
+    The rows have the dtype that all leaves declare if there is one, else uint8. The reference also
+    takes int64 where Discrete leaves declare it and store int32, and then cannot read (or, for an
+    odd number of them, not even allocate) its rows; here those are uint8.
+
+    Returns:
+        (sample dtype, structured dtype): "observation_dtype" and "emulated_observation_dtype" of
+        `nativize_dtype`.
+
+    Raises:
+        ValueError: As `structured_dtype`.
+        TypeError: As `structured_dtype`.
+    """
+    leaves = _leaf_spaces(space)
+    stored = {structured_dtype(leaf).base for leaf in leaves}
+    declared = {np.dtype(getattr(leaf, "dtype", None) or np.int32) for leaf in leaves}
+    sample = declared.pop()
+    readable = not declared and (sample.itemsize == 1 or stored == {sample})
+    return sample if readable else np.dtype(np.uint8), structured_dtype(space)
 
 
 @dataclass(frozen=True)
