@@ -7,10 +7,43 @@ environment worker process never loads JAX.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
+    from puffer_jax import cleanrl as cleanrl
+    from puffer_jax import parity as parity
+    from puffer_jax.check import PolicyReport as PolicyReport
+    from puffer_jax.check import check_policy as check_policy
     from puffer_jax.distributions import Normal as Normal
+    from puffer_jax.distributions import TanhNormal as TanhNormal
+    from puffer_jax.distributions import entropy as entropy
+    from puffer_jax.distributions import entropy_probs as entropy_probs
+    from puffer_jax.distributions import log_prob as log_prob
+    from puffer_jax.distributions import mask_logits as mask_logits
+    from puffer_jax.distributions import sample_logits as sample_logits
+    from puffer_jax.layers import LSTM as LSTM
+    from puffer_jax.layers import layer_init as layer_init
+    from puffer_jax.layers import torch_init as torch_init
+    from puffer_jax.models import Convolutional as Convolutional
+    from puffer_jax.models import ConvSequence as ConvSequence
+    from puffer_jax.models import Default as Default
+    from puffer_jax.models import LSTMWrapper as LSTMWrapper
+    from puffer_jax.models import ProcgenResnet as ProcgenResnet
+    from puffer_jax.models import ResidualBlock as ResidualBlock
+    from puffer_jax.modules import merge as merge
+    from puffer_jax.modules import split as split
+    from puffer_jax.nativize import flatten_observations as flatten_observations
+    from puffer_jax.nativize import flattened_tensor_size as flattened_tensor_size
+    from puffer_jax.nativize import nativize_dtype as nativize_dtype
+    from puffer_jax.nativize import nativize_tensor as nativize_tensor
+    from puffer_jax.nativize import numpy_to_jax_dtype_dict as numpy_to_jax_dtype_dict
+    from puffer_jax.nativize import unflatten_observations as unflatten_observations
+    from puffer_jax.weights import load_state_dict as load_state_dict
+    from puffer_jax.weights import load_weights as load_weights
+    from puffer_jax.weights import policy_from_checkpoint as policy_from_checkpoint
+    from puffer_jax.weights import save_weights as save_weights
+    from puffer_jax.weights import state_dict as state_dict
 
 _EXPORTS = {
+    "check": ("PolicyReport", "check_policy"),
     "distributions": (
         "Normal",
         "TanhNormal",
@@ -47,11 +80,14 @@ _EXPORTS = {
     ),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+_SUBMODULES = ("cleanrl", "parity")
+__all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"puffer_jax.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"puffer_jax.{_HOME[name]}"), name)
         globals()[name] = value
@@ -60,4 +96,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_SUBMODULES])

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,8 @@ def _orthogonal_matrix(key: Array, rows: int, columns: int, dtype: jnp.dtype) ->
 
 def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs) -> Array:
     rows, *rest = parameter.shape
-    dtype = parameter.variables[0].dtype
+    # QR knows no half precision.
+    dtype = jnp.promote_types(parameter.variables[0].dtype, jnp.float32)
     matrix = _orthogonal_matrix(rngs.params(), rows, math.prod(rest), dtype)
     return matrix.reshape(parameter.shape)
 
@@ -93,7 +94,7 @@ def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
     return layer
 
 
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: jnp.dtype) -> Array:
+def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: Any) -> Array:
     return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
 
 
@@ -143,14 +144,19 @@ class LSTM(nnx.Module):
     Reference: `torch.nn.LSTM` and `torch.nn.LSTMCell`; Hochreiter and Schmidhuber 1997.
     """
 
+    # Flax's own merge and clone sort attributes; the order is that of a .bin file.
+    torch_names: ClassVar = {
+        name: name for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    }
+
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
     ):
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -189,17 +195,7 @@ class LSTM(nnx.Module):
 
         Where `done[t]` is set the state is zeroed before step t: `x[t]` begins an episode.
         """
-        weight, bias = self._weights()
-
-        def one(state: tuple[Array, Array], inputs: tuple[Array, Array | None]):
-            x_t, done_t = inputs
-            if done_t is not None:
-                state = jax.tree.map(lambda s: jnp.where(done_t[:, None], 0, s), state)
-            h, c = lstm_cell(weight, bias, x_t, *state, self.dtype)
-            return (h, c), h
-
-        (h, c), outputs = jax.lax.scan(one, (h, c), (x, done))
-        return outputs, h, c
+        return lstm_scan(*self._weights(), x, h, c, done, self.dtype)
 
 
 def lstm_cell(
@@ -208,7 +204,7 @@ def lstm_cell(
     x: Float[Array, "batch input"],
     h: Float[Array, "batch hidden"],
     c: Float[Array, "batch hidden"],
-    dtype: jnp.dtype | None = None,
+    dtype: Any = None,
 ) -> tuple[Array, Array]:
     """The one LSTM step behind both evaluation and training.
 
@@ -223,3 +219,27 @@ def lstm_cell(
     i, f, g, o = jnp.split(gates, 4, axis=1)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
     return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+# Jitted here so that eager calls do not trace and compile the loop anew each time.
+@partial(jax.jit, static_argnames="dtype")
+def lstm_scan(
+    weight: Float[Array, "gates input_and_hidden"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "time batch input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+    done: Bool[Array, "time batch"] | None = None,
+    dtype: Any = None,
+) -> tuple[Float[Array, "time batch hidden"], Array, Array]:
+    """`lstm_cell` over time; the state is zeroed before steps where `done` is set."""
+
+    def step(state: tuple[Array, Array], inputs: tuple[Array, Array | None]):
+        x_t, done_t = inputs
+        if done_t is not None:
+            state = jax.tree.map(lambda s: jnp.where(done_t[:, None], 0, s), state)
+        h, c = lstm_cell(weight, bias, x_t, *state, dtype)
+        return (h, c), h
+
+    (h, c), outputs = jax.lax.scan(step, (h, c), (x, done))
+    return outputs, h, c

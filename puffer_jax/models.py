@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from puffer_jax import spaces
@@ -34,7 +35,7 @@ from puffer_jax.nativize import flatten_observations, nativize_dtype, nativize_t
 _zeros = jax.nn.initializers.zeros
 
 Logits = Array | tuple[Array, ...] | Normal
-State = dict[str, Array]
+State = dict[str, Any]  # arrays
 
 
 class _Policy(nnx.Module):
@@ -99,7 +100,7 @@ class _Policy(nnx.Module):
             )
         return shape
 
-    def _scaled_images(self, images: Array) -> Array:
+    def _scaled_images(self, images: Any) -> Array:
         return jnp.asarray(images).astype(self._compute_dtype) / 255.0
 
 
@@ -215,7 +216,7 @@ def _is_flat(observations: Any, layout: spaces.Observation) -> bool:
     """Whether these are concatenated leaves, not the bytes of an emulated environment."""
     if layout.sample_dtype is None:
         return True
-    fits = np.ndim(observations) == 2 and np.shape(observations)[1] == layout.features
+    fits = np.shape(observations)[-1:] == (layout.features,)
     return fits and jnp.issubdtype(observations.dtype, jnp.floating)
 
 
@@ -308,7 +309,7 @@ class LSTMWrapper(nnx.Module):
         return logits, values, {"hidden": h, "lstm_c": c, "lstm_h": h}
 
     def forward(
-        self, observations: Any, state: State | None = None, done: Array | None = None
+        self, observations: Any, state: State | None = None, done: ArrayLike | None = None
     ) -> tuple[Logits, Array, State]:
         """All steps of a batch of segments.
 
@@ -342,7 +343,7 @@ class LSTMWrapper(nnx.Module):
         return logits, values.reshape(batch, time), state
 
     def __call__(
-        self, observations: Any, state: State | None = None, done: Array | None = None
+        self, observations: Any, state: State | None = None, done: ArrayLike | None = None
     ) -> tuple[Logits, Array, State]:
         """`forward`."""
         return self.forward(observations, state, done)

@@ -30,8 +30,8 @@ def kind_of(space: Any) -> Kind:
     if shape is not None and hasattr(space, "low"):
         return "box"
     raise TypeError(
-        f"unsupported space {space!r}: it has none of `spaces` (Dict, Tuple), `nvec` (MultiDiscrete), "
-        "`n` (Discrete, MultiBinary), `low`/`high`/`shape` (Box)"
+        f"unsupported space {space!r}: it has none of `spaces` (Dict, Tuple), `nvec` "
+        "(MultiDiscrete), `n` (Discrete, MultiBinary), `low`/`high`/`shape` (Box)"
     )
 
 

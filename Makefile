@@ -1,0 +1,38 @@
+# `make demo` and `make test` need only Python 3.11+ and make.
+PYTHON ?= python3
+BIN = .venv/bin
+# The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
+TORCH = torch==2.13.0
+REFERENCE = pufferlib-core==3.0.23
+
+.PHONY: demo test lint table clean
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/python -m pytest -n 2
+
+lint: .venv/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+table: .venv/installed
+	$(BIN)/python parity_tests/table.py
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puffer_jax needs Python 3.11+; say make PYTHON=...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(REFERENCE)"
+	touch $@
+
+.venv/linters: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf .venv
