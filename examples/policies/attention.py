@@ -1,0 +1,91 @@
+"""Self-attention over a set of entities, some of which may be absent.
+
+python examples/policies/attention.py
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import toy
+from flax import nnx
+from gymnasium.spaces import Box, Discrete
+
+from puffer_jax import layer_init
+
+
+def attend(query, key, value, mask, **_):
+    """Attention in the precision of its inputs; Flax's default computes in float32 at most."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class Policy(nnx.Module):
+    """Entities (batch, entities, features) -> logits (batch, n) and values (batch, 1).
+
+    The first feature of an entity says whether it is there (1) or padding (0). Entity 0 is the
+    agent itself and always there, so that no softmax is ever over nothing.
+    """
+
+    is_continuous = False
+
+    def __init__(self, env, hidden_size=32, heads=4, *, rngs, param_dtype=jnp.float32):
+        features = env.single_observation_space.shape[-1]
+        options = {"rngs": rngs, "param_dtype": param_dtype}
+
+        def linear(inputs, outputs, std):
+            return layer_init(nnx.Linear(inputs, outputs, **options), std, rngs=rngs)
+
+        self.hidden_size = hidden_size
+        self.embed = linear(features, hidden_size, 2**0.5)
+        # Torch packs query, key and value into one in_proj; the weight exchange splits it.
+        self.attention = nnx.MultiHeadAttention(
+            heads, hidden_size, decode=False, attention_fn=attend, **options
+        )
+        self.actor = linear(hidden_size, int(env.single_action_space.n), 0.01)
+        self.critic = linear(hidden_size, 1, 1.0)
+
+    def encode_observations(self, observations, state=None):
+        """What entity 0 has gathered from all that are there, (batch, hidden_size)."""
+        there = (jnp.asarray(observations)[..., 0] > 0).at[:, 0].set(True)
+        tokens = jax.nn.relu(self.embed(observations))
+        # Only entity 0 asks; with all of them asking, attention blocks could be stacked.
+        query, mask = tokens[:, :1], there[:, None, None, :]
+        return (query + self.attention(query, tokens, tokens, mask=mask))[:, 0]
+
+    def decode_actions(self, hidden):
+        """Logits and values."""
+        return self.actor(hidden), self.critic(hidden)
+
+
+ENV = SimpleNamespace(single_observation_space=Box(-1, 1, (6, 5)), single_action_space=Discrete(3))
+
+
+def entities(key, batch):
+    """Observations, and the colour of the one marked entity: (there, marked, one-hot of 3)."""
+    keys = jax.random.split(key, 3)
+    marked = jax.nn.one_hot(jax.random.randint(keys[0], (batch,), 1, 6), 6)
+    there = jnp.maximum(jax.random.bernoulli(keys[1], 0.5, (batch, 6)), marked)
+    colour = jax.random.randint(keys[2], (batch, 6), 0, 3)
+    features = [there[..., None], marked[..., None], jax.nn.one_hot(colour, 3)]
+    observations = jnp.concatenate(features, axis=-1).astype(jnp.float32)
+    return observations, colour[marked == 1]
+
+
+def main():
+    policy = Policy(ENV, rngs=nnx.Rngs(0))
+    observations, best = entities(jax.random.key(1), 256)
+    toy.describe(policy, observations)
+
+    padding = observations[:, 1:, :1] == 0
+    scrambled = observations.at[:, 1:, 1:].add(5 * padding)
+    same = jnp.allclose(toy.forward(policy, scrambled)[0], toy.forward(policy, observations)[0])
+    print(f"what stands in absent entities does not matter: {same}")
+    print("the best action is the colour of the marked entity, so chance is 0.33")
+    _, greedy = toy.learn(policy, observations, lambda action: 1.0 * (action == best))
+    return greedy
+
+
+if __name__ == "__main__":
+    main()

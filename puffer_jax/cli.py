@@ -1,0 +1,223 @@
+"""The `puffer-jax` command: check a checkpoint against the real PufferLib, or convert it."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from puffer_jax import models
+from puffer_jax.spaces import emulated_dtypes, kind_of
+from puffer_jax.weights import policy_from_checkpoint, save_weights, state_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PolicyOptions:
+    """What the shapes in a checkpoint cannot tell; none is needed where they can."""
+
+    env: str | None = None
+    """Gymnasium id of the environment the policy was trained on; gives both spaces."""
+    nvec: tuple[int, ...] | None = None
+    """How a discrete head splits: 5 for Discrete(5), 2 3 for MultiDiscrete([2, 3])."""
+    image_shape: tuple[int, int, int] | None = None
+    """Shape of an image observation as the environment gives it, such as 4 84 84."""
+    channels_last: bool = False
+    """A Convolutional policy's images are height, width, channels."""
+    downsample: int = 1
+    """A Convolutional policy sees every n-th pixel."""
+
+    def load(self, path: Path, env: Any) -> Any:
+        options: dict[str, Any] = {
+            "nvec": self.nvec[0] if self.nvec and len(self.nvec) == 1 else self.nvec,
+            "channels_last": self.channels_last,
+            "downsample": self.downsample,
+        }
+        policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
+        shape = None if env is not None or self.image_shape else _image_shape(policy)
+        return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(_PolicyOptions):
+    """Compare a checkpoint's policy in JAX with the real PufferLib policy.
+
+    Prints the report. Exit code 0 when they agree, 1 when not, 2 when they cannot be compared.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """The checkpoint: .pt, .safetensors or .bin."""
+    json: Path | None = None
+    """Write the report here as JSON."""
+    plot: Path | None = None
+    """Draw the error of each layer here (PNG, PDF, SVG)."""
+    batch: int = 32
+    """How many observations, drawn from the observation space."""
+    time: int = 8
+    """How many steps, of recurrent policies."""
+    seed: int = 0
+    """Of observations, states and the loss."""
+
+    def run(self) -> int:
+        """Compare, print, and return the exit code."""
+        from puffer_jax.parity import compare, reference_env, reference_policy
+
+        if min(self.batch, self.time) < 1:
+            raise ValueError(f"batch is {self.batch} and time {self.time}; both must be positive")
+        env = None if self.env is None else _make(self.env)
+        policy = self.load(self.model, env)
+        reference = reference_policy(policy)
+        _load_reference(reference, self.model, policy)
+
+        lead, state = (self.batch,), None
+        if isinstance(policy, models.LSTMWrapper):
+            lead = (self.batch, self.time)
+            # Not zero, so that h and c cannot change places without being noticed.
+            rng = np.random.default_rng(self.seed)
+            h, c = rng.standard_normal((2, self.batch, policy.hidden_size)).astype(np.float32)
+            state = {"lstm_h": np.tanh(h), "lstm_c": c}
+        observations = _sample(
+            reference_env(policy) if env is None else env, math.prod(lead), self.seed
+        )
+        observations = observations.reshape(*lead, *observations.shape[1:])
+        report = compare(reference, policy, observations, state, seed=self.seed)
+        print(report)
+        if self.json is not None:
+            report.to_json(self.json)
+        if self.plot is not None:
+            report.plot(self.plot)
+        return 1 if report.failures else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(_PolicyOptions):
+    """Write a checkpoint in another format; the suffixes .pt, .safetensors, .bin say which.
+
+    Exit code 0, or 2 when something is wrong; then nothing is written.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """The checkpoint to read."""
+    target: tyro.conf.Positional[Path]
+    """The file to write."""
+
+    def run(self) -> int:
+        """Convert, and return the exit code."""
+        env = None if self.env is None else _make(self.env)
+        save_weights(self.load(self.source, env), self.target)
+        return 0
+
+
+def _make(name: str) -> Any:
+    """The environment's spaces, as PufferLib hands them to a policy."""
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError("--env needs gymnasium: pip install gymnasium") from error
+    try:
+        env = gymnasium.make(name)
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(f"--env {name}: {error}") from error
+    space = observation_space = env.observation_space
+    emulated = None
+    if kind_of(space) != "box":
+        sample, structured = emulated_dtypes(space)
+        shape = (structured.itemsize // sample.itemsize,)
+        high = 1 if sample.kind == "b" else 100
+        observation_space = gymnasium.spaces.Box(0, high, shape, sample.type)
+        emulated = {"observation_dtype": sample, "emulated_observation_dtype": structured}
+    return SimpleNamespace(
+        single_observation_space=observation_space,
+        single_action_space=env.action_space,
+        emulated=emulated,
+        env=SimpleNamespace(observation_space=space),
+    )
+
+
+def _image_shape(policy: Any) -> tuple[int, int, int] | None:
+    """An image that fits a Convolutional, whose weights do not depend on the sides."""
+    policy = getattr(policy, "policy", policy)
+    if (
+        not isinstance(policy, models.Convolutional)
+        or policy.env_spec.single_observation_space.shape
+    ):
+        return None
+    area = policy.flat_size // 64
+    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+    height, width = (policy.downsample * (8 * side + 28) for side in (rows, area // rows))
+    shape = (height, width, policy.framestack)
+    return shape if policy.channels_last else (shape[2], *shape[:2])
+
+
+def _load_reference(reference: Any, path: Path, policy: Any) -> None:
+    """Load a `.pt` as PufferLib would, not by way of our policy."""
+    import torch
+
+    if path.suffix == ".pt":
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        tensors = {name: torch.from_numpy(array) for name, array in state_dict(policy).items()}
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    try:
+        reference.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"PufferLib's policy does not accept {path}: {error}") from error
+
+
+def _sample(env: Any, count: int, seed: int) -> np.ndarray:
+    """Observations (count, *obs) from the space, packed where the environment packs them."""
+    emulated = getattr(env, "emulated", None)
+    space = env.env.observation_space if emulated else env.single_observation_space
+    space.seed(seed)
+    samples = [space.sample() for _ in range(count)]
+    if emulated:
+        packed = np.zeros(count, emulated["emulated_observation_dtype"])
+        for i, sample in enumerate(samples):
+            _pack(packed[i : i + 1], sample)
+        return packed.view(emulated["observation_dtype"]).reshape(count, -1)
+    observations = np.stack(samples)
+    # Bounds like 1e38, meant as none, would overflow float32 in the first matmul.
+    return np.clip(observations, -1e6, 1e6) if observations.dtype.kind == "f" else observations
+
+
+def _pack(struct: np.ndarray, sample: Any) -> None:
+    if isinstance(sample, tuple):
+        sample = {f"f{i}": value for i, value in enumerate(sample)}
+    if isinstance(sample, Mapping):
+        for name, value in sample.items():
+            _pack(struct[name], value)
+    else:
+        struct[...] = sample
+
+
+_COMMANDS = (
+    Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: run the command and return its exit code."""
+    command = tyro.cli(
+        _COMMANDS,  # type: ignore[arg-type]
+        prog="puffer-jax",
+        description=__doc__,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return command.run()
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        lines = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())[-1:]]
+        print("puffer-jax:", " ".join(" ".join(lines).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
