@@ -570,7 +570,7 @@ def test_json(reports, tmp_path):
     assert content["bars"] == {**parity.BARS, "ratio": 2.0}
     assert content["ratios"] == report.ratios
     rows = [
-        Row(**{**r, "shape": tuple(r["shape"]), **{p: Errors(**r[p]) for p in parity._PRECISIONS}})
+        Row(**{**r, "shape": tuple(r["shape"]), **{p: Errors(**r[p]) for p in parity.PRECISIONS}})
         for r in content["rows"]
     ]
     assert Report(tuple(rows), (), ()) == report

@@ -376,7 +376,9 @@ class LSTMWrapper(nnx.Module):
         else:
             leaf = observations
             is_flat = layout.structured is not None and _is_flat(leaf, layout)
-            shape = (layout.features,) if is_flat or layout.shape is None else layout.shape
+            # Only an image policy built without an environment does not know its shape.
+            shape = np.shape(leaf)[-3:] if layout.shape is None else layout.shape
+            shape = (layout.features,) if is_flat else shape
         extra = np.ndim(leaf) - len(shape)
         if extra not in (1, 2) or np.shape(leaf)[extra:] != shape:
             raise ValueError(
