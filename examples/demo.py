@@ -54,8 +54,8 @@ def draw(curve, path):
 
 
 def play(act, state, episodes, seed):
-    """Returns of `episodes` greedy episodes, all at once; act(obs, state) -> action, state."""
-    kwargs = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+    """Returns of the first greedy episode of each environment; act(obs, state) -> action, state."""
+    kwargs = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
     envs = gymnasium.make_vec("CartPole-v1", episodes, "sync", vector_kwargs=kwargs)
     obs, _ = envs.reset(seed=seed)
     returns, alive = np.zeros(episodes), np.ones(episodes, bool)
