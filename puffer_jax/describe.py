@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from puffer_jax import models, spaces
+from puffer_jax.modules import merge, split
 
 _SIZES: dict[type, tuple[str, ...]] = {
     models.Default: ("hidden_size",),
@@ -31,12 +33,13 @@ _CLASSES = {cls.__name__: cls for cls in _SIZES}
 _ACTIONS = {cls.__name__: cls for cls in (spaces.Discrete, spaces.MultiDiscrete, spaces.Continuous)}
 
 
-def describe(policy: nnx.Module) -> dict[str, Any]:
-    """Class, sizes and spaces as JSON values; a custom class gives its name only."""
-    sizes = _SIZES.get(type(policy))
-    description: dict[str, Any] = {"class": type(policy).__name__}
+def describe(policy: Any) -> dict[str, Any]:
+    """Class, sizes and spaces as JSON values; a custom class gives its full name only."""
+    cls = type(policy)
+    sizes = _SIZES.get(cls)
     if sizes is None:
-        return description
+        return {"class": f"{cls.__module__}.{cls.__qualname__}"}
+    description: dict[str, Any] = {"class": cls.__name__}
     description["sizes"] = {name: getattr(policy, name) for name in sizes}
     spec = policy.env_spec
     observation, action = spec.single_observation_space, spec.single_action_space
@@ -51,28 +54,61 @@ def describe(policy: nnx.Module) -> dict[str, Any]:
     return description
 
 
-def build(description: dict[str, Any], env: Any, dtypes: dict[str, Any]) -> Any:
-    """The described policy, freshly initialised; the spaces of `env`, if given, win.
+def build(description: Any, env: Any, dtypes: dict[str, Any]) -> Any:
+    """The described policy with abstract parameters (`jax.ShapeDtypeStruct`), to be loaded.
+
+    A description comes from a file and may say anything. Nothing is allocated for it: whether
+    its sizes are those of the tensors is found out by loading them.
+
+    Args:
+        description: from `describe`, as JSON gives it back, or from `infer`.
+        env: its spaces win over the described ones; None for those.
+        dtypes: `dtype` and `param_dtype` of the policy.
 
     Raises:
         ValueError: a custom class, or a description that lacks something.
     """
+    spec = None if env is None else spaces.env_spec(env)
+    graphdefs = []
+
+    def parameters() -> dict[str, Any]:
+        graphdef, params = split(_construct(description, spec, dtypes))
+        graphdefs.append(graphdef)
+        return params
+
     try:
-        cls = _CLASSES.get(description["class"])
-        if cls is None:
-            raise ValueError(
-                f"the checkpoint is of a custom policy, {description['class']}; build it yourself "
-                "and use load_weights"
-            )
-        sizes = {name: description["sizes"][name] for name in _SIZES[cls]}
-        spec = _spec_from(description) if env is None else spaces.env_spec(env)
-        inner = description.get("policy")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the description in the checkpoint is damaged: {error!r}") from error
+        params = jax.eval_shape(parameters)
+    except ValueError:
+        raise
+    # Values of a wrong type or range fail wherever they are first used.
+    except Exception as error:
+        raise ValueError(f"the description of the policy is damaged: {error!r}") from error
+    return merge(graphdefs[0], params)
+
+
+def _construct(description: Any, spec: spaces.EnvSpec | None, dtypes: dict[str, Any]) -> Any:
+    cls = _CLASSES.get(description["class"])
+    if cls is None:
+        raise ValueError(
+            f"the checkpoint is of a custom policy, {description['class']}; build it yourself "
+            "and use load_weights"
+        )
+    sizes = {name: description["sizes"][name] for name in _SIZES[cls]}
+    for name, size in sizes.items():
+        is_flag = name == "channels_last"
+        if type(size) is not (bool if is_flag else int) or not (is_flag or size > 0):
+            raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
+    env = _spec_from(description) if spec is None else spec
     rngs = nnx.Rngs(0)
     if cls is models.LSTMWrapper:
-        return cls(spec, build(inner, env, dtypes), **sizes, rngs=rngs, **dtypes)
-    return cls(spec, **sizes, rngs=rngs, **dtypes)
+        inner = description["policy"]
+        if inner["class"] == "LSTMWrapper":
+            raise ValueError(
+                "the description of the policy is damaged: LSTMWrappers are not nested"
+            )
+        policy = _construct(inner, spec, dtypes)
+        return cls(env, policy, **sizes, rngs=rngs, **dtypes)
+    return cls(env, **sizes, rngs=rngs, **dtypes)
 
 
 def _spec_from(description: dict[str, Any]) -> spaces.EnvSpec:
@@ -81,7 +117,7 @@ def _spec_from(description: dict[str, Any]) -> spaces.EnvSpec:
     shape = observation["shape"]
     structured = observation["structured"]
     sample_dtype = observation["sample_dtype"]
-    cls = _ACTIONS[action.pop("class")]
+    cls: Any = _ACTIONS[action.pop("class")]
     return spaces.EnvSpec(
         spaces.Observation(
             None if shape is None else tuple(shape),
@@ -118,19 +154,29 @@ def infer(
         ValueError: the keys are those of no known policy, or shapes cannot tell enough.
     """
     recurrent = next((n for n in ("lstm.weight_ih_l0", "cell.weight_ih") if n in shapes), None)
-    if recurrent is not None:
-        below = {
-            name.removeprefix("policy."): shape
-            for name, shape in shapes.items()
-            if name.startswith("policy.")
-        }
-        inner = infer(below, env, nvec, image_shape, image_options)
-        rows, inputs = shapes[recurrent]
-        sizes = {"input_size": inputs, "hidden_size": rows // 4}
-        spec = {key: inner[key] for key in ("observation", "action")}
-        return {"class": "LSTMWrapper", "sizes": sizes, "policy": inner, **spec}
+    if recurrent is None:
+        return _infer_feed_forward(shapes, env, nvec, image_shape, image_options)
+    below = {
+        name.removeprefix("policy."): shape
+        for name, shape in shapes.items()
+        if name.startswith("policy.")
+    }
+    inner = _infer_feed_forward(below, env, nvec, image_shape, image_options)
+    rows, inputs = _shape(shapes, recurrent, 2)
+    sizes = {"input_size": inputs, "hidden_size": rows // 4}
+    spec = {key: inner[key] for key in ("observation", "action")}
+    return {"class": "LSTMWrapper", "sizes": sizes, "policy": inner, **spec}
+
+
+def _infer_feed_forward(
+    shapes: Mapping[str, tuple[int, ...]],
+    env: Any,
+    nvec: tuple[int, ...] | int | None,
+    image_shape: tuple[int, ...] | None,
+    image_options: dict[str, Any],
+) -> dict[str, Any]:
     if {"encoder.0.weight", "value.weight"} <= shapes.keys():
-        hidden, features = shapes["encoder.0.weight"]
+        hidden, features = _shape(shapes, "encoder.0.weight", 2)
         return {
             "class": "Default",
             "sizes": {"hidden_size": hidden},
@@ -138,11 +184,11 @@ def infer(
             "action": _infer_action(shapes, env, nvec),
         }
     if {"network.0.weight", "network.7.weight", "actor.weight"} <= shapes.keys():
-        hidden, flat_size = shapes["network.7.weight"]
+        hidden, flat_size = _shape(shapes, "network.7.weight", 2)
         return {
             "class": "Convolutional",
             "sizes": {
-                "framestack": shapes["network.0.weight"][1],
+                "framestack": _shape(shapes, "network.0.weight", 4)[1],
                 "flat_size": flat_size,
                 "input_size": hidden,
                 "hidden_size": hidden,
@@ -150,7 +196,7 @@ def infer(
                 **image_options,
             },
             "observation": _array(image_shape),
-            "action": {"class": "Discrete", "n": shapes["actor.weight"][0]},
+            "action": {"class": "Discrete", "n": _shape(shapes, "actor.weight", 2)[0]},
         }
     if {"network.0.conv.weight", "network.5.weight", "actor.weight"} <= shapes.keys():
         if env is None and image_shape is None:
@@ -161,16 +207,23 @@ def infer(
         return {
             "class": "ProcgenResnet",
             "sizes": {
-                "cnn_width": shapes["network.0.conv.weight"][0],
-                "mlp_width": shapes["network.5.weight"][0],
+                "cnn_width": _shape(shapes, "network.0.conv.weight", 4)[0],
+                "mlp_width": _shape(shapes, "network.5.weight", 2)[0],
             },
             "observation": _array(image_shape),
-            "action": {"class": "Discrete", "n": shapes["actor.weight"][0]},
+            "action": {"class": "Discrete", "n": _shape(shapes, "actor.weight", 2)[0]},
         }
     raise ValueError(
         "the keys are those of none of Default, Convolutional, ProcgenResnet or an LSTMWrapper "
         f"around one; build your policy and use load_weights. Found: {', '.join(sorted(shapes))}"
     )
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, dimensions: int) -> tuple[int, ...]:
+    shape = shapes[name]
+    if len(shape) != dimensions:
+        raise ValueError(f"{name} has shape {shape}; expected {dimensions} dimensions")
+    return shape
 
 
 def _array(shape: tuple[int, ...] | None) -> dict[str, Any]:
@@ -181,10 +234,10 @@ def _infer_action(
     shapes: Mapping[str, tuple[int, ...]], env: Any, nvec: tuple[int, ...] | int | None
 ) -> dict[str, Any]:
     if "decoder_mean.weight" in shapes:
-        return {"class": "Continuous", "shape": (shapes["decoder_mean.weight"][0],)}
+        return {"class": "Continuous", "shape": _shape(shapes, "decoder_mean.weight", 2)[:1]}
     if "decoder.weight" not in shapes:
         raise ValueError("the state_dict has neither decoder.weight nor decoder_mean.weight")
-    rows = shapes["decoder.weight"][0]
+    rows = _shape(shapes, "decoder.weight", 2)[0]
     if nvec is None and env is None and rows >= 4:
         raise ValueError(
             f"decoder.weight has {rows} rows: Discrete({rows}) or a MultiDiscrete split? Shapes "

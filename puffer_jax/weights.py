@@ -12,20 +12,22 @@ load that fails leaves the policy as it was.
 
 import hashlib
 import json
+import math
 import os
-import pickle
-import tempfile
+import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from puffer_jax.describe import build, describe, infer
-from puffer_jax.modules import mismatches, torch_aliases, torch_parameters
+from puffer_jax.modules import TorchParameter, mismatches, torch_aliases, torch_parameters
 
 _TORCH_INSTALL = "pip install 'torch>=2.10'"
 _METADATA_KEY = "puffer_jax"
@@ -35,7 +37,7 @@ _METADATA_KEY = "puffer_jax"
 
 
 def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
-    """The parameters as torch names them, orders them and lays them out.
+    """Copies of the parameters as torch names them, orders them and lays them out.
 
     Tied keys (`cell.*` of an LSTMWrapper) are included, as in torch, and share memory with
     the keys they are tied to. Pass the merge of a graphdef and gradients to have gradients
@@ -44,8 +46,34 @@ def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
     Raises:
         TypeError: the policy has a layer with no torch counterpart.
     """
-    tensors = {parameter.name: parameter.to_torch() for parameter in torch_parameters(policy)}
-    return tensors | {alias: tensors[name] for alias, name in torch_aliases(policy).items()}
+    parameters, aliases = _parameters(policy)
+    tensors = {name: parameter.to_torch() for name, parameter in parameters.items()}
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def _parameters(policy: nnx.Module) -> tuple[dict[str, TorchParameter], dict[str, str]]:
+    """Torch's name of every parameter, and the tied keys: alias -> the name it is tied to."""
+    parameters, aliases = {}, {}
+    names: dict[tuple[int, ...], str] = {}
+    for parameter in torch_parameters(policy):
+        # A submodule under two attributes is one module in torch too, and two keys.
+        name = names.setdefault(tuple(map(id, parameter.variables)), parameter.name)
+        if name == parameter.name:
+            parameters[name] = parameter
+        else:
+            aliases[parameter.name] = name
+    covered = {id(v) for parameter in parameters.values() for v in parameter.variables}
+    dropped = [
+        ".".join(map(str, path))
+        for path, value in nnx.iter_graph(policy, graph=True)
+        if isinstance(value, nnx.Variable | np.ndarray | jax.Array) and id(value) not in covered
+    ]
+    if dropped:
+        raise TypeError(
+            "only nnx.Param in modules, nnx.List, nnx.Dict and nnx.Sequential have a torch "
+            f"counterpart; these would be lost: {', '.join(dropped)}"
+        )
+    return parameters, aliases | torch_aliases(policy)
 
 
 class LoadResult(NamedTuple):
@@ -75,45 +103,62 @@ def load_state_dict(
         allow_non_finite: accept NaN and infinity.
 
     Raises:
-        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, or a value is
-            not finite; all are named at once.
-        TypeError: a value is no floating-point tensor.
+        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, a value is no
+            floating-point tensor or not finite; all are named at once.
+        TypeError: the policy has a layer with no torch counterpart.
     """
-    parameters = {parameter.name: parameter for parameter in torch_parameters(policy)}
-    aliases = torch_aliases(policy)
-    arrays = _as_arrays(_strip_prefixes(state_dict, {*parameters, *aliases}))
-    problems = _resolve_aliases(arrays, aliases)
-    expected = {name: parameter.shape for name, parameter in parameters.items()}
-    given = {name: array.shape for name, array in arrays.items()}
-    differences = mismatches(expected, given)
-    problems += [p for p in differences if strict or p.startswith("wrong shape")]
+    parameters, aliases = _parameters(policy)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    expected = shapes | {alias: shapes[name] for alias, name in aliases.items()}
+    tensors = _strip_prefixes(state_dict, expected.keys())
+    for alias, name in aliases.items():  # of tied keys one is enough
+        if alias not in tensors:
+            expected.pop(alias)
+        elif name not in tensors:
+            expected.pop(name, None)
+    given = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+    problems = [
+        problem
+        for problem in mismatches(expected, given)
+        if strict or problem.startswith("wrong shape")
+    ]
 
-    new: list[tuple[nnx.Param, Any]] = []
+    # Only tensors of the right shape are looked into, however large the others claim to be.
+    fitting = [name for name, shape in expected.items() if given.get(name) == shape]
+    arrays = {name: _as_array(tensors[name]) for name in fitting}
+    wrong = [f"{name} ({_dtype(tensors[name])})" for name in fitting if arrays[name] is None]
+    if wrong:
+        problems.append(f"no floating-point numbers: {', '.join(wrong)}")
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    for alias in [alias for alias in aliases if alias in arrays]:
+        name, array = aliases[alias], arrays.pop(alias)
+        if not np.array_equal(arrays.setdefault(name, array), array, equal_nan=True):
+            problems.append(f"{alias} and {name} are one tensor in the policy but differ here")
+
+    new: list[tuple[nnx.Param, jax.Array]] = []
     non_finite = []
-    for name, parameter in parameters.items():
-        if name in arrays and arrays[name].shape == expected[name]:
-            for variable, array in zip(
-                parameter.variables, parameter.from_torch(arrays[name]), strict=True
-            ):
-                with np.errstate(over="ignore"):
-                    array = np.ascontiguousarray(array).astype(variable.dtype)
-                if not allow_non_finite and not np.isfinite(array.astype(np.float64)).all():
-                    non_finite.append(name)
-                new.append((variable, array))
-    if non_finite:
-        names = ", ".join(dict.fromkeys(non_finite))
+    for name, array in arrays.items():
+        variables = parameters[name].variables
+        unpacked = parameters[name].from_torch(array)
+        with np.errstate(over="ignore"):
+            converted = [a.astype(v.dtype) for a, v in zip(unpacked, variables, strict=True)]
+        if not all(np.isfinite(a).all() for a in converted):
+            non_finite.append(name)
+        new += zip(variables, map(jnp.asarray, converted), strict=True)
+    if non_finite and not allow_non_finite:
+        names = ", ".join(non_finite)
         problems.append(f"NaN or infinity (allow_non_finite=True lets them in): {names}")
     if problems:
         raise ValueError("the state_dict does not fit the policy: " + "; ".join(problems))
     for variable, array in new:
-        variable[...] = jnp.asarray(array)
+        variable.set_value(array)
     return LoadResult(
         [name for name in expected if name not in given],
         [name for name in given if name not in expected],
     )
 
 
-def _strip_prefixes(tensors: Mapping[str, Any], expected: set[str]) -> dict[str, Any]:
+def _strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
     def strip(name: str) -> str:
         if name not in expected:
             name = ".".join(part for part in name.split(".") if part != "_orig_mod")
@@ -123,40 +168,28 @@ def _strip_prefixes(tensors: Mapping[str, Any], expected: set[str]) -> dict[str,
 
     stripped = {}
     for name, tensor in tensors.items():
-        if not isinstance(name, str):
-            raise TypeError(f"a state_dict maps names to tensors; got the key {name!r}")
         if strip(name) in stripped:
             raise ValueError(f"two keys of the state_dict both stand for {strip(name)!r}")
         stripped[strip(name)] = tensor
     return stripped
 
 
-def _as_arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    arrays, wrong = {}, []
-    for name, tensor in tensors.items():
-        if hasattr(tensor, "detach"):
+def _as_array(tensor: Any) -> np.ndarray | None:
+    """`tensor` as a NumPy array, or None where it does not hold floating-point numbers."""
+    if hasattr(tensor, "detach"):
+        try:
             tensor = tensor.detach().cpu()
-            # NumPy has no bfloat16 of its own; float32 holds both half formats exactly.
-            tensor = (tensor.float() if tensor.itemsize == 2 else tensor).numpy()
-        array = np.asarray(tensor)
-        if jnp.issubdtype(array.dtype, jnp.floating):
-            arrays[name] = array
-        else:
-            wrong.append(f"{name} ({array.dtype})")
-    if wrong:
-        raise TypeError(f"weights are floating-point tensors; these are not: {', '.join(wrong)}")
-    return arrays
+            # NumPy has no narrow formats but float16; float32 holds them all exactly.
+            narrow = tensor.is_floating_point() and tensor.itemsize < 4
+            tensor = (tensor.float() if narrow else tensor).numpy()
+        except (TypeError, RuntimeError):  # sparse, quantised, without data
+            return None
+    array = np.asarray(tensor)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else None
 
 
-def _resolve_aliases(arrays: dict[str, np.ndarray], aliases: Mapping[str, str]) -> list[str]:
-    """Drop tied keys from `arrays`, filling in the key they are tied to; report differences."""
-    problems = []
-    for alias, name in aliases.items():
-        if alias in arrays:
-            array = arrays.pop(alias)
-            if not np.array_equal(arrays.setdefault(name, array), array, equal_nan=True):
-                problems.append(f"{alias} and {name} are one tensor in the policy but differ here")
-    return problems
+def _dtype(tensor: Any) -> str:
+    return str(getattr(tensor, "dtype", type(tensor).__name__))
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -166,7 +199,8 @@ def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
     """Write the policy's weights; the suffix `.pt`, `.safetensors` or `.bin` says how.
 
     The file appears whole or not at all: it is written beside its final place, synced and
-    renamed. `.bin` gets a sidecar `<path>.json` with names, shapes and a checksum.
+    renamed. A symbolic link is replaced by the file, so what it pointed to stays. `.bin` gets a
+    sidecar `<path>.json` with names, shapes and a checksum.
 
     Raises:
         ValueError: another suffix.
@@ -198,12 +232,19 @@ def load_weights(
         OSError: the file cannot be read.
     """
     path = Path(path)
-    if _suffix(path) == ".bin":
-        shapes = {p.name: p.shape for p in torch_parameters(policy)}
-        tensors = _read_bin(path, shapes)
-    else:
-        tensors, _ = _READERS[_suffix(path)](path)
-    return load_state_dict(policy, tensors, strict, allow_non_finite=allow_non_finite)
+    read = _READERS[_suffix(path)]
+    shapes = {name: parameter.shape for name, parameter in _parameters(policy)[0].items()}
+    with _naming(path):
+        tensors, _ = read(path, shapes)
+        return load_state_dict(policy, tensors, strict, allow_non_finite=allow_non_finite)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _suffix(path: Path) -> str:
@@ -215,31 +256,28 @@ def _suffix(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replace `path` by what `write` puts into a file, or leave it untouched."""
+    """Replace `path` by what `write` puts into a file, or leave it untouched.
+
+    A process killed on the way may leave a file `.<name>.<random>.tmp` beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # "x": never through somebody else's file or link.
+    file = open(temporary, "xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a checkpoint gets the permissions any new file would.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _import_torch() -> Any:
@@ -264,57 +302,89 @@ def _save_pt(policy: nnx.Module, path: Path) -> None:
     def to_tensor(array: np.ndarray) -> Any:
         if array.dtype == jnp.bfloat16:
             return torch.from_numpy(array.astype(np.float32)).bfloat16()
-        return torch.from_numpy(array.copy())
+        return torch.from_numpy(array)
 
-    tensors = OrderedDict(
-        (parameter.name, to_tensor(parameter.to_torch())) for parameter in torch_parameters(policy)
-    )
+    parameters, aliases = _parameters(policy)
+    tensors = OrderedDict((name, to_tensor(p.to_torch())) for name, p in parameters.items())
     # The same tensor under both names: torch then stores it once, as the reference does.
-    tensors.update((alias, tensors[name]) for alias, name in torch_aliases(policy).items())
+    tensors.update((alias, tensors[name]) for alias, name in aliases.items())
     write_atomically(path, lambda file: torch.save(tensors, file))
 
 
-def _read_pt(path: Path) -> tuple[dict[str, Any], None]:
+# What a reader gives: tensors under torch's names, and the description of the policy if any.
+Contents = tuple[dict[str, Any], Any]
+
+
+def _read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
     torch = _import_torch()
     with open(path, "rb") as file:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # A damaged pickle is a program gone wrong: any exception can come out of it.
+        except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{path} is not a readable state_dict. It is refused unless torch.load with "
-                f"weights_only=True accepts it, since unpickling anything else can run code. If "
+                "not a readable state_dict. It is refused unless torch.load with "
+                "weights_only=True accepts it, since unpickling anything else can run code. If "
                 f"it holds a whole module, save module.state_dict() instead. ({reason})"
             ) from error
     if not isinstance(tensors, Mapping):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}, not a state_dict")
-    strangers = [str(k) for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
+        raise ValueError(f"holds a {type(tensors).__name__}, not a state_dict")
+    strangers = [
+        str(name)
+        for name, tensor in tensors.items()
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
+    ]
     if strangers:
-        raise ValueError(f"{path} is not a state_dict; no tensors: {', '.join(strangers)}")
+        raise ValueError(f"not a state_dict; no names of tensors: {', '.join(strangers)}")
+    # A view that repeats one number claims any size, and a policy of that size would be built.
+    hollow = [str(name) for name, t in tensors.items() if not _is_dense(t, torch)]
+    if hollow:
+        raise ValueError(f"tensors that do not hold their own numbers: {', '.join(hollow)}")
     return dict(tensors), None
+
+
+def _is_dense(tensor: Any, torch: Any) -> bool:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def _save_safetensors(policy: nnx.Module, path: Path) -> None:
     from safetensors.numpy import save
 
     # Tied keys are left out: the format has no tied tensors, and loading restores them.
-    tensors = {parameter.name: parameter.to_torch() for parameter in torch_parameters(policy)}
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(describe(policy))}
+    tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
+    metadata = {"format": "pt", _METADATA_KEY: _to_json(describe(policy))}
     data = save(tensors, metadata)
     write_atomically(path, lambda file: file.write(data))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
     from safetensors import SafetensorError, safe_open
 
+    with open(path, "rb"):  # its errors name the path; those of safe_open may not
+        pass
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-        description = json.loads(metadata.get(_METADATA_KEY, "null"))
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    return tensors, description
+    # AttributeError: a number format NumPy does not have.
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a readable safetensors file: {error}") from error
+    return tensors, _from_json(metadata.get(_METADATA_KEY, "null"))
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    # Sizes may be NumPy's integers, flat_size=np.prod(...) say.
+    return json.dumps(value, default=np.generic.item, **options)
+
+
+def _from_json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
 
 
 def _sidecar(path: Path) -> Path:
@@ -322,7 +392,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _save_bin(policy: nnx.Module, path: Path) -> None:
-    tensors = {parameter.name: parameter.to_torch() for parameter in torch_parameters(policy)}
+    tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
     data = b"".join(tensor.astype("<f4").tobytes() for tensor in tensors.values())
     sidecar = {
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -333,46 +403,64 @@ def _save_bin(policy: nnx.Module, path: Path) -> None:
     # the old one goes first: a crash leaves a file that lacks its check, never a false one.
     _sidecar(path).unlink(missing_ok=True)
     write_atomically(path, lambda file: file.write(data))
-    text = json.dumps(sidecar, indent=1).encode()
+    text = _to_json(sidecar, indent=1).encode()
     write_atomically(_sidecar(path), lambda file: file.write(text))
 
 
-def _read_sidecar(path: Path) -> dict[str, Any] | None:
+class _Sidecar(NamedTuple):
+    sha256: str
+    shapes: dict[str, tuple[int, ...]]
+    description: Any
+
+
+def _read_sidecar(path: Path) -> _Sidecar | None:
+    sidecar = _sidecar(path)
     try:
-        sidecar = json.loads(_sidecar(path).read_bytes())
-        return {
-            "sha256": str(sidecar["sha256"]),
-            "parameters": {name: tuple(s) for name, s in sidecar["parameters"].items()},
-            "policy": sidecar["policy"],
-        }
+        content = _from_json(sidecar.read_bytes())
+        shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
+        if not all(type(size) is int and size >= 0 for s in shapes.values() for size in s):
+            raise ValueError("sizes that are no sizes")
+        return _Sidecar(content["sha256"], shapes, content["policy"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_sidecar(path)} is not a sidecar of weights: {error}") from error
+        raise ValueError(f"{sidecar.name} is not a sidecar of weights: {error!r}") from error
 
 
-def _read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
     data = path.read_bytes()
     sidecar = _read_sidecar(path)
+    name = _sidecar(path).name
+    if shapes is None:
+        if sidecar is None:
+            raise ValueError(
+                f"no sidecar {name}, and a .bin file names nothing; build the policy yourself "
+                "and use load_weights"
+            )
+        shapes = sidecar.shapes
     if sidecar is not None:
-        problems = mismatches(shapes, sidecar["parameters"])
-        if not problems and list(shapes) != list(sidecar["parameters"]):
-            problems = [f"order {list(sidecar['parameters'])} instead of {list(shapes)}"]
+        problems = mismatches(shapes, sidecar.shapes)
+        if not problems and list(shapes) != list(sidecar.shapes):
+            problems = [f"the order {list(sidecar.shapes)}, not {list(shapes)}"]
         if problems:
-            raise ValueError(f"{_sidecar(path)} does not fit the policy: {'; '.join(problems)}")
-        if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
-            raise ValueError(f"{path} is damaged: its checksum is not the one in its sidecar")
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+            raise ValueError(f"{name} does not fit the policy; it has {'; '.join(problems)}")
+        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
+            raise ValueError(
+                f"the checksum is not the one in {name}: the file is damaged, or another program "
+                f"wrote it; delete {name} to load it unchecked"
+            )
+    sizes = [math.prod(shape) for shape in shapes.values()]
     if len(data) != 4 * sum(sizes):
         raise ValueError(
-            f"{path} holds {len(data)} bytes, {len(data) / 4:g} float32 numbers; the policy has "
-            f"{sum(sizes)} parameters"
+            f"{len(data)} bytes, {len(data) / 4:g} float32 numbers; the policy has {sum(sizes)} "
+            "parameters"
         )
     numbers = np.split(np.frombuffer(data, "<f4"), np.cumsum(sizes)[:-1])
-    return {
+    tensors = {
         name: part.reshape(shape)
         for (name, shape), part in zip(shapes.items(), numbers, strict=True)
     }
+    return tensors, sidecar and sidecar.description
 
 
 _SAVERS: dict[str, Callable[[nnx.Module, Path], None]] = {
@@ -380,9 +468,11 @@ _SAVERS: dict[str, Callable[[nnx.Module, Path], None]] = {
     ".safetensors": _save_safetensors,
     ".bin": _save_bin,
 }
-_READERS: dict[str, Callable[[Path], tuple[dict[str, Any], dict[str, Any] | None]]] = {
+# Readers are told the shapes to expect, where a policy is there to tell; .bin has no other.
+_READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Contents]] = {
     ".pt": _read_pt,
     ".safetensors": _read_safetensors,
+    ".bin": _read_bin,
 }
 
 
@@ -423,31 +513,26 @@ def policy_from_checkpoint(
         ValueError: the keys are those of no known policy (load a custom one with
             `load_weights`), something shapes cannot tell was not given, or the file is broken.
     """
-    description = None
+
+    def restore(tensors: Mapping[str, Any], description: Any) -> Any:
+        if description is None:
+            named = _strip_prefixes(tensors, set())
+            shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
+            options = {"channels_last": channels_last, "downsample": downsample}
+            description = infer(shapes, env, nvec, image_shape, options)
+        policy = build(description, env, {"dtype": dtype, "param_dtype": param_dtype})
+        load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
+        return policy
+
     if isinstance(checkpoint, Mapping):
-        tensors = dict(checkpoint)
-    else:
-        path = Path(checkpoint)
-        if _suffix(path) == ".bin":
-            sidecar = _read_sidecar(path)
-            if sidecar is None:
-                raise ValueError(
-                    f"{path} has no sidecar {_sidecar(path).name}, and a .bin file names nothing; "
-                    "build the policy yourself and use load_weights"
-                )
-            tensors = _read_bin(path, sidecar["parameters"])
-            description = sidecar["policy"]
-        else:
-            tensors, description = _READERS[_suffix(path)](path)
-    if description is None:
-        arrays = _as_arrays(_strip_prefixes(tensors, set()))
-        description = infer(
-            arrays,
-            env,
-            nvec,
-            image_shape,
-            {"channels_last": channels_last, "downsample": downsample},
-        )
-    policy = build(description, env, {"dtype": dtype, "param_dtype": param_dtype})
-    load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
+        return restore(checkpoint, None)
+    path = Path(checkpoint)
+    read = _READERS[_suffix(path)]
+    with _naming(path):
+        tensors, description = read(path, None)
+        policy = restore(tensors, description)
+        order = list(_parameters(policy)[0])
+        # Only the sidecar said which numbers are whose; a permutation may fit as well.
+        if path.suffix == ".bin" and list(tensors) != order:
+            raise ValueError(f"{_sidecar(path).name} has the order {list(tensors)}, not {order}")
     return policy

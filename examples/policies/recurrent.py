@@ -54,7 +54,9 @@ def main():
     policy = recurrent(ENV, rngs=nnx.Rngs(0))
     # One of three cues is seen in the first step only, and asked for in all of five.
     cue = jax.random.randint(jax.random.key(1), (128,), 0, 3)
-    observations = jnp.zeros((128, 5, 3), jnp.float32).at[:, 0].set(jax.nn.one_hot(cue, 3))
+    observations = (
+        jnp.zeros((128, 5, 3), jnp.float32).at[:, 0].set(jax.nn.one_hot(cue, 3, dtype=jnp.float32))
+    )
     best = jnp.repeat(cue, 5)
 
     def segments(policy, x):
