@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import toy
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
@@ -56,13 +57,10 @@ ENV = SimpleNamespace(single_observation_space=Box(-5, 5, (2, 3)), single_action
 
 def main():
     policy = Policy(ENV, rngs=nnx.Rngs(0))
-    observations = jax.random.normal(jax.random.key(1), (512, 2, 3), jnp.float32)
+    observations = np.random.default_rng(0).standard_normal((512, 2, 3), np.float32)
     toy.describe(policy, observations)
-
-    best = observations[:, 0].argmax(-1)
     print("the best action is the largest of three numbers, so chance is 0.33")
-    _, greedy = toy.learn(policy, observations, lambda action: 1.0 * (action == best))
-    return greedy
+    return toy.learn(policy, observations, best=observations[:, 0].argmax(-1))[1]
 
 
 if __name__ == "__main__":

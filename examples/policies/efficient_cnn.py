@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import toy
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
@@ -72,15 +73,14 @@ def main():
     for shape in ((21, 21, 1), (15, 11, 1)):
         policy = Policy(image_env(*shape), rngs=nnx.Rngs(0))
         print(f"images {shape} need a flat layer of {policy.project.in_features}")
-
-    noise = jax.random.randint(jax.random.key(1), (128, 15, 11, 1), 0, 200)
-    bright = jax.random.bernoulli(jax.random.key(2), shape=(128,))
-    top = (jnp.arange(15) < 7) == bright[:, None]
-    observations = (noise + 50 * top[:, :, None, None]).astype(jnp.uint8)
+    rng = np.random.default_rng(0)
+    best = rng.integers(0, 2, 128)
+    observations = rng.integers(0, 200, (128, 15, 11, 1), np.uint8)
+    observations[best == 0, :7] += 50
+    observations[best == 1, 7:] += 50
     toy.describe(policy, observations)
     print("the best action says which half of the image is brighter, so chance is 0.50")
-    _, greedy = toy.learn(policy, observations, lambda action: 1.0 * (action == bright), steps=80)
-    return greedy
+    return toy.learn(policy, observations, best, steps=80)[1]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ python examples/policies/independent_multi_agent.py
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import toy
 from flax import nnx
-from shared_multi_agent import AGENTS, ENV, batch, best_actions
+from shared_multi_agent import AGENTS, ENV, batch
 from shared_multi_agent import Policy as Agent
 
 import puffer_jax
@@ -58,20 +59,14 @@ class Policy(nnx.Module):
 
 def main():
     policy = Policy(ENV, rngs=nnx.Rngs(0))
-    observations = batch(jax.random.key(1), 100)
+    observations, best = batch(environments=100)
     toy.describe(policy, observations)
-
-    logits, _ = toy.forward(policy, observations)
-    order = jax.random.permutation(jax.random.key(2), len(observations))
-    shuffled, _ = toy.forward(policy, observations[order])
-    print(f"shuffled rows give the same logits, shuffled: {jnp.allclose(shuffled, logits[order])}")
-
-    best = best_actions(observations)
+    act = jax.jit(lambda x: toy.forward(policy, x)[0])
+    order = np.random.default_rng(1).permutation(len(observations))
+    same = np.allclose(act(observations[order]), act(observations)[order], atol=1e-6)
+    print(f"shuffled rows give the same logits, shuffled: {same}")
     print("the best action depends on the position and on who the agent is; chance is 0.50")
-    _, greedy = toy.learn(
-        policy, observations, lambda action: 1.0 * (action == best), learning_rate=1e-2
-    )
-    return greedy
+    return toy.learn(policy, observations, best, learning_rate=1e-2)[1]
 
 
 if __name__ == "__main__":

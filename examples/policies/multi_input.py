@@ -74,15 +74,12 @@ def main():
     rows["image"] = rng.integers(0, 100, (256, 9, 7, 3)) + 100 * bright[:, None, None, None]
     rows["vector"] = rng.random((256, 5)) * np.where(positive, 1, -1)[:, None]
     packed = rows.view(np.uint8).reshape(256, -1)
-    fields = {name: rows[name] for name in rows.dtype.names}
     toy.describe(policy, packed)
-    same = (toy.forward(policy, packed)[0] == toy.forward(policy, fields)[0]).all()
+    act = jax.jit(lambda x: toy.forward(policy, x)[0])
+    same = (act(packed) == act({name: rows[name] for name in rows.dtype.names})).all()
     print(f"{packed.shape[1]} bytes a row; the same logits from bytes and from a dict: {same}")
-
-    best = jnp.asarray(2 * bright + positive)
     print("the best action needs the image and the vector: chance is 0.25, one of them gives 0.50")
-    _, greedy = toy.learn(policy, packed, lambda action: 1.0 * (action == best), steps=150)
-    return greedy
+    return toy.learn(policy, packed, best=2 * bright + positive, steps=150)[1]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ python examples/policies/recurrent.py
 
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 import toy
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
@@ -53,22 +53,17 @@ ENV = SimpleNamespace(single_observation_space=Box(-1, 1, (3,)), single_action_s
 def main():
     policy = recurrent(ENV, rngs=nnx.Rngs(0))
     # One of three cues is seen in the first step only, and asked for in all of five.
-    cue = jax.random.randint(jax.random.key(1), (128,), 0, 3)
-    observations = (
-        jnp.zeros((128, 5, 3), jnp.float32).at[:, 0].set(jax.nn.one_hot(cue, 3, dtype=jnp.float32))
-    )
-    best = jnp.repeat(cue, 5)
+    cue = np.random.default_rng(0).integers(0, 3, 128)
+    observations = np.zeros((128, 5, 3), np.float32)
+    observations[:, 0] = np.eye(3)[cue]
 
     def segments(policy, x):
         return policy(x)[:2]
 
     toy.describe(policy, observations, segments)
     print("the best action is what was shown in the first of five steps, so chance is 0.33")
-
-    def reward(action):
-        return 1.0 * (action == best)
-
-    policy, greedy = toy.learn(policy, observations, reward, steps=120, forward=segments)
+    best = np.repeat(cue, 5)
+    policy, greedy = toy.learn(policy, observations, best, steps=120, forward=segments)
 
     state = policy.initial_state(4)
     print(f"acting, step by step: cues {cue[:4]}")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import toy
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
@@ -63,15 +64,10 @@ ENV = SimpleNamespace(single_observation_space=Box(-1, 1, (4,)), single_action_s
 
 def main():
     policy = Policy(ENV, rngs=nnx.Rngs(0))
-    observations = jax.random.uniform(jax.random.key(1), (256, 4), jnp.float32, -1, 1)
+    observations = np.random.default_rng(0).uniform(-1, 1, (256, 4)).astype(np.float32)
     toy.describe(policy, observations)
-    stem, hidden = policy.stem(observations), policy.encode_observations(observations)
-    print(f"hidden vectors before and after the blocks: std {stem.std():.2f}, {hidden.std():.2f}")
-
-    best = (observations[:, :3] > 0).sum(1) % 2
     print("the best action is the parity of three signs, so chance is 0.50")
-    _, greedy = toy.learn(policy, observations, lambda action: 1.0 * (action == best), steps=300)
-    return greedy
+    return toy.learn(policy, observations, best=(observations[:, :3] > 0).sum(1) % 2, steps=300)[1]
 
 
 if __name__ == "__main__":

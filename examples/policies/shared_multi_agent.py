@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import toy
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
@@ -51,34 +52,25 @@ ENV = SimpleNamespace(
 )
 
 
-def batch(key, environments):
-    """Observations (environments * agents, features): a position, then who the agent is."""
-    positions = jax.random.normal(key, (environments, AGENTS, 2), jnp.float32)
-    who = jnp.broadcast_to(jnp.eye(AGENTS, dtype=jnp.float32), (environments, AGENTS, AGENTS))
-    return jnp.concatenate([positions, who], axis=-1).reshape(environments * AGENTS, -1)
-
-
-def best_actions(observations):
-    """By the sign of the position; agent 1 is to do the opposite of the others."""
-    agent = jnp.arange(len(observations)) % AGENTS
-    return (observations[:, 0] > 0) ^ (agent == 1)
+def batch(environments):
+    """Observations (environments * agents, features), a position and who it is; best actions."""
+    positions = np.random.default_rng(0).standard_normal((environments, AGENTS, 2), np.float32)
+    who = np.broadcast_to(np.eye(AGENTS, dtype=np.float32), (environments, AGENTS, AGENTS))
+    # By the sign of the position; agent 1 is to do the opposite of the others.
+    best = (positions[..., 0] > 0) ^ (np.arange(AGENTS) == 1)
+    return np.dstack([positions, who]).reshape(environments * AGENTS, -1), best.reshape(-1)
 
 
 def main():
     policy = Policy(ENV, rngs=nnx.Rngs(0))
-    observations = batch(jax.random.key(1), 100)
+    observations, best = batch(environments=100)
     print(f"100 environments of {AGENTS} agents are {len(observations)} rows")
     toy.describe(policy, observations)
-
-    best = best_actions(observations)
     print("the best action depends on the position and on who the agent is; chance is 0.50")
-    policy, greedy = toy.learn(
-        policy, observations, lambda action: 1.0 * (action == best), learning_rate=1e-2
-    )
-
-    logits, _ = toy.forward(policy, observations)
-    actions, _, _ = sample_logits(logits, deterministic=True)
-    print(f"actions of the first 2 environments:\n{actions.reshape(-1, AGENTS)[:2]}")
+    policy, greedy = toy.learn(policy, observations, best, learning_rate=1e-2)
+    logits, _ = toy.forward(policy, observations[: 2 * AGENTS])
+    action, _, _ = sample_logits(logits, deterministic=True)
+    print(f"actions of the first 2 environments:\n{action.reshape(2, AGENTS)}")
     return greedy
 
 

@@ -27,13 +27,18 @@ def describe(policy, observations, forward=forward):
         print(f"  {name:30} {tensor.shape}")
 
 
-def learn(policy, observations, reward, *, steps=200, learning_rate=3e-3, forward=forward):
-    """Train an actor-critic on one batch; `reward(action)` is one number per row.
+def learn(policy, observations, best, *, steps=200, learning_rate=3e-3, forward=forward):
+    """Train an actor-critic on one batch, whose best actions are `best`, one per row.
 
-    Returns the trained policy and the mean reward of its modes (greedy actions).
+    The reward is 1 for the best action, or minus the squared distance from it if continuous.
+    Returns the trained policy and the mean reward of its greedy actions.
     """
     graphdef, params = puffer_jax.split(policy)
     optimizer = optax.adam(learning_rate)
+
+    def reward(action):
+        hit = (action == best).astype(jnp.float32)
+        return -((action - best) ** 2).sum(-1) if policy.is_continuous else hit
 
     def loss(params, key):
         logits, values = forward(puffer_jax.merge(graphdef, params), observations)
