@@ -73,6 +73,6 @@ def assert_arrays_close(
     """Same names in the same order, same shapes, and every array within the bar."""
     assert list(ours) == list(theirs)
     errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
-    record(policy, kind, dtype, max(errors.values()))
     outside = {name: error for name, error in errors.items() if error > BARS[kind][dtype]}
     assert not outside, f"{kind} in {dtype}, bar {BARS[kind][dtype]}: {outside}"
+    record(policy, kind, dtype, max(errors.values()))

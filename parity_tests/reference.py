@@ -200,16 +200,20 @@ def assert_results_close(ours: Result, theirs: Result, dtype: str, policy: str =
 
 
 def error_ratio(ours: Result, theirs: Result, exact: Result) -> float:
-    """RMS error of our float32 outputs over that of torch's; each scaled by its largest value."""
+    """RMS error of our float32 numbers over that of torch's; each array by its largest value.
 
-    def squares(result: Result) -> float:
+    Outputs and gradients count together: a few outputs alone would measure chance.
+    """
+
+    def rms(result: Result) -> float:
+        arrays = result.outputs | result.gradients
         scaled = [
-            (result.outputs[name].astype(np.float64) - y).ravel() / np.abs(y).max()
-            for name, y in exact.outputs.items()
+            (arrays[name].astype(np.float64) - y).ravel() / np.abs(y).max()
+            for name, y in (exact.outputs | exact.gradients).items()
         ]
-        return float(np.square(np.concatenate(scaled)).mean())
+        return float(np.sqrt(np.square(np.concatenate(scaled)).mean()))
 
-    return float(np.sqrt(squares(ours) / squares(theirs)))
+    return rms(ours) / rms(theirs)
 
 
 def check(

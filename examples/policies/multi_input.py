@@ -14,6 +14,7 @@ import numpy as np
 import toy
 from flax import nnx
 from gymnasium.spaces import Box, Dict, Discrete
+from jax.nn.initializers import zeros
 
 from puffer_jax import layer_init, nativize_dtype, nativize_tensor
 from puffer_jax.layers import flatten_channels_first
@@ -29,7 +30,8 @@ class Policy(nnx.Module):
         emulated = getattr(env, "emulated", {}).get("emulated_observation_dtype")
         self.emulated_dtype = np.dtype(emulated or emulated_dtypes(env.single_observation_space)[1])
         height, width, channels = self.emulated_dtype["image"].shape
-        options = {"rngs": rngs, "param_dtype": param_dtype}
+        # layer_init draws the weights, so Flax need not.
+        options = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": zeros}
 
         def linear(inputs, outputs, std=2**0.5):
             return layer_init(nnx.Linear(inputs, outputs, **options), std, rngs=rngs)

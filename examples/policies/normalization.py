@@ -1,8 +1,7 @@
 """Observations normalised by their running mean and variance, which are saved with the weights.
 
-The statistics are leaves like any weight, but no gradient reaches them. `update`, a pure function,
-adds a batch by Chan's parallel formula (1979): however the data is cut into batches, the result is
-that of all of it at once. (Mask them from an optimizer with weight decay.)
+The statistics are leaves like any weight, but no gradient reaches them (weight decay would: mask
+them). `update` adds a batch by Chan's parallel formula (1979), exact however the data is cut.
 
 python examples/policies/normalization.py
 """
@@ -20,7 +19,7 @@ from puffer_jax import layer_init, merge, split
 
 
 class Normalizer(nnx.Module):
-    """(x - mean) / std, clipped to +-10; the identity before the first update."""
+    """(x - mean) / std, clipped to +-10; before the first update only clipped."""
 
     def __init__(self, features, *, param_dtype):
         self.mean = nnx.Param(jnp.zeros(features, param_dtype))
@@ -69,9 +68,7 @@ class Policy(nnx.Module):
         return self.actor(hidden), self.critic(hidden)
 
 
-ENV = SimpleNamespace(
-    single_observation_space=Box(-1e3, 1e3, (2,)), single_action_space=Discrete(2)
-)
+ENV = SimpleNamespace(single_observation_space=Box(-9, 999, (2,)), single_action_space=Discrete(2))
 
 
 def main():
@@ -82,12 +79,11 @@ def main():
     graphdef, params = split(policy)
     for rollout in np.split(observations, 4):
         params = jax.jit(update)(params, rollout)
-    for name, statistic in params["normalizer"].items():
-        print(f"after four rollouts, {name}: {statistic}")
+    for name in ("count", "mean", "var"):
+        print(f"after four rollouts, {name}: {params['normalizer'][name]}")
     print("features of mean 500 and 0, std 50 and 0.01 decide; first raw, then normalised:")
-    best = normal.sum(1) > 0
-    toy.learn(policy, observations, best)
-    return toy.learn(merge(graphdef, params), observations, best)[1]
+    toy.learn(policy, observations, best=normal.sum(1) > 0)
+    return toy.learn(merge(graphdef, params), observations, best=normal.sum(1) > 0)[1]
 
 
 if __name__ == "__main__":

@@ -68,9 +68,9 @@ def main():
     toy.describe(policy, observations)
     print("the best action depends on the position and on who the agent is; chance is 0.50")
     policy, greedy = toy.learn(policy, observations, best, learning_rate=1e-2)
-    logits, _ = toy.forward(policy, observations[: 2 * AGENTS])
+    logits, _ = toy.forward(policy, observations[: 4 * AGENTS])
     action, _, _ = sample_logits(logits, deterministic=True)
-    print(f"actions of the first 2 environments:\n{action.reshape(2, AGENTS)}")
+    print(f"actions of the first 4 environments:\n{action.reshape(4, AGENTS)}")
     return greedy
 
 
