@@ -36,6 +36,12 @@ def importable():
     sys.path.remove(str(EXAMPLES))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The twins start from torch's own initialisation."""
+    torch.manual_seed(0)
+
+
 def example(name):
     return importlib.import_module(name)
 

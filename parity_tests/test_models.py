@@ -882,6 +882,23 @@ def test_init(name, library):
             assert_initialised({**weights, first: wrong}, INIT[name])
 
 
+@pytest.mark.parametrize("library", [theirs, puffer_jax], ids=["theirs", "ours"])
+def test_lstm_init_goes_by_its_width_not_its_input(library):
+    if library is theirs:
+        weights = dict(torch.nn.LSTM(40, 11).named_parameters())
+        weights = {name: p.detach().numpy() for name, p in weights.items()}
+    else:
+        weights = puffer_jax.state_dict(puffer_jax.LSTM(40, 11, rngs=nnx.Rngs(0)))
+    assert {name: p.shape for name, p in weights.items()} == {
+        "weight_ih_l0": (44, 40),
+        "weight_hh_l0": (44, 11),
+        "bias_ih_l0": (44,),
+        "bias_hh_l0": (44,),
+    }
+    for weight in weights.values():
+        assert_uniform(weight, 1 / math.sqrt(11))
+
+
 def test_init_depends_on_the_seed_only():
     first, again, other = (puffer_jax.state_dict(small("LSTMWrapper", s)[0]) for s in (0, 0, 1))
     same_arrays(first, again)

@@ -37,8 +37,9 @@ def learn(policy, observations, best, *, steps=200, learning_rate=3e-3, forward=
     optimizer = optax.adam(learning_rate)
 
     def reward(action):
-        hit = (action == best).astype(jnp.float32)
-        return -((action - best) ** 2).sum(-1) if policy.is_continuous else hit
+        if policy.is_continuous:
+            return -((action - best) ** 2).sum(-1)
+        return (action == best).astype(jnp.float32)
 
     def loss(params, key):
         logits, values = forward(puffer_jax.merge(graphdef, params), observations)
