@@ -4,8 +4,8 @@ BIN = .venv/bin
 # The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# Every test runs in both of Flax's module modes, but those that use no Flax.
-FLAXLESS = test_distributions.py test_nativize.py
+# What depends on Flax's module mode runs in the other mode, too.
+MODULES = test_models test_golden test_weights test_check test_cleanrl
 
 .PHONY: demo test lint table clean
 
@@ -14,7 +14,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/python -m pytest -n 2 $(FLAXLESS:%=--ignore=parity_tests/%)
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/python -m pytest -n 2 $(MODULES:%=parity_tests/%.py)
 
 lint: .venv/linters
 	$(BIN)/ruff check .

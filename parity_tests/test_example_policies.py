@@ -1,5 +1,6 @@
 """The policies of examples/policies/: each equals its torch twin and runs as users run it."""
 
+import functools
 import importlib
 import os
 import re
@@ -373,15 +374,17 @@ def loss(outputs):
     return total
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.grad, has_aux=True)
+def gradients_of_loss(params, graphdef, run):
+    outputs = run(puffer_jax.merge(graphdef, params))
+    return loss(outputs), outputs
+
+
 def both(policy, twin, run_ours, run_theirs):
     """Named outputs and gradients of ours, then theirs."""
     graphdef, params = puffer_jax.split(policy)
-
-    def losses(params):
-        outputs = run_ours(puffer_jax.merge(graphdef, params))
-        return loss(outputs), outputs
-
-    gradients, ours = jax.jit(jax.grad(losses, has_aux=True))(params)
+    gradients, ours = gradients_of_loss(params, graphdef, run_ours)
     gradients = puffer_jax.state_dict(puffer_jax.merge(graphdef, gradients))
     gradients = {key: g for key, g in gradients.items() if not key.startswith("cell.")}
     twin.zero_grad()
@@ -419,13 +422,14 @@ def test_twin(name):
     policy, twin = unbuilt(name, env), make().double()
     from_jax = puffer_jax.state_dict(policy)
     same_weights(policy, twin)
+    run = lambda p: forward(p, x)  # noqa: E731
     for direction in ("torch to JAX", "JAX to torch"):
         if direction == "JAX to torch":
             puffer_jax.load_state_dict(policy, from_jax)
             tensors = {key: torch.from_numpy(array.copy()) for key, array in from_jax.items()}
             twin.load_state_dict(tensors, strict=True)
         ours, our_gradients, theirs, gradients = both(
-            policy, twin, lambda p: forward(p, x), lambda p: named(*p(theirs_x))
+            policy, twin, run, lambda p: named(*p(theirs_x))
         )
         errors = worst(ours, theirs), worst(our_gradients, gradients)
         print(f"{name}, {direction}: forward {errors[0]:.1e}, gradient {errors[1]:.1e}")
@@ -529,12 +533,10 @@ def test_independent_agents_share_nothing():
     graphdef, params = puffer_jax.split(policy)
     x = np.concatenate([numbers(ROWS, 2), np.eye(3)[[1] * ROWS]], 1)
 
-    def loss_of(params):
-        return loss(forward(puffer_jax.merge(graphdef, params), x))
-
+    gradients, _ = gradients_of_loss(params, graphdef, lambda p: forward(p, x))
     sizes = [
         max(float(abs(g).max()) for g in jax.tree.leaves(agent))
-        for _, agent in sorted(jax.jit(jax.grad(loss_of))(params)["agents"].items())
+        for _, agent in sorted(gradients["agents"].items())
     ]
     assert sizes[0] == sizes[2] == 0 < sizes[1]
 
@@ -591,10 +593,8 @@ def test_an_optimizer_leaves_the_statistics_alone():
     params = module.update(params, x)
     adam = optax.adam(0.1)
 
-    def loss_of(params):
-        return loss(forward(puffer_jax.merge(graphdef, params), x))
-
-    change, _ = adam.update(jax.jit(jax.grad(loss_of))(params), adam.init(params), params)
+    gradients, _ = gradients_of_loss(params, graphdef, lambda p: forward(p, x))
+    change, _ = adam.update(gradients, adam.init(params), params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(change["normalizer"]))
     assert all(leaf.any() for leaf in jax.tree.leaves(change["encoder"]))
 
