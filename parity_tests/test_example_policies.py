@@ -85,10 +85,10 @@ class Cnn(Twin):
             nn.Conv2d(64, 64, 3, 1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(64 * 1 * 2, 64),
+            nn.Linear(64 * 1 * 2, 128),
             nn.ReLU(),
         )
-        self.add_heads(64, 4)
+        self.add_heads(128, 4)
 
     def encode(self, x):
         return self.network(x.double() / 255)
@@ -318,7 +318,7 @@ CASES = {
     "shared_multi_agent": lambda m: (Shared, m.ENV, rows_of_agents()),
     "structured": lambda m: (Structured, *emulated(m)),
 }
-SIZES = {"cnn": {"hidden_size": 64}}
+SIZES = {"cnn": {"hidden_size": 128}}
 
 
 def build(name, env, seed=0, **options):

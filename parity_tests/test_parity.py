@@ -20,7 +20,8 @@ import puffer_jax
 from puffer_jax import parity
 from puffer_jax.layers import LSTM, flatten_channels_first, gelu
 from puffer_jax.modules import torch_parameters
-from puffer_jax.parity import MAX_RATIO, Errors, Report, Row, compare, reference_policy
+from puffer_jax.parity import compare, reference_policy
+from puffer_jax.report import BARS, MAX_RATIO, PRECISIONS, Errors, Report, Row
 
 IMAGE = gs.Box(0, 255, (2, 36, 44), np.uint8)
 
@@ -115,7 +116,7 @@ def test_our_policies_are_close_to_pufferlibs(reports, name):
     assert report.first_difference is None
     assert report.weights_differ == report.not_compared == ()
     assert all(0 < ratio <= MAX_RATIO for ratio in report.ratios.values())
-    outputs, gradients, layers = ({r.name for r in report.of(k)} for k in parity.BARS)
+    outputs, gradients, layers = ({r.name for r in report.of(k)} for k in BARS)
     original = reference_policy(PAIRS[name][0]())
     assert gradients == dict(original.named_parameters()).keys()
     ran = {n for n, _ in original.named_modules() if n not in ("", "cell", "policy")}
@@ -526,7 +527,7 @@ def row(kind="output", float64=0.0, float32=0.0, torch_rms=1e-7, jax_rms=1e-7, n
 
 
 def test_bars():
-    for kind, bars in parity.BARS.items():
+    for kind, bars in BARS.items():
         for precision, bar in bars.items():
             assert Report((row(kind, **{precision: bar}),), (), ()).failures == []
             (failure,) = Report((row(kind, **{precision: 2 * bar}),), (), ()).failures
@@ -567,10 +568,10 @@ def test_json(reports, tmp_path):
     assert content["close"] is True
     assert content["failures"] == []
     assert content["first_difference"] is None
-    assert content["bars"] == {**parity.BARS, "ratio": 2.0}
+    assert content["bars"] == {**BARS, "ratio": 2.0}
     assert content["ratios"] == report.ratios
     rows = [
-        Row(**{**r, "shape": tuple(r["shape"]), **{p: Errors(**r[p]) for p in parity.PRECISIONS}})
+        Row(**{**r, "shape": tuple(r["shape"]), **{p: Errors(**r[p]) for p in PRECISIONS}})
         for r in content["rows"]
     ]
     assert Report(tuple(rows), (), ()) == report

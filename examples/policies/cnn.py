@@ -71,7 +71,7 @@ ENV = SimpleNamespace(
 
 
 def main():
-    policy = Policy(ENV, hidden_size=64, rngs=nnx.Rngs(0))
+    policy = Policy(ENV, hidden_size=128, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     best = rng.integers(0, 4, 32)
     observations = rng.integers(0, 100, (32, 4, 36, 44), np.uint8)
