@@ -21,13 +21,14 @@ BFLOAT16 = 3e-2
 Outputs = dict[str, Any]
 
 
-def stub_env(observation_space: Any, action_space: Any) -> SimpleNamespace:
+def stub_env(observation_space: Any, action_space: Any, **more: Any) -> SimpleNamespace:
     """All of a vectorised environment that a policy of either side may look at."""
     return SimpleNamespace(
         single_observation_space=observation_space,
         single_action_space=action_space,
         observation_space=observation_space,
         action_space=action_space,
+        **more,
     )
 
 

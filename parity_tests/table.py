@@ -3,12 +3,12 @@
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pufferlib.models
 import torch
+from bars import stub_env as env
 from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
@@ -17,15 +17,6 @@ from puffer_jax.parity import compare
 
 BATCH, TIME = 32, 8
 HEADER = "| policy | forward | gradient | eval step | init | export |"
-
-
-def env(observation, action):
-    return SimpleNamespace(
-        single_observation_space=observation,
-        single_action_space=action,
-        observation_space=observation,
-        action_space=action,
-    )
 
 
 VECTOR = Box(-1, 1, (17,))

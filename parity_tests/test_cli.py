@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import gymnasium
 import jax
@@ -13,6 +12,7 @@ import pufferlib.emulation
 import pufferlib.models as reference
 import pytest
 import torch
+from bars import stub_env
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 import puffer_jax
@@ -30,15 +30,6 @@ class Packed(gymnasium.Env):
 
 
 gymnasium.register("PuffPacked-v0", Packed)
-
-
-def stub_env(observation_space, action_space):
-    return SimpleNamespace(
-        single_observation_space=observation_space,
-        single_action_space=action_space,
-        observation_space=observation_space,
-        action_space=action_space,
-    )
 
 
 CARTPOLE = stub_env(Box(-np.inf, np.inf, (4,)), Discrete(2))

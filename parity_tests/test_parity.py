@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import gymnasium.spaces as gs
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import pufferlib.models as reference
 import pytest
 import torch
+from bars import stub_env
 from flax import nnx
 
 import puffer_jax
@@ -24,15 +24,6 @@ from puffer_jax.parity import compare, reference_policy
 from puffer_jax.report import BARS, MAX_RATIO, PRECISIONS, Errors, Report, Row
 
 IMAGE = gs.Box(0, 255, (2, 36, 44), np.uint8)
-
-
-def stub_env(observation_space, action_space):
-    return SimpleNamespace(
-        single_observation_space=observation_space,
-        single_action_space=action_space,
-        observation_space=observation_space,
-        action_space=action_space,
-    )
 
 
 def normal(*shape, seed=0):

@@ -30,6 +30,7 @@ import pytest
 import safetensors.torch
 import scipy.special
 import torch
+from bars import stub_env as env
 from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from hypothesis import given, settings
@@ -44,16 +45,6 @@ SUFFIXES = [".pt", ".safetensors", ".bin"]
 
 
 # --- policies, ours and the reference's ---------------------------------------------------------
-
-
-def env(observation, action, **more):
-    return SimpleNamespace(
-        single_observation_space=observation,
-        single_action_space=action,
-        observation_space=observation,
-        action_space=action,
-        **more,
-    )
 
 
 VECTOR = Box(-1, 1, (5,))
