@@ -19,7 +19,7 @@ test: .venv/installed
 lint: .venv/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 table: .venv/installed
 	$(BIN)/python parity_tests/table.py
