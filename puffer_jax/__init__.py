@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import cleanrl as cleanrl
+    from puffer_jax import environments as environments
+    from puffer_jax import optim as optim
     from puffer_jax import parity as parity
+    from puffer_jax import plot as plot
+    from puffer_jax import ppo as ppo
     from puffer_jax.check import PolicyReport as PolicyReport
     from puffer_jax.check import check_policy as check_policy
+    from puffer_jax.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.distributions import Normal as Normal
     from puffer_jax.distributions import TanhNormal as TanhNormal
     from puffer_jax.distributions import entropy as entropy
@@ -22,6 +27,11 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.layers import LSTM as LSTM
     from puffer_jax.layers import layer_init as layer_init
     from puffer_jax.layers import torch_init as torch_init
+    from puffer_jax.loggers import JSONLLogger as JSONLLogger
+    from puffer_jax.loggers import MultiLogger as MultiLogger
+    from puffer_jax.loggers import NoLogger as NoLogger
+    from puffer_jax.loggers import TensorBoardLogger as TensorBoardLogger
+    from puffer_jax.loggers import WandbLogger as WandbLogger
     from puffer_jax.models import Convolutional as Convolutional
     from puffer_jax.models import ConvSequence as ConvSequence
     from puffer_jax.models import Default as Default
@@ -36,6 +46,9 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.nativize import nativize_tensor as nativize_tensor
     from puffer_jax.nativize import numpy_to_jax_dtype_dict as numpy_to_jax_dtype_dict
     from puffer_jax.nativize import unflatten_observations as unflatten_observations
+    from puffer_jax.pufferl import NonFiniteError as NonFiniteError
+    from puffer_jax.pufferl import PuffeRL as PuffeRL
+    from puffer_jax.pufferl import make_train as make_train
     from puffer_jax.weights import load_state_dict as load_state_dict
     from puffer_jax.weights import load_weights as load_weights
     from puffer_jax.weights import policy_from_checkpoint as policy_from_checkpoint
@@ -44,6 +57,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
 
 _EXPORTS = {
     "check": ("PolicyReport", "check_policy"),
+    "config": ("PuffeRLConfig",),
     "distributions": (
         "Normal",
         "TanhNormal",
@@ -62,6 +76,7 @@ _EXPORTS = {
         "ProcgenResnet",
         "ResidualBlock",
     ),
+    "loggers": ("JSONLLogger", "MultiLogger", "NoLogger", "TensorBoardLogger", "WandbLogger"),
     "modules": ("merge", "split"),
     "nativize": (
         "flatten_observations",
@@ -71,6 +86,7 @@ _EXPORTS = {
         "numpy_to_jax_dtype_dict",
         "unflatten_observations",
     ),
+    "pufferl": ("NonFiniteError", "PuffeRL", "make_train"),
     "weights": (
         "load_state_dict",
         "load_weights",
@@ -80,7 +96,7 @@ _EXPORTS = {
     ),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
-_SUBMODULES = ("cleanrl", "parity")
+_SUBMODULES = ("cleanrl", "environments", "optim", "parity", "plot", "ppo")
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 

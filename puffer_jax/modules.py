@@ -178,6 +178,66 @@ def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParamete
     return own + below
 
 
+def torch_layout(
+    policy: nnx.Module,
+) -> tuple[
+    Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[Mapping[str, Any]], dict[str, Any]]
+]:
+    """Two functions between a policy's dict of parameters and torch's names and layouts.
+
+    Both only transpose, reshape, join and cut: they are linear, keep every leaf's dtype, trace
+    under `jit`, `vmap` and `grad`, and take gradients and optimizer moments as well.
+
+    Args:
+        policy: only its structure is used, so `nnx.eval_shape` may have made it.
+
+    Returns:
+        `to_torch(tree)`: the nested dict that `split` returns, of NumPy or JAX arrays -> torch
+            name -> array, each tensor once, in `named_parameters()` order (where Flax has not
+            sorted the attributes, as `nnx.eval_shape` does).
+        `from_torch(tensors)`: its inverse.
+
+    Raises:
+        TypeError: a layer has no torch counterpart, or a parameter is in none. The functions
+            raise ValueError for names or shapes that do not fit.
+    """
+    graphdef, params = split(policy)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+    def parameters(tree: Mapping[str, Any]) -> tuple[nnx.Module, dict[str, TorchParameter]]:
+        merged = merge(graphdef, tree)
+        first: dict[tuple[int, ...], TorchParameter] = {}
+        for parameter in torch_parameters(merged):
+            # A module under two attributes is listed twice; torch names it once.
+            first.setdefault(tuple(map(id, parameter.variables)), parameter)
+        return merged, {parameter.name: parameter for parameter in first.values()}
+
+    def to_torch(tree: Mapping[str, Any]) -> dict[str, Any]:
+        named = parameters(tree)[1]
+        return {name: p.pack(*(v.get_value() for v in p.variables)) for name, p in named.items()}
+
+    def from_torch(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        merged, named = parameters(template)
+        expected = {name: parameter.shape for name, parameter in named.items()}
+        given = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+        if expected != given:
+            problems = "; ".join(mismatches(expected, given))
+            raise ValueError(f"the tensors do not fit the policy: {problems}")
+        for name, parameter in named.items():
+            arrays = parameter.from_torch(tensors[name])
+            for variable, array in zip(parameter.variables, arrays, strict=True):
+                variable.set_value(array)
+        return split(merged)[1]
+
+    covered = sum(len(p.variables) for p in parameters(template)[1].values())
+    if covered != len(jax.tree.leaves(params)):
+        raise TypeError(
+            "only nnx.Param in modules, nnx.List, nnx.Dict and nnx.Sequential have a torch "
+            f"counterpart: {covered} of the policy's {len(jax.tree.leaves(params))} have"
+        )
+    return to_torch, from_torch
+
+
 def torch_aliases(module: nnx.Module) -> dict[str, str]:
     """Tied keys of the torch twin's `state_dict()`: alias -> the name it is tied to."""
     return {
@@ -263,9 +323,13 @@ def _conv_back(tensor: Any, shape: Shape) -> tuple[Any]:
     return (tensor.transpose(*range(2, tensor.ndim), 1, 0),)
 
 
+def _concatenate(arrays: list[Any]) -> Any:
+    return arrays[0].__array_namespace__().concat(arrays)  # NumPy's arrays, JAX's and tracers
+
+
 def _attention_in(*kernels: Any) -> Any:
     # three (in, heads, head_dim) -> (3 * heads * head_dim, in)
-    return np.concatenate([kernel.reshape(kernel.shape[0], -1).T for kernel in kernels])
+    return _concatenate([kernel.reshape(kernel.shape[0], -1).T for kernel in kernels])
 
 
 def _attention_in_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
@@ -276,7 +340,7 @@ def _attention_in_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
 
 
 def _attention_bias(*biases: Any) -> Any:
-    return np.concatenate([bias.reshape(-1) for bias in biases])
+    return _concatenate([bias.reshape(-1) for bias in biases])
 
 
 def _attention_bias_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:

@@ -1,0 +1,185 @@
+"""The reference's trainer on a given buffer, in either precision, beside ours."""
+
+import ctypes
+import re
+import signal
+import subprocess
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pufferlib
+import pufferlib.models
+import torch
+from bars import stub_env
+from reference import torch_precision
+
+handlers = {number: signal.getsignal(number) for number in (signal.SIGINT,)}
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import pufferlib.pufferl  # takes SIGINT and the excepthook, and filters warnings
+for number, handler in handlers.items():
+    signal.signal(number, handler)
+
+# The reference's `[train]` defaults of PufferLib 3.0, sized for tests.
+CONFIG: dict[str, Any] = {
+    "torch_deterministic": True,
+    "seed": 0,
+    "device": "cpu",
+    "cpu_offload": False,
+    "compile": False,
+    "compile_mode": "default",
+    "compile_fullgraph": False,
+    "optimizer": "adam",
+    "precision": "float32",
+    "learning_rate": 0.015,
+    "anneal_lr": True,
+    "adam_beta1": 0.95,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-12,
+    "max_grad_norm": 1.5,
+    "gamma": 0.995,
+    "gae_lambda": 0.9,
+    "update_epochs": 1,
+    "clip_coef": 0.2,
+    "vf_coef": 2.0,
+    "vf_clip_coef": 0.2,
+    "ent_coef": 0.001,
+    "vtrace_rho_clip": 1.0,
+    "vtrace_c_clip": 1.0,
+    "prio_alpha": 0.8,
+    "prio_beta0": 0.2,
+    "bptt_horizon": 8,
+    "batch_size": 128,
+    "minibatch_size": 32,
+    "max_minibatch_size": 32768,
+    "total_timesteps": 128 * 120,
+    "checkpoint_interval": 10**9,
+    "data_dir": "experiments",
+    "env": "stub",
+}
+
+
+def numpy_advantage(values, rewards, terminals, ratio, gamma, gae_lambda, rho_clip, c_clip):
+    """The formula of `compute_puff_advantage`, step by step, in the precision of its arguments."""
+    advantages = np.zeros_like(values)
+    for row in range(values.shape[0]):
+        running = 0.0
+        for t in range(values.shape[1] - 2, -1, -1):
+            alive = 1.0 - terminals[row, t + 1]
+            target = rewards[row, t + 1] + gamma * values[row, t + 1] * alive
+            delta = min(ratio[row, t], rho_clip) * (target - values[row, t])
+            running = delta + gamma * gae_lambda * min(ratio[row, t], c_clip) * running * alive
+            advantages[row, t] = running
+    return advantages
+
+
+def original_advantage(folder: Path):
+    """The reference's own float32 loop, compiled from the source in its wheel."""
+    wheel = Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp"
+    found = re.search(r"void puff_advantage_row\(.*?\n}\n", wheel.read_text(), re.DOTALL)
+    assert found, wheel
+    source = folder / "row.cpp"
+    source.write_text(f'#include <math.h>\nextern "C" {found.group()}')
+    library = folder / "row.so"
+    subprocess.run(["g++", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
+    pointer, number = np.ctypeslib.ndpointer(np.float32, flags="C"), ctypes.c_float
+    row = ctypes.CDLL(str(library)).puff_advantage_row
+    row.argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int]
+    row.restype = None
+
+    def advantage(values, rewards, terminals, ratio, gamma, gae_lambda, rho_clip, c_clip):
+        out = np.zeros_like(values)
+        for i in range(len(values)):
+            arrays = (values[i], rewards[i], terminals[i], ratio[i], out[i])
+            row(*arrays, gamma, gae_lambda, rho_clip, c_clip, values.shape[1])
+        return out
+
+    return advantage
+
+
+def _torch_advantage(values, rewards, terminals, ratio, advantages, *numbers):
+    arrays = (values, rewards, terminals, ratio)
+    return torch.from_numpy(numpy_advantage(*(x.detach().numpy() for x in arrays), *numbers))
+
+
+class _Quiet:
+    def stop(self) -> None:
+        pass
+
+
+@contextmanager
+def patched(**names: Any):
+    """Module attributes of the reference's trainer replaced for a while."""
+    old = {name: getattr(pufferlib.pufferl, name) for name in names}
+    for name, value in names.items():
+        setattr(pufferlib.pufferl, name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(pufferlib.pufferl, name, value)
+
+
+class Reference:
+    """The real `PuffeRL` without an environment: its buffer is filled, its `train()` run."""
+
+    def __init__(self, policy: torch.nn.Module, spaces: Any, dtype: str, **config: Any):
+        self.dtype = dtype
+        self.config = CONFIG | {"use_rnn": hasattr(policy, "lstm")} | config
+        segments = self.config["batch_size"] // self.config["bptt_horizon"]
+        vecenv = SimpleNamespace(
+            async_reset=lambda seed: None, num_agents=segments, agents_per_batch=segments
+        )
+        vars(vecenv).update(vars(stub_env(*spaces)))
+        with self.running():
+            self.trainer = pufferlib.pufferl.PuffeRL(
+                self.config, vecenv, policy.to(getattr(torch, dtype))
+            )
+        self.trainer.print_dashboard = lambda *args, **kwargs: None
+
+    @contextmanager
+    def running(self):
+        names = {
+            "compute_puff_advantage": _torch_advantage,
+            "_C_AVAILABLE": True,
+            "Utilization": _Quiet,
+        }
+        dashboard = pufferlib.pufferl.PuffeRL.print_dashboard
+        pufferlib.pufferl.PuffeRL.print_dashboard = lambda *args, **kwargs: None
+        try:
+            with torch_precision(self.dtype), patched(**names), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # autocast to float32 is announced as disabled
+                yield
+        finally:
+            pufferlib.pufferl.PuffeRL.print_dashboard = dashboard
+
+    def train(self, buffer: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, Any]:
+        """One `train()` on this buffer and these minibatches."""
+        trainer, queue = self.trainer, list(indices)
+        for name, array in buffer.items():
+            getattr(trainer, name)[:] = torch.from_numpy(array)
+        priorities = []
+
+        def multinomial(probs, count):
+            priorities.append(probs.numpy().copy())
+            return torch.from_numpy(queue.pop(0).astype(np.int64))
+
+        real = torch.multinomial
+        torch.multinomial = multinomial
+        try:
+            with self.running():
+                trainer.train()
+        finally:
+            torch.multinomial = real
+        assert not queue
+        return {
+            "losses": {name: float(value) for name, value in trainer.losses.items()},
+            "ratio": trainer.ratio.numpy().copy(),
+            "values": trainer.values.numpy().copy(),
+            "priorities": priorities[-1],
+            "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        }
