@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.distributions import log_prob as log_prob
     from puffer_jax.distributions import mask_logits as mask_logits
     from puffer_jax.distributions import sample_logits as sample_logits
+    from puffer_jax.jaxenv import as_jax_env as as_jax_env
     from puffer_jax.layers import LSTM as LSTM
     from puffer_jax.layers import layer_init as layer_init
     from puffer_jax.layers import torch_init as torch_init
@@ -67,6 +68,7 @@ _EXPORTS = {
         "mask_logits",
         "sample_logits",
     ),
+    "jaxenv": ("as_jax_env",),
     "layers": ("LSTM", "layer_init", "torch_init"),
     "models": (
         "ConvSequence",

@@ -248,17 +248,16 @@ class PuffeRLConfig:
         Raises:
             ValueError: sizes that do not fit together; names the nearest that do.
         """
-        batch: Any = self.batch_size
-        horizon: Any = self.bptt_horizon
-        if batch == "auto" and horizon == "auto":
+        batch, horizon = self.batch_size, self.bptt_horizon
+        if isinstance(batch, str) and isinstance(horizon, str):
             raise ValueError("give batch_size or bptt_horizon; both are 'auto'")
         if agents is None:
-            sized = "auto" not in (batch, horizon)
+            sized = not (isinstance(batch, str) or isinstance(horizon, str))
             agents = self.num_envs or (max(1, int(batch) // int(horizon)) if sized else 64)
-        if horizon == "auto":
+        if isinstance(batch, str):
+            batch = agents * int(horizon)
+        if isinstance(horizon, str):
             horizon = max(1, batch // agents)
-        if batch == "auto":
-            batch = agents * horizon
         if batch % horizon:
             raise ValueError(
                 f"batch_size {batch} is no multiple of bptt_horizon {horizon}; nearest: "

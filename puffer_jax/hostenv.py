@@ -1,7 +1,7 @@
 """Environments on the host behind one interface: PufferLib's vecenvs and gymnasium's."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Received(NamedTuple):
     stats: dict[str, list[Any]]
 
 
+@runtime_checkable
 class HostEnv(Protocol):
     """Environments on the host, as the trainer uses them.
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax import spaces
 from puffer_jax.config import PuffeRLConfig, Sizes
 from puffer_jax.distributions import sample_logits
-from puffer_jax.jaxenv import JaxEnv, autoreset
+from puffer_jax.jaxenv import AdaptedEnv, autoreset
 from puffer_jax.modules import merge, split
 from puffer_jax.ppo import Experience, Last, Params, is_recurrent
 
@@ -169,7 +170,7 @@ class Collector(NamedTuple):
 
 
 def make_collector(
-    config: PuffeRLConfig, sizes: Sizes, env: JaxEnv, policy: nnx.Module
+    config: PuffeRLConfig, sizes: Sizes, env: AdaptedEnv, policy: nnx.Module
 ) -> Collector:
     """Rollouts in `sizes.agents` copies of a JAX-native environment."""
     actor = make_actor(config, policy, env.action_space)
@@ -213,9 +214,9 @@ def make_collector(
         done = out.terminated | out.truncated
         returns, lengths = stream.returns + out.reward, stream.lengths + 1
         episodes = Episodes(
-            episodes.episodes + done.sum(),
+            episodes.episodes + done.sum(dtype=jnp.int32),
             episodes.returns + jnp.where(done, returns, 0).sum(),
-            episodes.lengths + jnp.where(done, lengths, 0).sum(),
+            episodes.lengths + jnp.where(done, lengths, 0).sum(dtype=jnp.int32),
         )
         arrival = Arrival(
             out.obs, out.reward, out.terminated, out.truncated, done, arrival.mask, final_value
@@ -324,9 +325,8 @@ def make_host_step(
 
         def write(buffer: Array, value: Array) -> Array:
             value = jnp.asarray(value, buffer.dtype)[:, None]
-            return jax.lax.dynamic_update_slice(
-                buffer, value, (row, time) + (0,) * (buffer.ndim - 2)
-            )
+            start = (row, time) + (np.int32(0),) * (buffer.ndim - 2)
+            return jax.lax.dynamic_update_slice(buffer, value, start)
 
         def keep_first(buffer: Array, value: Array) -> Array:
             old = jax.lax.dynamic_slice_in_dim(buffer, row, batch)
