@@ -3,21 +3,21 @@
 python examples/demo.py
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import gymnasium
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
-import ppo
 import torch
 import tyro
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from flax import nnx
 
 import puffer_jax
 from puffer_jax.parity import compare, reference_policy
+from puffer_jax.plot import plot_runs
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,32 @@ class Demo:
 
 
 def train(args: Demo):
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn()) as progress:
-        task = progress.add_task("compiling", total=args.steps)
-
-        def report(step, mean_return):
-            text = f"step {step:,}  mean return {mean_return:.0f}"
-            progress.update(task, completed=step, description=text)
-
-        return ppo.train(ppo.Config(recurrent=True, steps=args.steps, seed=args.seed), report)
-
-
-def draw(curve, path):
-    steps, returns = zip(*curve, strict=True)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(steps, returns)
-    axes.axhline(475, color="gray", linestyle=":", label="solved: 475")
-    axes.set(xlabel="environment steps", ylabel="mean return of 100 episodes")
-    axes.set_title("LSTMWrapper(Default) on CartPole-v1")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    envs = gymnasium.make_vec("CartPole-v1", 32, "sync")
+    policy = puffer_jax.Default(envs, rngs=nnx.Rngs(args.seed))
+    policy = puffer_jax.LSTMWrapper(envs, policy, rngs=nnx.Rngs(args.seed))
+    config = puffer_jax.PuffeRLConfig.recommended(
+        env="CartPole-v1",
+        total_timesteps=args.steps,
+        seed=args.seed,
+        minibatch_size=512,
+        update_epochs=4,
+        optimizer="adam",
+        learning_rate=5e-3,
+        adam_beta1=0.9,
+        adam_eps=1e-5,
+        max_grad_norm=0.5,
+        gamma=0.99,
+        gae_lambda=0.95,
+        reward_scale=0.05,
+        data_dir=str(args.folder),
+    )
+    shutil.rmtree(args.folder / "run", ignore_errors=True)
+    logger = puffer_jax.JSONLLogger(args.folder / "run" / "log.jsonl")
+    print(f"training for {args.steps:,} steps, about a minute; the log is {logger.path}")
+    trainer = puffer_jax.PuffeRL(config, envs, policy, logger)
+    trainer.run()  # draws a dashboard on a terminal
+    plot_runs([args.folder / "run"], args.folder / "learning_curve.png")
+    return trainer.policy
 
 
 def play(act, state, episodes, seed):
@@ -70,10 +76,8 @@ def play(act, state, episodes, seed):
 
 def main(args: Demo):
     start = perf_counter()
-    policy, curve = train(args)
+    policy = train(args)
     print(f"trained for {perf_counter() - start:.0f} s")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    draw(curve, args.folder / "learning_curve.png")
     for suffix in ("pt", "safetensors", "bin"):
         puffer_jax.save_weights(policy, args.folder / f"policy.{suffix}")
     print(f"wrote learning_curve.png and policy.pt/.safetensors/.bin to {args.folder}/")

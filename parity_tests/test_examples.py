@@ -43,10 +43,35 @@ def test_demo(tmp_path):
         "policy.bin.json",
         "policy.pt",
         "policy.safetensors",
+        "run",
+        "run.pt",
     }
     ours, theirs = (line.split(": ")[1] for line in out.splitlines() if "20 episodes" in line)
     assert ours == theirs
     assert "gradient" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("train_gymnasium.py", "--recurrent", "--steps", "512", "--num-envs", "4"), "model: runs"),
+        (("train_pufferlib.py", "--steps", "512", "--num-envs", "4"), "loads into pufferlib"),
+        (("train_gymnax.py", "--steps", "2048", "--num-envs", "4"), "agent_steps: 2048"),
+        (("sweep_vmap.py", "--seeds", "4", "--steps", "512", "--num-envs", "4"), "rate   3e-02"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_training(tmp_path, command, expected):
+    assert expected in run(tmp_path, *command)
+
+
+def test_learning_table(tmp_path):
+    tasks = ("CartPole-v1, gymnasium", "CartPole-v1, gymnax")
+    out = run(tmp_path, "learning.py", "--tasks", *tasks, "--seeds", "1", "--scale", "0.05")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == [f"| {task}" for task in tasks]
+    assert all(10 < float(row[3]) <= 500 for row in rows)
+    assert (tmp_path / "learning.png").stat().st_size > 10_000
 
 
 def test_ppo_learns():

@@ -91,6 +91,8 @@ def lockstep(kind: str, recurrent: bool, dtype: str, updates: int, **changes):
     update = jax.jit(lambda s, e, i: learner.update(s, e, indices=i))
     start = copy.deepcopy(theirs)
     reference = Reference(theirs, (OBSERVATION, SPACES[kind]), dtype, **changes)
+    if config.optimizer == "muon":  # its momentum is float32 otherwise, whatever the parameters
+        reference.trainer.optimizer.param_groups[0]["storage_dtype"] = "float64"
     rng = np.random.default_rng(1)
     for _ in range(updates):
         buffer = make_buffer(start, kind, dtype, rng)
@@ -146,6 +148,11 @@ def test_a_hundred_updates_in_lockstep(recurrent):
     kind = "multidiscrete" if recurrent else "continuous"
     found, expected, _ = lockstep(kind, recurrent, "float64", 100)
     assert_same(found, expected, 1e-9)
+
+
+def test_muon_in_lockstep():
+    found, expected, _ = lockstep("discrete", True, "float64", 10, optimizer="muon")
+    assert_same(found, expected, 1e-11)
 
 
 def test_one_update_in_float32():

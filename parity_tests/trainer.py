@@ -66,44 +66,49 @@ CONFIG: dict[str, Any] = {
 def numpy_advantage(values, rewards, terminals, ratio, gamma, gae_lambda, rho_clip, c_clip):
     """The formula of `compute_puff_advantage`, step by step, in the precision of its arguments."""
     advantages = np.zeros_like(values)
-    for row in range(values.shape[0]):
-        running = 0.0
-        for t in range(values.shape[1] - 2, -1, -1):
-            alive = 1.0 - terminals[row, t + 1]
-            target = rewards[row, t + 1] + gamma * values[row, t + 1] * alive
-            delta = min(ratio[row, t], rho_clip) * (target - values[row, t])
-            running = delta + gamma * gae_lambda * min(ratio[row, t], c_clip) * running * alive
-            advantages[row, t] = running
+    running = np.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 2, -1, -1):
+        alive = 1.0 - terminals[:, t + 1]
+        target = rewards[:, t + 1] + gamma * values[:, t + 1] * alive
+        delta = np.minimum(ratio[:, t], rho_clip) * (target - values[:, t])
+        running = delta + gamma * gae_lambda * np.minimum(ratio[:, t], c_clip) * running * alive
+        advantages[:, t] = running
     return advantages
 
 
 def original_advantage(folder: Path):
-    """The reference's own float32 loop, compiled from the source in its wheel."""
-    wheel = Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp"
-    found = re.search(r"void puff_advantage_row\(.*?\n}\n", wheel.read_text(), re.DOTALL)
-    assert found, wheel
-    source = folder / "row.cpp"
-    source.write_text(f'#include <math.h>\nextern "C" {found.group()}')
-    library = folder / "row.so"
-    subprocess.run(["g++", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
+    """The reference's own float32 loops, compiled from the source in its wheel."""
+    wheel = (Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp").read_text()
+    names = ("puff_advantage_row", "puff_advantage")
+    found = [re.search(rf"void {name}\(.*?\n}}\n", wheel, re.DOTALL) for name in names]
+    assert all(found), names
+    source = folder / "advantage.cpp"
+    code = "".join(match.group() for match in found if match)
+    source.write_text(f'#include <math.h>\nextern "C" {{\n{code}}}\n')
+    library = folder / "advantage.so"
+    subprocess.run(["g++", "-O3", "-shared", "-fPIC", source, "-o", library], check=True)
     pointer, number = np.ctypeslib.ndpointer(np.float32, flags="C"), ctypes.c_float
-    row = ctypes.CDLL(str(library)).puff_advantage_row
-    row.argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int]
-    row.restype = None
+    loops = ctypes.CDLL(str(library)).puff_advantage
+    loops.argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int] * 2
+    loops.restype = None
 
     def advantage(values, rewards, terminals, ratio, gamma, gae_lambda, rho_clip, c_clip):
         out = np.zeros_like(values)
-        for i in range(len(values)):
-            arrays = (values[i], rewards[i], terminals[i], ratio[i], out[i])
-            row(*arrays, gamma, gae_lambda, rho_clip, c_clip, values.shape[1])
+        arrays = (values, rewards, terminals, ratio, out)
+        loops(*arrays, gamma, gae_lambda, rho_clip, c_clip, *values.shape)
         return out
 
     return advantage
 
 
-def _torch_advantage(values, rewards, terminals, ratio, advantages, *numbers):
-    arrays = (values, rewards, terminals, ratio)
-    return torch.from_numpy(numpy_advantage(*(x.detach().numpy() for x in arrays), *numbers))
+def torch_advantage(advantage):
+    """A NumPy advantage in the place of `pufferlib.pufferl.compute_puff_advantage`."""
+
+    def compute(values, rewards, terminals, ratio, advantages, *numbers):
+        arrays = (x.detach().numpy() for x in (values, rewards, terminals, ratio))
+        return torch.from_numpy(advantage(*arrays, *numbers))
+
+    return compute
 
 
 class _Quiet:
@@ -125,16 +130,24 @@ def patched(**names: Any):
 
 
 class Reference:
-    """The real `PuffeRL` without an environment: its buffer is filled, its `train()` run."""
+    """The real `PuffeRL`; without a vecenv, its buffer is filled and its `train()` run."""
 
-    def __init__(self, policy: torch.nn.Module, spaces: Any, dtype: str, **config: Any):
+    def __init__(
+        self,
+        policy: torch.nn.Module,
+        spaces: Any,
+        dtype: str,
+        vecenv: Any = None,
+        **config: Any,
+    ):
         self.dtype = dtype
         self.config = CONFIG | {"use_rnn": hasattr(policy, "lstm")} | config
         segments = self.config["batch_size"] // self.config["bptt_horizon"]
-        vecenv = SimpleNamespace(
-            async_reset=lambda seed: None, num_agents=segments, agents_per_batch=segments
-        )
-        vars(vecenv).update(vars(stub_env(*spaces)))
+        if vecenv is None:
+            vecenv = SimpleNamespace(
+                async_reset=lambda seed: None, num_agents=segments, agents_per_batch=segments
+            )
+            vars(vecenv).update(vars(stub_env(*spaces)))
         with self.running():
             self.trainer = pufferlib.pufferl.PuffeRL(
                 self.config, vecenv, policy.to(getattr(torch, dtype))
@@ -144,7 +157,7 @@ class Reference:
     @contextmanager
     def running(self):
         names = {
-            "compute_puff_advantage": _torch_advantage,
+            "compute_puff_advantage": torch_advantage(numpy_advantage),
             "_C_AVAILABLE": True,
             "Utilization": _Quiet,
         }

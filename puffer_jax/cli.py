@@ -1,4 +1,4 @@
-"""The `puffer-jax` command: check a checkpoint against the real PufferLib, or convert it."""
+"""The `puffer-jax` command: train and play policies, check checkpoints and convert them."""
 
 import math
 import sys
@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from puffer_jax import models
+from puffer_jax.commands import Eval, Plot, Train, train_defaults
 from puffer_jax.spaces import emulated_dtypes, kind_of
 from puffer_jax.weights import policy_from_checkpoint, save_weights, state_dict
 
@@ -196,27 +197,64 @@ def _pack(struct: np.ndarray, sample: Any) -> None:
         struct[...] = sample
 
 
-_COMMANDS = (
-    Annotated[Check, tyro.conf.subcommand("check")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-)
+_integers = tyro.constructors.ConstructorRegistry()
+
+
+@_integers.primitive_rule
+def _integer(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Take 1e6 for a million, as people write numbers of steps."""
+    if info.type is not int:
+        return None
+
+    def parse(words: list[str]) -> int:
+        try:
+            return int(words[0])
+        except ValueError:
+            number = float(words[0])
+            if not number.is_integer():
+                raise ValueError(f"{words[0]} is no whole number") from None
+            return int(number)
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _commands(train: Train) -> Any:
+    one_way = tyro.conf.FlagCreatePairsOff
+    return (
+        Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Eval, tyro.conf.subcommand("eval"), one_way]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
+        | Annotated[Check, tyro.conf.subcommand("check"), one_way]
+        | Annotated[Convert, tyro.conf.subcommand("convert"), one_way]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: run the command and return its exit code."""
-    command = tyro.cli(
-        _COMMANDS,  # type: ignore[arg-type]
-        prog="puffer-jax",
-        description=__doc__,
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        # A file or a run gives defaults that the flags then win over.
+        train = train_defaults(argv[1:]) if argv[:1] == ["train"] else Train()
+        command = tyro.cli(
+            _commands(train),
+            prog="puffer-jax",
+            description=__doc__,
+            args=argv,
+            registry=_integers,
+        )
         return command.run()
-    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, ImportError, OSError) as error:
         lines = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())[-1:]]
         print("puffer-jax:", " ".join(" ".join(lines).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

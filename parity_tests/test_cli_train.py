@@ -1,0 +1,596 @@
+"""`puffer-jax train`, `eval` and `plot`: what they write, print and return."""
+
+import json
+import signal
+import sys
+
+import gymnasium
+import numpy as np
+import pufferlib.models as reference
+import pufferlib.vector
+import pytest
+import torch
+from bars import stub_env
+from flax import nnx
+from gymnasium.spaces import Box, Dict, Discrete
+from PIL import Image
+
+import puffer_jax
+from puffer_jax import commands, environments, loggers, pufferl
+from puffer_jax.cli import main
+
+SMALL = ["--train.bptt-horizon", "8", "--policy.hidden-size", "8", "--train.no-anneal-lr"]
+INI = """
+[base]
+package = ocean
+env_name = {env}
+policy_name = Policy
+rnn_name = Recurrent
+[vec]
+num_envs = 4
+seed = 42
+[env]
+{argument}
+[policy]
+hidden_size = 8
+[rnn]
+input_size = 8
+hidden_size = 8
+[train]
+device = cpu
+compile = False
+bptt_horizon = 8
+anneal_lr = False
+total_timesteps = {steps}
+[sweep]
+metric = score
+[sweep.train.gamma]
+min = 0.9
+"""
+TITLE = "mean std min max"
+
+
+def write_ini(folder, env="cartpole", argument="max_steps = 20", steps="64", more=""):
+    path = folder / "run.ini"
+    path.write_text(INI.format(env=env, argument=argument, steps=steps) + more)
+    return str(path)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def settings_of(run):
+    return json.loads((run / "config.json").read_text())
+
+
+def table(printed):
+    """The numbers `eval` printed: name -> [mean, std, min, max]."""
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split() == TITLE.split())
+    return {n: [float(x) for x in row] for n, *row in map(str.split, lines[start + 1 : start + 3])}
+
+
+@pytest.fixture(autouse=True)
+def log_every_epoch(monkeypatch):
+    monkeypatch.setattr(pufferl, "_LOG_SECONDS", -1)
+
+
+@pytest.fixture(scope="module")
+def native_run(tmp_path_factory):
+    """From a file, with an LSTM: two epochs of 32 steps."""
+    folder = tmp_path_factory.mktemp("native")
+    data = ["--train.data-dir", str(folder / "runs")]
+    assert main(["train", "--config", write_ini(folder), "--name", "a", *data]) == 0
+    return folder / "runs" / "a_seed42"
+
+
+@pytest.fixture(scope="module")
+def host_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    flags = ["--name", "b", "--train.data-dir", str(folder), "--train.seed", "3", *SMALL]
+    vec = ["--vec.num-envs", "4", "--vec.mode", "sync", "--train.total-timesteps", "1e2"]
+    assert main(["train", "--env", "CartPole-v1", *flags, *vec]) == 0
+    return folder / "b_seed3"
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """What the command line comes to, without training."""
+    seen = []
+    monkeypatch.setattr(commands.Train, "run", lambda self: seen.append(self) or 0)
+
+    def options(*argv):
+        assert main(["train", *argv]) == 0
+        return seen[-1]
+
+    return options
+
+
+# --- train -----------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run(host_run, capsys):
+    names = {path.name for path in host_run.iterdir()}
+    epoch = max(int(name[6:12]) for name in names if name.startswith("model_"))
+    assert {"config.json", "log.jsonl", f"model_{epoch:06d}.pt", f"state_{epoch:06d}"} == names
+    last = lines_of(host_run)[-1]
+    assert last["epoch"] == epoch
+    assert 100 <= last["agent_steps"] < 100 + 32
+    settings = settings_of(host_run)
+    assert settings["env"] == "CartPole-v1"
+    assert settings["train"]["total_timesteps"] == 100
+    assert settings["train"]["seed"] == 3
+    # PufferLib's policy takes the model.
+    policy = reference.Default(stub_env(Box(-1, 1, (4,)), Discrete(2)), 8)
+    final = host_run.with_name("b_seed3.pt")
+    policy.load_state_dict(torch.load(final, weights_only=True), strict=True)
+    assert final.read_bytes() == (host_run / f"model_{epoch:06d}.pt").read_bytes()
+
+
+def test_a_stopped_run_goes_on_as_if_never_stopped(native_run, tmp_path, monkeypatch, capsys):
+    log = loggers.JSONLLogger.log
+
+    def log_and_stop(self, logs, step):
+        log(self, logs, step)
+        signal.raise_signal(signal.SIGTERM)
+
+    run = tmp_path / "a_seed42"
+    with monkeypatch.context() as patch:
+        patch.setattr(loggers.JSONLLogger, "log", log_and_stop)
+        flags = ["--train.data-dir", str(tmp_path), "--name", "a"]
+        assert main(["train", "--config", write_ini(tmp_path), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"run {run}\n32 of 64 steps, 1 epochs: ")
+    assert printed.endswith(f"go on with: puffer-jax train --resume {run}\n")
+    before = lines_of(run)
+    assert [line["epoch"] for line in before] == [1]
+
+    monkeypatch.chdir(run)
+    assert main(["train", "--resume", "."]) == 0
+    assert capsys.readouterr().out.startswith(f"run {run}\n64 of 64 steps, 2 epochs: ")
+    lines = lines_of(run)
+    assert lines[:1] == before
+    assert [(line["epoch"], line["agent_steps"]) for line in lines[1:]] == [(2, 64)]
+    weights = [torch.load(f"{r}.pt", weights_only=True).values() for r in (run, native_run)]
+    assert len(weights[0]) > 5
+    assert all(torch.equal(ours, whole) for ours, whole in zip(*weights, strict=True))
+    assert settings_of(run)["train"]["total_timesteps"] == 64
+
+    assert main(["train", "--resume", str(run), "--train.total-timesteps", "50"]) == 0
+    assert capsys.readouterr().out == f"{run}: 64 of 50 steps are done already\n"
+    assert lines_of(run) == lines
+
+
+def test_flags_win_over_the_file_and_the_file_over_recommended(tmp_path, options):
+    path = write_ini(tmp_path, more="")
+    file = options("--config", path)
+    assert (file.env, file.env_arg, file.rnn) == ("cartpole", ("max_steps=20",), True)
+    assert (file.vec.num_envs, file.vec.mode, file.policy.hidden_size) == (4, "auto", 8)
+    assert (file.train.total_timesteps, file.train.anneal_lr) == (64, False)
+    assert (file.train.reward_clip, file.train.reset_on_done) == (1.0, False)
+
+    flags = ["--env", "squared", "--env-arg", "distance=2", "--no-rnn", "--vec.num-envs", "9"]
+    flags += ["--train.anneal-lr", "--train.total-timesteps", "2e6"]
+    both = options("--config", path, *flags)
+    assert (both.env, both.rnn, both.vec.num_envs) == ("squared", False, 9)
+    assert both.env_arg == ("max_steps=20", "distance=2")
+    assert (both.train.total_timesteps, both.train.anneal_lr) == (2_000_000, True)
+    assert (both.train.bptt_horizon, both.policy.hidden_size) == (8, 8)
+
+    more = "reward_clip = 5\nrecompute_advantage = False\n"
+    path = write_ini(tmp_path, steps="1e4\n" + more)
+    best = options("--recommended", "--config", path, "--train.recompute-advantage")
+    assert (best.train.reward_clip, best.train.reset_on_done) == (5.0, True)
+    assert (best.train.recompute_advantage, best.train.total_timesteps) == (True, 10_000)
+    assert options("--env", "x").train.reset_on_done is False
+
+
+def test_what_else_a_pufferlib_file_says(tmp_path, options):
+    path = tmp_path / "x.ini"
+    path.write_text(
+        "[base]\npackage = gymnax\nenv_name = CartPole-v1\npolicy_name = ProcgenResnet\n"
+        "[vec]\nbackend = Multiprocessing\nnum_workers = auto\nbatch_size = auto\n"
+        "[policy]\ncnn_width = 4\nmlp_width = 32\n[train]\nuse_rnn = True\nnum_envs = 6\n"
+    )
+    read = options("--config", str(path))
+    assert (read.env, read.rnn) == ("gymnax:CartPole-v1", True)
+    expected = commands.VecOptions(
+        num_envs=6, mode="puffer", backend="Multiprocessing", num_workers="auto", batch_size="auto"
+    )
+    assert read.vec == expected
+    expected = commands.PolicyOptions(name="ProcgenResnet", hidden_size=32, cnn_width=4)
+    assert read.policy == expected
+    path.write_text("[base]\nenv_name = one two\n")
+    assert options("--config", str(path)).env is None
+
+
+FRAMES = Box(0, 255, (4, 84, 84), np.uint8)
+POLICIES = [
+    (Box(-1, 1, (4,)), {}, ("Default", 128)),
+    (Dict({"a": Box(-1, 1, (2,)), "b": Discrete(3)}), {}, ("Default", 128)),
+    (FRAMES, {}, ("Convolutional", 512, 4, False)),
+    (Box(0, 255, (84, 84, 1), np.uint8), {}, ("Convolutional", 512, 1, True)),
+    (FRAMES, {"hidden_size": 8, "downsample": 2}, ("Convolutional", 8, 4, False)),
+    (FRAMES, {"name": "Default"}, ("Default", 128)),
+    (Box(0, 255, (64, 64, 3), np.uint8), {"hidden_size": 8}, ("ProcgenResnet", 8)),
+    (Box(0, 1, (4, 84, 84)), {}, ("Default", 128)),
+    (Box(0, 255, (9, 9, 3), np.uint8), {}, ("Default", 128)),
+    (Box(0, 255, (60, 48, 3), np.uint8), {"name": "Convolutional"}, ("Convolutional", 512, 3)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(POLICIES)))
+def test_the_policy_fits_the_observations(number):
+    space, given, expected = POLICIES[number]
+    rnn = number % 2 == 0
+    channels_last = {"channels_last": True} if space.shape == (60, 48, 3) else {}
+    options = commands.PolicyOptions(**given, **channels_last)
+    env = stub_env(space, Discrete(3))
+    policy = nnx.eval_shape(lambda: commands.make_policy(env, options, rnn))
+    if rnn:
+        assert (policy.input_size, policy.hidden_size) == (expected[1], expected[1])
+        policy = policy.policy
+    found = type(policy).__name__, policy.hidden_size
+    if expected[0] == "Convolutional":
+        found += policy.framestack, policy.channels_last
+        expected = (*expected, True)[:4]
+    assert found == expected
+
+
+def test_images_with_other_actions_get_a_default_policy_and_bfloat16_its_dtype():
+    env = stub_env(FRAMES, Box(-1, 1, (2,)))
+    options = commands.PolicyOptions(hidden_size=8)
+    make = lambda: commands.make_policy(env, options, True, "bfloat16")  # noqa: E731
+    policy = nnx.eval_shape(make)
+    assert type(policy.policy) is puffer_jax.Default
+    assert np.dtype(policy.policy.dtype) == np.dtype(policy.lstm.dtype) == "bfloat16"
+
+
+def test_ways_to_vectorise(monkeypatch):
+    def make(mode, **options):
+        vec = commands.VecOptions(num_envs=3, mode=mode, **options)
+        envs, single, count = commands._make_envs("CartPole-v1", vec, {"max_episode_steps": 9})
+        assert count is None
+        envs.close()
+        return envs, single
+
+    vector = gymnasium.vector
+    assert type(make("sync")[0]) is vector.SyncVectorEnv
+    assert type(make("auto")[0]).__name__ == type(make("vector")[0]).__name__ == "CartPoleVectorEnv"
+    puffer, driver = make("puffer")
+    assert type(puffer) is pufferlib.vector.Serial
+    assert (puffer.num_agents, driver.emulated is not None) == (3, True)
+    assert driver.env.spec.max_episode_steps == 9
+
+    # A process that has used JAX should not be forked.
+    calls = []
+    other = lambda *args, **options: calls.append(options) or puffer  # noqa: E731
+    monkeypatch.setattr(gymnasium, "make_vec", other)
+    monkeypatch.setattr(pufferlib.vector, "make", other)
+    make("async")
+    make("puffer", backend="Multiprocessing", num_workers=3, batch_size="auto")
+    assert calls[0] == {"num_envs": 3, "vectorization_mode": "async", "max_episode_steps": 9}
+    expected = {"backend": "Multiprocessing", "num_envs": 3, "num_workers": 3}
+    assert calls[1] == expected | {"batch_size": "auto", "zero_copy": True}
+
+
+def test_native_environments_by_name():
+    vec = commands.VecOptions(num_envs=5)
+    env, single, count = commands._make_envs("squared", vec, {"distance": 2})
+    assert env is single and count == 5
+    assert env.unwrapped == environments.make("squared", distance=2)
+    env, _, count = commands._make_envs("gymnax:CartPole-v1", commands.VecOptions(), {})
+    assert (env.observation_space.shape, count) == ((4,), None)
+
+
+# --- eval ------------------------------------------------------------------------------------
+
+
+def torch_game(policy, episodes, seed):
+    """Returns of the most likely actions, played by torch."""
+    env, returns = gymnasium.make("CartPole-v1"), []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        done, total = False, 0.0
+        while not done:
+            with torch.no_grad():
+                logits, _ = policy.forward_eval(torch.as_tensor(obs)[None])
+            obs, reward, terminated, truncated, _ = env.step(int(logits.argmax()))
+            total, done = total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def test_eval_plays_as_torch_does(tmp_path, capsys):
+    torch.manual_seed(1)
+    policy = reference.Default(stub_env(Box(-1, 1, (4,)), Discrete(2)), 8)
+    path = str(tmp_path / "model.pt")
+    torch.save(policy.state_dict(), path)
+    flags = ["--env", "CartPole-v1", "--episodes", "6", "--seed", "5"]
+    assert main(["eval", path, *flags, "--deterministic"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"CartPole-v1, {path}, episodes: 6\n")
+    returns = np.array(torch_game(policy, 6, 5))
+    assert returns.std() > 0
+    expected = [returns.mean(), returns.std(), returns.min(), returns.max()]
+    np.testing.assert_allclose(table(printed)["return"], expected, atol=0.006)
+    assert table(printed)["length"] == table(printed)["return"]
+
+    # Sampled: by the seed, and not the same as the most likely ones.
+    tables = []
+    for seed in ("5", "5", "6"):
+        assert main(["eval", path, *flags[:-1], seed]) == 0
+        tables.append(table(capsys.readouterr().out))
+    assert tables[0] == tables[1]
+    assert tables[0] != tables[2]
+    assert tables[0]["return"] != table(printed)["return"]
+
+
+def test_eval_a_run_and_its_model_alone(native_run, capsys):
+    assert main(["eval", str(native_run), "--episodes", "3", "--seed", "1"]) == 0
+    run = capsys.readouterr().out
+    assert run.startswith(f"cartpole, {native_run / 'model_000002.pt'}, episodes: 3\n")
+    assert table(run)["length"][3] <= 20  # the run's max_steps
+    flags = ["--env", "cartpole", "--env-arg", "max_steps=20"]
+    model = f"{native_run}.pt"
+    assert main(["eval", model, *flags, "--episodes", "3", "--seed", "1"]) == 0
+    assert table(capsys.readouterr().out) == table(run)
+
+
+class Countdown(gymnasium.Env):
+    """Episodes of 3, 1, 3, 1 ... steps; pictures that tell the time; a Box of actions."""
+
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 10}  # noqa: RUF012
+    observation_space = Dict({"left": Box(0, 9, (1,)), "kind": Discrete(2)})
+    action_space = Box(-0.25, 0.25, (2,))
+
+    def __init__(self, render_mode=None, scale=1.0):
+        self.render_mode, self.scale = render_mode, scale
+        self.episodes, self.left = 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = (3, 1)[self.episodes % 2]
+        self.episodes += 1
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.left -= 1
+        return self._obs(), self.scale, False, self.left == 0, {}
+
+    def _obs(self):
+        return {"left": np.array([self.left], np.float32), "kind": self.left % 2}
+
+    def render(self):
+        if self.render_mode == "ansi":
+            return f"left {self.left}"
+        return np.full((6, 8, 3), 60 * self.left, np.uint8)
+
+
+gymnasium.register("PuffCountdown-v0", Countdown)
+
+
+@pytest.fixture
+def countdown(tmp_path):
+    policy = puffer_jax.Default(gymnasium.make("PuffCountdown-v0"), 8, rngs=nnx.Rngs(0))
+    puffer_jax.save_weights(policy, tmp_path / "model.safetensors")
+    return [str(tmp_path / "model.safetensors"), "--env", "PuffCountdown-v0"]
+
+
+def test_eval_counts_whole_episodes_and_draws_the_first(countdown, tmp_path, capsys):
+    gif = tmp_path / "new" / "a.gif"
+    flags = ["--env-arg", "scale=0.5", "--render", "gif", "--out", str(gif)]
+    assert main(["eval", *countdown, "--episodes", "4", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"the first episode: {gif}\n")
+    assert table(printed) == {"return": [1.0, 0.5, 0.5, 1.5], "length": [2.0, 1.0, 1.0, 3.0]}
+    with Image.open(gif) as image:
+        assert (image.format, image.n_frames, image.size) == ("GIF", 4, (8, 6))
+        shades = []
+        for frame in range(4):
+            image.seek(frame)
+            assert image.info["duration"] == 100
+            shades.append(np.asarray(image.convert("RGB"))[0, 0, 0])
+    assert shades == [180, 120, 60, 0]
+
+
+def test_eval_as_text(countdown, tmp_path, capsys):
+    assert main(["eval", *countdown, "--episodes", "2", "--render", "ansi"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("left 3\n\nleft 2\n\nleft 1\n\nleft 0\n\nleft 1\n\nleft 0\n\n")
+    policy = puffer_jax.Default(environments.make("memory"), 8, rngs=nnx.Rngs(0))
+    puffer_jax.save_weights(policy, tmp_path / "memory.safetensors")
+    play = ["eval", str(tmp_path / "memory.safetensors"), "--env", "memory", "--episodes", "2"]
+    assert main([*play, "--render", "ansi"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("right: 0 of 3") >= 2 * 6  # no answers before the sixth step
+    assert printed.count("^") == 2 * 9
+    assert table(printed)["length"] == [8.0, 0.0, 8.0, 8.0]
+
+
+# --- plot ------------------------------------------------------------------------------------
+
+
+def test_plot(host_run, native_run, tmp_path, capsys):
+    out = tmp_path / "curves.png"
+    metric = ["--metric", "losses/entropy"]
+    assert main(["plot", str(host_run), str(native_run), "--out", str(out), *metric]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+TINY = ["--train.data-dir", "{folder}/new", "--vec.num-envs", "4", *SMALL]
+MISTAKES = {
+    "no environment": (["train"], "give --env, --config FILE or --resume RUN"),
+    "environment": (["train", "--env", "cartpol", *TINY], "Did you mean: `CartPole`?"),
+    "module": (["train", "--env", "nowhere:Env-v0", *TINY], "No module named 'nowhere'"),
+    "gymnax": (["train", "--env", "gymnax:CartPol", *TINY], "(did you mean CartPole-v1?)"),
+    "argument": (
+        ["train", "--env", "cartpole", "--env-arg", "max_step=9", *TINY],
+        "--env cartpole: no such argument: max_step (did you mean max_steps?)",
+    ),
+    "gymnasium's argument": (
+        ["train", "--env", "CartPole-v1", "--env-arg", "sutton_reward=9", *TINY],
+        "--env CartPole-v1: no such argument: sutton_reward (did you mean sutton_barto_reward?)",
+    ),
+    "no argument": (["train", "--env", "cartpole", "--env-arg", "9"], "expected NAME=VALUE"),
+    "value": (
+        ["train", "--env", "cartpole", *TINY, "--train.gamma", "2"],
+        "gamma must be between 0 and 1; got 2.0",
+    ),
+    "sizes": (
+        ["train", "--env", "CartPole-v1", *TINY, "--train.batch-size", "36"],
+        "nearest: 32 or 40",
+    ),
+    "count": (
+        ["train", "--env", "CartPole-v1", *TINY, "--vec.num-envs", "0"],
+        "--vec.num-envs is 0; must be positive",
+    ),
+    "policy option": (
+        ["train", "--env", "cartpole", *TINY, "--policy.cnn-width", "9"],
+        "no such option of Default: cnn_width",
+    ),
+    "policy": (
+        ["train", "--env", "cartpole", *TINY, "--policy.name", "ProcgenResnet"],
+        "ProcgenResnet takes images",
+    ),
+    "name": (["train", "--env", "cartpole", *TINY, "--name", "a/b"], "cannot name a folder"),
+    "same name": (
+        ["train", "--env", "cartpole", "--train.data-dir", "{runs}", "--name", "a"],
+        "--resume it or give another --name",
+    ),
+    "no run": (["train", "--resume", "{folder}/nowhere"], "nowhere/config.json"),
+    "resume and config": (
+        ["train", "--resume", "{run}", "--config", "x.ini"],
+        "they do not go with --resume",
+    ),
+    "another environment": (
+        ["train", "--resume", "{run}", "--env", "squared", "--env-arg", "distance=2"],
+        "squared: no such argument: max_steps",
+    ),
+    "another policy": (["train", "--resume", "{run}", "--no-rnn"], "does not fit"),
+    "no file": (["train", "--config", "{folder}/x.ini"], "No such file or directory"),
+    "no model": (["eval", "{folder}/x.pt", "--env", "cartpole"], "No such file or directory"),
+    "no checkpoint": (["eval", "{folder}", "--env", "cartpole"], "no complete checkpoint"),
+    "eval what": (["eval", "{run}.pt"], "give --env"),
+    "episodes": (["eval", "{run}", "--episodes", "0"], "episodes is 0"),
+    "does not fit": (["eval", "{run}.pt", "--env", "Acrobot-v1"], "encoder.0.weight"),
+    "no text": (["eval", "{run}", "--render", "ansi"], "cartpole cannot be drawn as ansi"),
+    "no picture": (
+        ["eval", "{run}", "--env", "memory", "--render", "gif"],
+        "memory cannot be drawn as gif; --render ansi",
+    ),
+    "mode": (
+        ["eval", "{run}.pt", "--env", "CartPole-v1", "--render", "ansi"],
+        "cannot be drawn as ansi; it has: human, rgb_array",
+    ),
+    "no runs": (["plot", "--out", "{folder}/x.png"], "no runs to plot"),
+    "no metric": (["plot", "{run}", "--out", "{folder}/x.png", "--metric", "gold"], "'gold'"),
+}
+
+
+def check_mistake(arguments, message, folder, capsys):
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("puffer-jax: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_bad_input_is_one_line_and_2_and_leaves_nothing(name, native_run, tmp_path, capsys):
+    arguments, message = MISTAKES[name]
+    places = {"folder": tmp_path, "run": native_run, "runs": native_run.parent}
+    check_mistake([a.format(**places) for a in arguments], message, tmp_path, capsys)
+
+
+BAD_FILES = {
+    "[bas]\n": "no such section: bas (did you mean base?)",
+    "[base]\nenvname = x\n": "no such key in [base]: envname (did you mean env_name?)",
+    "[base]\npolicy_name = Defalt\n": "no such policy_name: Defalt (did you mean Default?)",
+    "[base]\nrnn_name = Recurent\n": "no such rnn_name: Recurent (did you mean Recurrent?)",
+    "[base]\nenv_name = cartpole\n[env]\nmax_step = 9\n": "max_step (did you mean max_steps?)",
+    "[vec]\nnum_env = 4\n": "no such key in [vec]: num_env (did you mean num_envs?)",
+    "[vec]\nnum_envs = few\n": "[vec] num_envs cannot be 'few'",
+    "[vec]\nbackend = Serials\n": "[vec] backend cannot be 'Serials'",
+    "[policy]\nhidden = 4\n": "no such key in [policy]: hidden (did you mean hidden_size?)",
+    "[rnn]\nsize = 4\n": "no such key in [rnn]: size",
+    "[policy]\nhidden_size = 4\n[rnn]\nhidden_size = 8\n": "are [4, 8]; they must be the same",
+    "[train]\nlearning_rat = 1\n": "learning_rat (did you mean learning_rate?)",
+    "[train]\nlearning_rate = -1\n": "learning_rate must be a positive number; got -1",
+    "[vec]\nzero_copy = maybe\n": "[vec] zero_copy cannot be 'maybe'",
+    "no file of this kind\n": "no section headers",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_is_one_line_and_2(text, tmp_path, capsys):
+    path = tmp_path / "bad.ini"
+    path.write_text(text)
+    check_mistake(["train", "--config", str(path)], BAD_FILES[text], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("text", ["{", '{"gold": 1}', '{"vec": {"gold": 1}}'])
+def test_a_damaged_run_is_one_line_and_2(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    message = str(tmp_path / "config.json")
+    check_mistake(["train", "--resume", str(tmp_path)], message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("steps", ["1.5", "many"])
+def test_bad_numbers_are_bad_usage(steps, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--env", "cartpole", "--train.total-timesteps", steps])
+    assert caught.value.code == 2
+    assert "--train.total-timesteps" in capsys.readouterr().err
+
+
+def test_what_is_missing_comes_with_the_line_that_installs_it(
+    native_run, countdown, monkeypatch, capsys
+):
+    play = ["eval", f"{native_run}.pt", "--env", "CartPole-v1"]
+    missing = {
+        "pygame": ([*play, "--render", "gif"], 'pip install "gymnasium[classic-control]"'),
+        "PIL": (["eval", *countdown, "--render", "gif"], "pip install pillow"),
+        "gymnasium": (play, "pip install gymnasium"),
+        "gymnax": (["train", "--env", "gymnax:CartPole-v1"], "pip install gymnax six"),
+        "pufferlib.vector": (
+            ["train", "--env", "CartPole-v1", "--vec.mode", "puffer"],
+            "pip install --no-deps pufferlib-core",
+        ),
+    }
+    for module, (arguments, line) in missing.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1
+
+
+def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
+    def run(self):
+        raise puffer_jax.NonFiniteError("epoch 1: the first array is 'value.bias'")
+
+    monkeypatch.setattr(pufferl.PuffeRL, "run", run)
+    flags = ["--train.data-dir", str(tmp_path), "--name", "f"]
+    assert main(["train", "--config", write_ini(tmp_path), *flags]) == 2
+    error = "puffer-jax: epoch 1: the first array is 'value.bias'\n"
+    assert capsys.readouterr().err == error
+
+
+def test_every_logger_is_made(tmp_path, options):
+    settings = options("--env", "x", "--log", "tensorboard", "jsonl")
+    logger = commands._logger(settings, tmp_path / "r")
+    assert [type(part) for part in logger.loggers] == [
+        loggers.TensorBoardLogger,
+        loggers.JSONLLogger,
+    ]
+    assert logger.run_id == "r"
+    logger.close(None)
