@@ -4,8 +4,9 @@ BIN = .venv/bin
 # The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# What depends on Flax's module mode runs in the other mode, too.
-MODULES = test_models test_golden test_weights test_check test_cleanrl
+# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, and compiled
+# as for users: the first half saves LLVM's optimiser where it can.
+MODULES = test_models test_golden test_weights test_check test_cleanrl test_parity
 
 .PHONY: demo test lint table clean
 
@@ -13,8 +14,9 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(BIN)/python -m pytest -n 2 $(MODULES:%=parity_tests/%.py)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 \
+	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
 
 lint: .venv/linters
 	$(BIN)/ruff check .

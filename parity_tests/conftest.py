@@ -23,6 +23,7 @@ INSTALL = (
     "`pip install --no-deps pufferlib-core==3.0.23`; where there is no wheel of it, "
     "PUFFER_JAX_GOLDEN_ONLY=1 tests against the golden files alone"
 )
+OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"
 if not GOLDEN_ONLY:
     try:
@@ -37,6 +38,7 @@ install_import_hook("puffer_jax", "beartype.beartype")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_reference: not run with PUFFER_JAX_GOLDEN_ONLY=1")
+    config.addinivalue_line("markers", "tree: run in Flax's tree mode, too")
 
 
 def pytest_ignore_collect(collection_path):
@@ -46,7 +48,37 @@ def pytest_ignore_collect(collection_path):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.name.startswith("test_ours["):  # the golden files
+            item.add_marker("tree")
     if GOLDEN_ONLY:
         left_out = [item for item in items if item.get_closest_marker("needs_reference")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def rbg():
+    """Random keys whose programs compile several times faster than threefry's."""
+    with jax.default_prng_impl("rbg"):
+        yield
+
+
+@pytest.fixture
+def quick(rbg):
+    """Compile without LLVM's optimiser, which is half of a compilation.
+
+    (Nine tenths of a float64 convolution's.) What XLA makes of a program, its fusions included, is
+    the same without. PUFFER_JAX_OPTIMISED=1, as in `make test`'s second half, leaves it on. Not
+    for tests that compute for long.
+    """
+    jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """No file needs the programs of another, and thousands of them fill gigabytes."""
+    yield
+    jax.clear_caches()

@@ -172,6 +172,20 @@ def skeleton(build: Callable[[], Any]) -> Any:
     return puffer_jax.merge(graphdef, jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params))
 
 
+def generic(build: Callable[[], Any], seed: int = 0) -> Any:
+    """Our policy with weights of about their usual size, and no bias zero; at once, likewise."""
+    random = np.random.default_rng(seed)
+
+    def weight(zeros: np.ndarray) -> jax.Array:
+        fan_in = zeros.size // zeros.shape[-1] if zeros.ndim > 1 else 100
+        return jax.device_put(
+            (random.uniform(-1, 1, zeros.shape) / fan_in**0.5).astype(zeros.dtype)
+        )
+
+    graphdef, params = puffer_jax.split(skeleton(build))
+    return puffer_jax.merge(graphdef, jax.tree.map(weight, params))
+
+
 def twin(theirs: torch.nn.Module, build: Callable[[str], Any], dtype: str) -> Any:
     """Our policy, of parameters in `dtype`, holding the weights of theirs.
 

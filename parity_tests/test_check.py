@@ -12,6 +12,8 @@ import puffer_jax
 from puffer_jax import check
 from puffer_jax.check import check_policy
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ENV = ref.stub_env(Box(-1, 1, (5,)), Discrete(3))
 CONTINUOUS = ref.stub_env(Box(-np.inf, np.inf, (4,)), Box(-1, 1, (2,)))
 MIXED = Dict(
@@ -50,35 +52,39 @@ def text(report):
     ids=["box", "continuous", "cartpole", "discrete", "multidiscrete", "dict", "bytes", "floats"],
 )
 def test_default_passes(env):
-    report = check_policy(puffer_jax.Default(env, 16, rngs=rngs()), env, raise_on_failure=True)
+    policy = ref.generic(lambda: puffer_jax.Default(env, 16, rngs=rngs()))
+    report = check_policy(policy, env, raise_on_failure=True)
     assert {c.result for c in report.checks} == {"ok"}
     assert len(report.checks) == 15
 
 
+@pytest.mark.tree
 def test_lstm_passes():
-    policy = puffer_jax.Default(ENV, 16, rngs=rngs())
-    policy = puffer_jax.LSTMWrapper(ENV, policy, 16, 16, rngs=rngs())
+    def build():
+        policy = puffer_jax.Default(ENV, 16, rngs=rngs())
+        return puffer_jax.LSTMWrapper(ENV, policy, 16, 16, rngs=rngs())
+
+    policy = ref.generic(build)
     report = check_policy(policy, ENV, raise_on_failure=True)
     assert {c.result for c in report.checks} == {"ok"}
     assert [c.name for c in report.checks][-5:] == ["rows", "gradients", "time", "done", "weights"]
 
 
 def test_bfloat16_passes():
-    policy = puffer_jax.Default(ENV, 16, rngs=rngs(), dtype=jnp.bfloat16)
+    policy = ref.generic(lambda: puffer_jax.Default(ENV, 16, rngs=rngs(), dtype=jnp.bfloat16))
     assert check_policy(policy, ENV).ok
 
 
 def test_convolutional_passes():
     env = ref.stub_env(Box(0, 255, (1, 36, 36), np.uint8), Discrete(3))
-    policy = puffer_jax.Convolutional(
-        env, framestack=1, flat_size=64, hidden_size=32, output_size=32, rngs=rngs()
-    )
+    sizes = {"framestack": 1, "flat_size": 64, "hidden_size": 32, "output_size": 32}
+    policy = ref.generic(lambda: puffer_jax.Convolutional(env, **sizes, rngs=rngs()))
     assert check_policy(policy, env, raise_on_failure=True, batch_size=3).ok
 
 
 def test_procgen_resnet_passes():
     env = ref.stub_env(Box(0, 255, (9, 8, 3), np.uint8), Discrete(3))
-    policy = puffer_jax.ProcgenResnet(env, 2, 16, rngs=rngs())
+    policy = ref.generic(lambda: puffer_jax.ProcgenResnet(env, 2, 16, rngs=rngs()))
     assert check_policy(policy, env, raise_on_failure=True, batch_size=3).ok
 
 
@@ -258,6 +264,7 @@ def test_broken_policy_fails_its_own_check(make, failing, reason):
     assert reason in text(report)
 
 
+@pytest.mark.tree
 def test_custom_policy_passes_and_is_left_alone():
     policy = Custom()
     before = puffer_jax.split(policy)

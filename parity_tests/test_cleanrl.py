@@ -1,5 +1,7 @@
 """The CleanRL wrappers: the wrapped policy's numbers, in CleanRL's order."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 import puffer_jax
 from puffer_jax.cleanrl import Policy, RecurrentPolicy
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 HIDDEN, BATCH, TIME = 16, 6, 4
 ACTIONS = {
     "discrete": Discrete(3),
@@ -21,13 +25,15 @@ KEY = jax.random.key(1)
 FLOAT64 = jnp.dtype("float64")
 
 
+@functools.cache  # no test changes a policy
 def default(action="discrete"):
     env = ref.stub_env(Box(-1, 1, (5,)), ACTIONS[action])
     return puffer_jax.Default(env, HIDDEN, rngs=nnx.Rngs(0), param_dtype=FLOAT64)
 
 
+@functools.cache
 def recurrent(action="discrete"):
-    policy = default(action)
+    policy = nnx.clone(default(action))
     return puffer_jax.LSTMWrapper(
         policy.env_spec, policy, HIDDEN, HIDDEN, rngs=nnx.Rngs(1), param_dtype=FLOAT64
     )
@@ -100,6 +106,7 @@ def test_recurrent_policy_trains_over_time(action):
     close(without[4:], values[4:, :, 0])
 
 
+@pytest.mark.tree
 def test_jit_traces_once_and_state_is_a_carry():
     agent = RecurrentPolicy(recurrent())
     graphdef, params = puffer_jax.split(agent)
@@ -143,11 +150,13 @@ def test_gradient_is_that_of_the_wrapped_policy():
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(expected))
 
 
-@pytest.mark.parametrize(("wrap", "policy"), [(Policy, default()), (RecurrentPolicy, recurrent())])
-def test_torch_names_start_with_policy(wrap, policy):
+@pytest.mark.tree
+@pytest.mark.parametrize(("wrap", "build"), [(Policy, default), (RecurrentPolicy, recurrent)])
+def test_torch_names_start_with_policy(wrap, build):
+    policy = build()
     tensors = puffer_jax.state_dict(wrap(policy))
     assert list(tensors) == [f"policy.{name}" for name in puffer_jax.state_dict(policy)]
-    other = wrap(default() if wrap is Policy else recurrent())
+    other = wrap(nnx.clone(policy))
     puffer_jax.load_state_dict(other, {name: 2 * x for name, x in tensors.items()})
     for name, x in puffer_jax.state_dict(other).items():
         np.testing.assert_array_equal(x, 2 * tensors[name])

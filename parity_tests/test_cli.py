@@ -19,6 +19,8 @@ import puffer_jax
 from puffer_jax import cli
 from puffer_jax.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FORMATS = (".pt", ".safetensors", ".bin")
 
 

@@ -1,5 +1,6 @@
 """Our policies against the real PufferLib's."""
 
+import functools
 import math
 import os
 from collections import OrderedDict
@@ -30,6 +31,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 import puffer_jax
 from puffer_jax.layers import reset_orthogonal
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 HIDDEN, BATCH, TIME = 33, 7, 5
 BOX = stub_env(Box(-1, 1, (5, 3)), Discrete(3))
 ACTIONS = {
@@ -49,8 +52,18 @@ def seeded():
     torch.manual_seed(0)
 
 
+# Op by op a gradient costs dozens of compilations, as one program one.
+check = functools.partial(ref.check, compiled=True)
+
+
 def keywords(dtype="float32", seed=0):
     return {"rngs": nnx.Rngs(seed), "param_dtype": jnp.dtype(dtype)}
+
+
+def compiled(policy, run):
+    """`run(policy)` as one program."""
+    graphdef, params = puffer_jax.split(policy)
+    return jax.jit(lambda params: run(puffer_jax.merge(graphdef, params)))(params)
 
 
 def no_state():
@@ -131,6 +144,13 @@ SPACES = {
     ),
 }
 KINDS = [*SPACES, "plain_dict"]
+# Heads never see the space: each space comes with one kind of action, and a Box with all.
+PAIRS = [
+    (kind, action)
+    for i, kind in enumerate(KINDS)
+    for j, action in enumerate(ACTIONS)
+    if i % len(ACTIONS) == j or kind == "box"
+]
 
 
 def concatenated(space, tree):
@@ -161,16 +181,19 @@ def setting(kind, action, count):
     return ours, x, ours, x
 
 
+def both_precisions(both):
+    return ("float64", "float32") if both else ("float64",)
+
+
 def in_time(tree):
     return jax.tree.map(lambda x: x.reshape(BATCH, TIME, *x.shape[1:]), tree)
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, action", PAIRS)
 def test_default_on_every_space(kind, action):
     their_env, x, env, our_x = setting(kind, ACTIONS[action], BATCH)
     policy, build = default(env, their_env)
-    ref.check(
+    check(
         policy,
         build,
         lambda p: {
@@ -178,6 +201,7 @@ def test_default_on_every_space(kind, action):
             **prefixed("eval", named(*p.forward_eval(torch.from_numpy(x)))),
         },
         lambda p: {**named(*p(our_x)), **prefixed("eval", named(*p.forward_eval(our_x)))},
+        dtypes=both_precisions((kind, action) in [("box", "continuous"), PAIRS[-1]]),
     )
 
 
@@ -197,15 +221,23 @@ def test_default_with_other_actions(action):
     env = ref.emulated(BOX.observation_space, action)
     policy, build = default(env)
     x = normal(BATCH, 5, 3)
-    ref.check(policy, build, lambda p: named(*p(torch.from_numpy(x))), lambda p: named(*p(x)))
-    assert build("float32").is_continuous == policy.is_continuous
-    assert build("float32").is_multidiscrete == policy.is_multidiscrete
+    check(
+        policy,
+        build,
+        lambda p: named(*p(torch.from_numpy(x))),
+        lambda p: named(*p(x)),
+        dtypes=("float64",),
+        compiled=action != Discrete(1),  # once op by op, gradient included
+    )
+    ours = nnx.eval_shape(lambda: build("float32"))
+    assert ours.is_continuous == policy.is_continuous
+    assert ours.is_multidiscrete == policy.is_multidiscrete
 
 
-# The decoders have been compared with every kind of observation above, and the LSTM's gradient
-# costs a compilation each; so here every space comes once with gradients, and each pair without.
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, action",
+    [pytest.param(*p, marks=[pytest.mark.tree] * (p == ("box", "continuous"))) for p in PAIRS],
+)
 def test_lstm_on_every_space(kind, action):
     their_env, x, env, our_x = setting(kind, ACTIONS[action], BATCH * TIME)
     policy, build = lstm(env, their_env)
@@ -223,16 +255,8 @@ def test_lstm_on_every_space(kind, action):
         step = p.forward_eval(our_first, jax_state(h, c))
         return {**named(*p(our_x)), **prefixed("eval", named(*step))}
 
-    whole = list(ACTIONS)[KINDS.index(kind) % 3] == action
-    both = kind in ("box", "uint8", "dict")
-    ref.check(
-        policy,
-        build,
-        run_theirs,
-        run_ours,
-        gradients=whole,
-        dtypes=("float64", "float32") if both and whole else ("float64",),
-    )
+    both = (kind, action) in [("box", "continuous"), ("dict", "discrete")]
+    check(policy, build, run_theirs, run_ours, dtypes=both_precisions(both))
 
 
 @pytest.mark.parametrize("kind", ["dict", "float_dict"])
@@ -260,11 +284,9 @@ def images(kind, *shape):
     random = np.random.default_rng(1)
     if kind == "uint8":
         return random.integers(0, 256, shape, dtype=np.uint8)
-    if kind == "negative":
-        return -255 * random.random(shape, dtype=np.float32)
-    # One colour an image: every window of the max pool is a tie.
-    values = random.integers(0, 256, (shape[0], 1, 1, 1), dtype=np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(values, shape))
+    x = -255 * random.random(shape, dtype=np.float32)
+    x[0] = -100  # one colour: every window of the max pool is a tie
+    return x
 
 
 def convolutional(shape=(3, 45, 52), seed=0, **sizes):
@@ -293,6 +315,11 @@ def procgen(shape=(13, 18, 3), width=5):
     )
 
 
+def assert_evaluates_as_it_trains(ours, x):
+    """The reference's image policies have no `forward_eval`; ours computes what `forward` does."""
+    assert str(jax.make_jaxpr(ours.forward_eval)(x)) == str(jax.make_jaxpr(ours)(x))
+
+
 @pytest.mark.parametrize(
     "kind, shape, seed, sizes",
     [
@@ -308,13 +335,19 @@ def procgen(shape=(13, 18, 3), width=5):
 def test_convolutional(kind, shape, seed, sizes):
     _, policy, build = convolutional(shape, seed, **sizes)
     x = images(kind, BATCH, *shape)
-    ref.check(policy, build, lambda p: named(*p(torch.from_numpy(x))), lambda p: named(*p(x)))
-    ours = ref.twin(policy, build, "float32")
+    check(
+        policy,
+        build,
+        lambda p: named(*p(torch.from_numpy(x))),
+        lambda p: named(*p(x)),
+        dtypes=both_precisions(kind == "uint8"),
+    )
+    ours = ref.skeleton(lambda: build("float32"))
+    assert_evaluates_as_it_trains(ours, x)
     assert (ours.hidden_size, ours.is_continuous) == (policy.hidden_size, policy.is_continuous)
-    same_arrays(named(*ours.forward_eval(x)), named(*ours(x)))
 
 
-@pytest.mark.parametrize("kind", ["uint8", "negative", "constant"])
+@pytest.mark.parametrize("kind", ["uint8", "negative"])
 def test_procgen_resnet(kind):
     env, policy, build = procgen()
     x = images(kind, BATCH, *env.observation_space.shape)
@@ -324,10 +357,9 @@ def test_procgen_resnet(kind):
         floats = x.dtype == np.float32
         return named(*p(torch.from_numpy(x).to(p.value.bias.dtype if floats else torch.uint8)))
 
-    dtypes = ("float64", "float32") if kind == "uint8" else ("float64",)
-    ref.check(policy, build, run_theirs, lambda p: named(*p(x)), dtypes=dtypes)
-    ours = ref.twin(policy, build, "float64")
-    same_arrays(named(*ours.forward_eval(x)), named(*ours(x)))
+    dtypes = both_precisions(kind == "uint8")
+    check(policy, build, run_theirs, lambda p: named(*p(x)), dtypes=dtypes)
+    assert_evaluates_as_it_trains(ref.skeleton(lambda: build("float32")), x)
 
 
 def as_theirs(x, layer):
@@ -340,24 +372,22 @@ def test_conv_sequence(shape):
     height, width, channels = shape
     policy = ref.randomise(theirs.ConvSequence((channels, height, width), 5))
     x = normal(3, *shape) - 1
-    ref.check(
+    check(
         policy,
         lambda dtype: puffer_jax.ConvSequence(shape, 5, **keywords(dtype)),
         lambda p: {"y": p(as_theirs(x, p.conv)).movedim(1, 3)},
         lambda p: {"y": p(jnp.asarray(x, p.conv.bias.dtype))},
-        dtypes=("float64", "float32") if shape == (7, 10, 3) else ("float64",),
+        dtypes=both_precisions(shape == (7, 10, 3)),
     )
     channels, height, width = policy.get_output_shape()
-    assert puffer_jax.ConvSequence(shape, 5, **keywords()).get_output_shape() == (
-        height,
-        width,
-        channels,
-    )
+    ours = nnx.eval_shape(lambda: puffer_jax.ConvSequence(shape, 5, **keywords()))
+    assert ours.get_output_shape() == (height, width, channels)
 
 
+@pytest.mark.tree
 def test_residual_block():
     x = normal(3, 7, 10, 5)
-    ref.check(
+    check(
         ref.randomise(theirs.ResidualBlock(5)),
         lambda dtype: puffer_jax.ResidualBlock(5, **keywords(dtype)),
         lambda p: {"y": p(as_theirs(x, p.conv0)).movedim(1, 3)},
@@ -384,9 +414,15 @@ def test_max_pool_ties_and_borders(shift):
     their_x = as_theirs(x, policy.conv).requires_grad_()
     expected = policy(their_x).movedim(1, 3)
     (expected * torch.from_numpy(w)).sum().backward()
-    actual, back = jax.vjp(ours, jnp.asarray(x))
+
+    @jax.jit
+    def both(x, w):
+        y, back = jax.vjp(ours, x)
+        return y, back(w)[0]
+
+    actual, gradient = both(x, w)
     np.testing.assert_array_equal(actual, expected.detach())
-    np.testing.assert_array_equal(back(jnp.asarray(w))[0], their_x.grad.movedim(1, 3))
+    np.testing.assert_array_equal(gradient, their_x.grad.movedim(1, 3))
     assert np.unique(x).size == 5
 
 
@@ -405,17 +441,23 @@ def test_lstm_from_a_state_and_step_by_step():
             outputs |= prefixed(f"eval{t}", named(*step, acting))
         return outputs
 
-    def run_ours(p):
-        outputs, state = named(*p(x, jax_state(h, c))), jax_state(h, c)
-        for t in range(TIME):
-            *step, state = p.forward_eval(x[:, t], state)
-            outputs |= prefixed(f"eval{t}", named(*step, state))
-        return outputs
+    @functools.partial(jax.jit, static_argnums=0)
+    def train(graphdef, params, x, state):
+        return puffer_jax.merge(graphdef, params)(x, state)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def act(graphdef, params, x, state):
+        return puffer_jax.merge(graphdef, params).forward_eval(x, state)
 
     for dtype in BARS["forward"]:
-        ours = ref.twin(policy, build, dtype)
+        ours = puffer_jax.split(ref.twin(policy, build, dtype))
+        start = jax.tree.map(lambda s: s.astype(dtype), jax_state(h, c))  # noqa: B023
         expected = ref.run_torch(policy, dtype, run_theirs, gradients=False)
-        actual = ref.run_jax(ours, run_ours, gradients=False)
+        outputs, state = named(*train(*ours, x, start)), start
+        for t in range(TIME):
+            *step, state = act(*ours, x[:, t], {n: state[n] for n in start})
+            outputs |= prefixed(f"eval{t}", named(*step, state))
+        actual = ref.Result(outputs)
         ref.assert_results_close(actual, expected, dtype, "LSTMWrapper")
         # Training is acting: the same outputs from the same parameters.
         y = actual.outputs
@@ -427,8 +469,8 @@ def test_lstm_from_a_state_and_step_by_step():
             last = y[f"eval{TIME - 1}.state.{name}"]
             assert relative_error(y[f"state.{name}"], last) < BARS["forward"][dtype]
     # Two segments, the second from the state of the first.
-    _, _, state = ours(x[:, :2], jax_state(h, c))
-    second = named(*ours(x[:, 2:], state))
+    _, _, state = train(*ours, x[:, :2], start)
+    second = named(*train(*ours, x[:, 2:], state))
     assert relative_error(second["values"], y["values"][:, 2:]) < BARS["forward"]["float32"]
     assert relative_error(second["state.lstm_c"], y["state.lstm_c"]) < BARS["forward"]["float32"]
 
@@ -441,13 +483,18 @@ def test_lstm_without_time_axis():
         state = no_state()
         return named(*p(torch.from_numpy(x), state), squeezed(state))
 
-    ref.check(
-        policy, build, run_theirs, lambda p: named(*p(x)), gradients=False, dtypes=("float64",)
+    alone, reset, in_one_step = compiled(
+        ref.twin(policy, build, "float64"),
+        lambda p: [
+            named(*p(x)),
+            named(*p(x, done=np.ones(BATCH, bool))),
+            named(*p(x[:, None])),
+        ],
     )
-    ours = build("float32")
-    flat, in_one_step = named(*ours(x, done=np.ones(BATCH, bool))), named(*ours(x[:, None]))
-    same_arrays(flat, in_one_step)
-    assert flat["values"].shape == (BATCH, 1)
+    expected = ref.run_torch(policy, "float64", run_theirs, gradients=False)
+    ref.assert_results_close(ref.Result(alone), expected, "float64", "LSTMWrapper")
+    same_arrays(reset, in_one_step)
+    assert reset["values"].shape == (BATCH, 1)
 
 
 DONES = {
@@ -524,15 +571,22 @@ def test_done_changes_what_it_should(recurrent):
         after = np.logical_or.accumulate(done, axis=1)
         np.testing.assert_array_equal(outputs[name] != outputs["none"], after)
     policy, x = puffer_jax.merge(graphdef, params), normal(BATCH, TIME, 5, 3)
-    same_arrays(named(*policy(x, done=DONES["none"])), named(*policy(x)))
     # After a reset the past is forgotten, also a past of infinities.
-    state = jax.tree.map(lambda s: s + jnp.inf, policy.initial_state(BATCH))
-    same_arrays(named(*policy(x, state, DONES["first"])), named(*policy(x)))
+    state = jax.tree.map(lambda s: s + np.inf, policy.initial_state(BATCH))
+    plain, never, forgotten = compiled(
+        policy,
+        lambda p: [
+            named(*p(x)),
+            named(*p(x, done=DONES["none"])),
+            named(*p(x, state, DONES["first"])),
+        ],
+    )
+    same_arrays(never, plain)
+    same_arrays(forgotten, plain)
 
 
-def test_permuted_gates_are_noticed():
-    policy, build = lstm(BOX)
-    x = normal(BATCH, TIME, 5, 3)
+def test_permuted_gates_are_noticed(recurrent):
+    policy, graphdef, params, stepwise, (whole, _) = recurrent
     weights = {
         name: tensor.reshape(4, HIDDEN, -1)[[0, 2, 1, 3]].reshape(tensor.shape)
         if name.startswith("lstm")
@@ -540,12 +594,11 @@ def test_permuted_gates_are_noticed():
         for name, tensor in policy.state_dict().items()
         if not name.startswith("cell")
     }
-    ours = ref.skeleton(lambda: build("float64"))
+    ours, done = puffer_jax.merge(graphdef, params), DONES["none"]
     puffer_jax.load_state_dict(ours, weights)
-    expected = ref.run_torch(
-        policy, "float64", lambda p: named(*p(torch.from_numpy(x), no_state())), gradients=False
-    )
-    assert relative_error(named(*ours(x))["values"], expected.outputs["values"]) > 1e-3
+    outputs = whole(puffer_jax.split(ours)[1], done)[1]
+    expected = ref.run_torch(policy, "float64", lambda p: stepwise(p, done), gradients=False)
+    assert relative_error(outputs["values"], expected.outputs["values"]) > 1e-3
 
 
 def test_twenty_steps_of_adam():
@@ -563,7 +616,7 @@ def test_twenty_steps_of_adam():
         updates, state = adam.update(gradients, state)
         return optax.apply_updates(params, updates), state, gradients
 
-    state = adam.init(params)
+    state = jax.jit(adam.init)(params)
     start = ref.torch_names(graphdef, params)
     policy = policy.double()
     optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
@@ -622,13 +675,12 @@ def test_wrapped_cnn(kind):
     by_hand = ref.run_torch(policy, "float64", run_theirs, gradients=False)
     wrapper = ref.run_torch(policy, "float64", run_wrapper, gradients=False)
     same_arrays(by_hand.outputs, wrapper.outputs)
-    ref.check(
+    check(
         policy,
         lambda dtype: wrapped(env, build_cnn(dtype), dtype),
         run_theirs,
         lambda p: named(*p(x)),
         dtypes=("float64",),
-        compiled=True,
         name=f"LSTMWrapper({kind})",
     )
 
@@ -636,22 +688,29 @@ def test_wrapped_cnn(kind):
 # --- transformations ---------------------------------------------------------------------------
 
 
-def small(name, seed=0, **options):
-    """A small policy of ours, and observations for one step of it."""
+def build_small(name, seed=0, **options):
+    """A small policy of ours, initialised."""
     options = {**keywords(seed=seed), **options}
     if name == "Convolutional":
         env = stub_env(Box(0, 255, (1, 36, 36), np.uint8), Discrete(5))
         sizes = {"framestack": 1, "flat_size": 64, "hidden_size": 9, "output_size": 9}
-        return puffer_jax.Convolutional(env, **sizes, **options), images("uint8", 3, 1, 36, 36)
+        return puffer_jax.Convolutional(env, **sizes, **options)
     if name == "ProcgenResnet":
         env = stub_env(Box(0, 255, (9, 6, 2), np.uint8), Discrete(5))
-        return puffer_jax.ProcgenResnet(env, 2, 9, **options), images("uint8", 3, 9, 6, 2)
+        return puffer_jax.ProcgenResnet(env, 2, 9, **options)
     action = ACTIONS["continuous" if name == "Default" else "multidiscrete"]
     env = stub_env(BOX.observation_space, action)
     policy = puffer_jax.Default(env, 9, **options)
     if name == "LSTMWrapper":
         policy = puffer_jax.LSTMWrapper(env, policy, 9, 9, **options)
-    return policy, normal(3, 5, 3)
+    return policy
+
+
+def small(name, seed=0, **options):
+    """The same with generic weights, which are there at once; and observations for one step."""
+    policy = ref.generic(lambda: build_small(name, seed, **options), seed)
+    shapes = {"Convolutional": (3, 1, 36, 36), "ProcgenResnet": (3, 9, 6, 2)}
+    return policy, images("uint8", *shapes[name]) if name in shapes else normal(3, 5, 3)
 
 
 POLICIES = ["Default", "LSTMWrapper", "Convolutional", "ProcgenResnet"]
@@ -664,10 +723,14 @@ def evaluate(graphdef, params, x, state):
     return named(logits, values), (new[0] if new else state)
 
 
+act = jax.jit(evaluate, static_argnums=0)
+
+
 def first_state(policy, batch=3):
     return policy.initial_state(batch) if isinstance(policy, puffer_jax.LSTMWrapper) else None
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize("name", POLICIES)
 def test_jit_is_eager_and_traces_once(name):
     policy, x = small(name)
@@ -698,8 +761,8 @@ def test_jit_is_eager_and_traces_once(name):
 def test_vmap_over_three_seeds(name):
     built = [puffer_jax.split(small(name, seed)[0]) for seed in range(3)]
     graphdef, x, state = built[0][0], small(name)[1], first_state(small(name)[0])
-    expected = [evaluate(graphdef, params, x, state)[0] for _, params in built]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for _, params in built))
+    expected = [act(graphdef, params, x, state)[0] for _, params in built]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(params for _, params in built))
     actual, _ = jax.jit(jax.vmap(lambda params: evaluate(graphdef, params, x, state)))(stacked)
     for seed in range(3):
         outputs = {key: actual[key][seed] for key in expected[seed]}
@@ -710,15 +773,18 @@ def test_vmap_over_three_seeds(name):
 @pytest.mark.parametrize("transform", ["vmap", "jit"])
 def test_init_under(transform):
     def build(key):
-        return puffer_jax.split(small("Default", rngs=nnx.Rngs(key))[0])[1]
+        return puffer_jax.split(build_small("Default", rngs=nnx.Rngs(key)))[1]
 
-    keys = jax.random.split(jax.random.key(0), 2)
-    one_by_one = [build(key) for key in keys]
+    # Under vmap rbg keys draw something else.
+    impl = "threefry2x32" if transform == "vmap" else "rbg"
+    keys = jax.random.split(jax.random.key(0, impl=impl), 2)
     if transform == "vmap":
-        stacked = jax.vmap(build)(keys)
+        stacked = jax.jit(jax.vmap(build))(keys)
         found = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2)]
+        one_by_one = [jax.jit(build)(key) for key in keys]
     else:
-        found = [jax.jit(build)(key) for key in keys]
+        found = [jax.jit(build)(keys[0])]
+        one_by_one = [build(keys[0])]
     for ours, expected in zip(found, one_by_one, strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(expected)
         errors = jax.tree.map(relative_error, ours, expected)
@@ -739,7 +805,7 @@ def test_bfloat16_compute(name):
         return ref.loss_of(outputs), (outputs, state)
 
     gradients, (outputs, state) = jax.jit(jax.grad(loss, has_aux=True))(params)
-    expected, _ = evaluate(*puffer_jax.split(exact), x, first_state(exact))
+    expected, _ = act(*puffer_jax.split(exact), x, first_state(exact))
     assert all(y.dtype == jnp.float32 for y in jax.tree.leaves((outputs, state, gradients)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     for key, value in expected.items():
@@ -748,6 +814,7 @@ def test_bfloat16_compute(name):
         assert error > 1e-5 or key == "scale", f"{key}: nothing was computed in bfloat16"
 
 
+@pytest.mark.tree
 def test_scan_over_forward_eval_from_the_initial_state():
     policy, _ = small("LSTMWrapper")
     graphdef, params = puffer_jax.split(policy)
@@ -766,9 +833,10 @@ def test_scan_over_forward_eval_from_the_initial_state():
     state, outputs = rollout(params, x)
     initial = policy.initial_state(3)
     assert jax.tree.structure(state) == jax.tree.structure(initial)
-    assert list(state) == list(initial) == list(policy.forward_eval(x[0], initial)[2])
+    assert list(state) == list(initial)
+    assert list(jax.eval_shape(policy.forward_eval, x[0], initial)[2]) == list(initial)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(initial))
-    expected = named(*policy(x.swapaxes(0, 1)))
+    expected = compiled(policy, lambda p: named(*p(x.swapaxes(0, 1))))
     assert relative_error(outputs["values"][..., 0].T, expected["values"]) < 5e-6
     assert relative_error(state["lstm_c"], expected["state.lstm_c"]) < 5e-6
 
@@ -783,7 +851,7 @@ def test_eval_shape(name):
     assert outputs["values"].shape == (3, 1)
     assert outputs["values"].dtype == jnp.float32
     assert state is None or state["lstm_h"].shape == (3, 9)
-    abstract = nnx.eval_shape(lambda: small(name)[0])
+    abstract = nnx.eval_shape(lambda: build_small(name))
     shapes = jax.tree.map(lambda leaf: leaf.shape, puffer_jax.split(abstract)[1])
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, params)
 
@@ -860,7 +928,7 @@ def initial_weights(library, name):
         if library is theirs and inner == "Default":
             policy.decoder_logstd.data.fill_(-0.5)
         elif inner == "Default":
-            policy.decoder_logstd[...] = jnp.full((1, 6), -0.5)
+            policy.decoder_logstd[...] = jnp.asarray(np.full((1, 6), -0.5, np.float32))
         policy = library.LSTMWrapper(env, policy, 70, 70, **key)
     if library is theirs:
         return {key: p.detach().numpy() for key, p in policy.named_parameters()}
@@ -888,7 +956,7 @@ def test_lstm_init_goes_by_its_width_not_its_input(library):
         weights = dict(torch.nn.LSTM(40, 11).named_parameters())
         weights = {name: p.detach().numpy() for name, p in weights.items()}
     else:
-        weights = puffer_jax.state_dict(puffer_jax.LSTM(40, 11, rngs=nnx.Rngs(0)))
+        weights = puffer_jax.state_dict(puffer_jax.LSTM(40, 11, rngs=keywords()["rngs"]))
     assert {name: p.shape for name, p in weights.items()} == {
         "weight_ih_l0": (44, 40),
         "weight_hh_l0": (44, 11),
@@ -899,8 +967,9 @@ def test_lstm_init_goes_by_its_width_not_its_input(library):
         assert_uniform(weight, 1 / math.sqrt(11))
 
 
+@pytest.mark.tree
 def test_init_depends_on_the_seed_only():
-    first, again, other = (puffer_jax.state_dict(small("LSTMWrapper", s)[0]) for s in (0, 0, 1))
+    first, again, other = (puffer_jax.state_dict(build_small("LSTMWrapper", s)) for s in (0, 0, 1))
     same_arrays(first, again)
     changed = [name for name in first if not np.array_equal(first[name], other[name])]
     assert changed == [n for n in first if not n.startswith("policy") or n.endswith("weight")]
@@ -930,13 +999,14 @@ class OurNorms(nnx.Module):
         self.projection = nnx.Linear(6, 6, rngs=rngs)
 
 
+@pytest.mark.tree
 def test_wrapper_skips_layer_norm_by_name():
     policy = ref.randomise(TheirNorms(), 1.0)
     before = {name: p.detach().numpy().copy() for name, p in policy.named_parameters()}
-    ours = OurNorms(nnx.Rngs(0))
+    ours = ref.skeleton(lambda: OurNorms(nnx.Rngs(0)))
     puffer_jax.load_state_dict(ours, before)
     theirs.LSTMWrapper(BOX, policy, 6, 6)
-    reset_orthogonal(ours, rngs=nnx.Rngs(1))
+    reset_orthogonal(ours, rngs=keywords(seed=1)["rngs"])
     after = {name: p.detach().numpy() for name, p in policy.named_parameters()}
     actual = puffer_jax.state_dict(ours)
     random = "projection.weight"
@@ -967,7 +1037,7 @@ def resnet(space, action):
 
 
 def box_policy(env=BOX):
-    return puffer_jax.Default(env, 9, **keywords())
+    return ref.skeleton(lambda: puffer_jax.Default(env, 9, **keywords()))
 
 
 class GymnaxLike:
@@ -981,7 +1051,11 @@ class GymnaxLike:
 
 
 def in_lstm(*sizes):
-    return puffer_jax.LSTMWrapper(BOX, box_policy(), *sizes, **keywords())
+    def build():
+        policy = puffer_jax.Default(BOX, 9, **keywords())
+        return puffer_jax.LSTMWrapper(BOX, policy, *sizes, **keywords())
+
+    return ref.skeleton(build)
 
 
 def mis_sized_custom():
@@ -991,7 +1065,8 @@ def mis_sized_custom():
         def encode_observations(self, observations, state=None):
             return jnp.zeros((3, 8))
 
-    return puffer_jax.LSTMWrapper(BOX, Custom(), 7, 7, **keywords())(normal(3, 5, 3))
+    build = lambda: puffer_jax.LSTMWrapper(BOX, Custom(), 7, 7, **keywords())  # noqa: E731
+    return ref.skeleton(build)(normal(3, 5, 3))
 
 
 def stepped(observations=None, h=(3, 9), c=(3, 9)):
@@ -1096,9 +1171,10 @@ class OurCustom(nnx.Module):
         self.beta = nnx.Param(jnp.ones(1))
 
 
+@pytest.mark.tree
 def test_merge_keeps_torch_order():
     expected = list(TheirCustom().state_dict())
-    ours = OurCustom(nnx.Rngs(0))
+    ours = OurCustom(keywords()["rngs"])
     for _ in range(2):
         assert list(puffer_jax.state_dict(ours)) == expected
         ours = puffer_jax.merge(*puffer_jax.split(ours))
@@ -1108,6 +1184,7 @@ def test_merge_keeps_torch_order():
     assert list(puffer_jax.state_dict(puffer_jax.merge(graphdef, params))) == expected
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize("name", POLICIES)
 def test_split_and_merge(name):
     policy, _ = small(name)
@@ -1128,6 +1205,7 @@ def test_split_and_merge(name):
     )
 
 
+@pytest.mark.tree
 def test_merge_names_what_does_not_fit():
     graphdef, params = puffer_jax.split(small("Default")[0])
     missing = {key: value for key, value in params.items() if key != "value"}
@@ -1162,6 +1240,7 @@ class WithBatchNorm(nnx.Module):
         self.norm = nnx.BatchNorm(2, rngs=rngs)
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize(
     "module, found", [(WithDropout, "dropout.rngs"), (WithBatchNorm, "norm.mean: BatchStat")]
 )
@@ -1170,6 +1249,7 @@ def test_split_refuses_what_is_no_parameter(module, found):
         puffer_jax.split(module(nnx.Rngs(0)))
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize("name", ["discrete", "continuous"])
 def test_state_dict_order_is_the_reference_s(name):
     env = stub_env(BOX.observation_space, ACTIONS[name])
@@ -1183,6 +1263,7 @@ def test_state_dict_order_is_the_reference_s(name):
     assert parameters == [key for key, _ in policy.named_parameters()]
 
 
+@pytest.mark.tree
 def test_flax_mode_is_what_the_environment_asks_for():
     for name in ("nnx_graph_mode", "nnx_graph_updates"):
         asked = os.environ.get(name.upper(), "true").lower()

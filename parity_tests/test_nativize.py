@@ -29,7 +29,7 @@ from puffer_jax.nativize import (
 
 DTYPES = [np.dtype(f"{kind}{8 * size}") for kind in ("int", "uint") for size in (1, 2, 4, 8)]
 DTYPES += [np.dtype(name) for name in ("float16", "float32", "float64", "bool")]
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
 BATCH = 3
 
 

@@ -23,6 +23,8 @@ from puffer_jax.modules import torch_parameters
 from puffer_jax.parity import compare, reference_policy
 from puffer_jax.report import BARS, MAX_RATIO, PRECISIONS, Errors, Report, Row
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 IMAGE = gs.Box(0, 255, (2, 36, 44), np.uint8)
 
 
@@ -222,6 +224,7 @@ def custom(strict=True, **options):
 OBSERVATIONS = {"left": normal(64, 4), "right": images(64, 3)}
 
 
+@pytest.mark.tree
 def test_custom_policies_with_encode_and_decode_and_dict_observations():
     report = compare(*custom(), OBSERVATIONS)
     report.assert_close()

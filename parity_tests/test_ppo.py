@@ -19,6 +19,8 @@ import puffer_jax
 from puffer_jax import ppo
 from puffer_jax.config import PuffeRLConfig
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SPACES = {
     "discrete": gymnasium.spaces.Discrete(3),
     "multidiscrete": gymnasium.spaces.MultiDiscrete([2, 4]),

@@ -35,11 +35,14 @@ from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import skeleton
 
 import puffer_jax
 from puffer_jax import load_state_dict, load_weights, policy_from_checkpoint, save_weights
 from puffer_jax.modules import torch_parameters
 from puffer_jax.weights import write_atomically
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 SUFFIXES = [".pt", ".safetensors", ".bin"]
 
@@ -84,8 +87,8 @@ def fill(policy, seed):
 
 @functools.cache
 def _original(name):
-    policy = build(name, puffer_jax, rngs=nnx.Rngs(0))
-    return puffer_jax.split(policy)
+    # Initialised: a skeleton's graphdef lists attributes in another order.
+    return puffer_jax.split(build(name, puffer_jax, rngs=nnx.Rngs(0)))
 
 
 def ours(name, seed=0):
@@ -170,6 +173,7 @@ def test_state_dict_is_a_copy_that_shares_tied_keys():
     assert bits(policy) == before
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize("name", ["continuous", "lstm", "procgen"])
 @pytest.mark.parametrize("copy", [nnx.clone, lambda p: nnx.merge(*nnx.split(p))])
 def test_order_survives_flax_sorting_attributes(name, copy):
@@ -179,7 +183,8 @@ def test_order_survives_flax_sorting_attributes(name, copy):
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 def test_parameters_of_other_widths(dtype, tmp_path):
-    policy = fill(build("lstm", puffer_jax, rngs=nnx.Rngs(0), param_dtype=dtype), 0)
+    build_ours = lambda: build("lstm", puffer_jax, rngs=nnx.Rngs(0), param_dtype=dtype)  # noqa: E731
+    policy = fill(skeleton(build_ours), 0)
     assert puffer_jax.state_dict(policy)["lstm.bias_hh_l0"].dtype == dtype
     for suffix in SUFFIXES:
         save_weights(policy, tmp_path / f"x{suffix}")
@@ -215,6 +220,7 @@ def reference_checkpoint(policy, folder):
     return Path(pufferlib.pufferl.PuffeRL.save_checkpoint(trainer))
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_through_the_reference(name, tmp_path):
     policy, reference = ours(name), theirs(name)
@@ -787,6 +793,7 @@ class TorchNested(torch.nn.Module):
         return self.heads["actor"](hidden), self.heads["value"](hidden)
 
 
+@pytest.mark.tree
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_custom_policy(recurrent, tmp_path):
     torch.manual_seed(0)
@@ -835,6 +842,7 @@ class Shared(nnx.Module):
         self.second = self.first
 
 
+@pytest.mark.tree
 def test_a_layer_under_two_names_is_tied_as_in_torch(tmp_path):
     reference = torch.nn.Module()
     reference.first = reference.second = torch.nn.Linear(2, 2)
@@ -1002,7 +1010,7 @@ def test_emulated_observations_survive_the_metadata(tmp_path):
     structured = np.dtype([("a", inner), ("b", "i4", (2,)), ("c", "?"), ("d", "f8")], align=True)
     emulated = {"observation_dtype": np.dtype("u1"), "emulated_observation_dtype": structured}
     spaces = env(Box(0, 255, (structured.itemsize,), np.uint8), Discrete(2), emulated=emulated)
-    policy = fill(puffer_jax.Default(spaces, HIDDEN, rngs=nnx.Rngs(0)), 0)
+    policy = fill(skeleton(lambda: puffer_jax.Default(spaces, HIDDEN, rngs=nnx.Rngs(0))), 0)
     x = np.zeros(4, structured)
     x["a"]["y"] = np.random.default_rng(0).standard_normal((4, 2, 3))
     x["a"]["x"], x["b"], x["d"] = 3, [[1, -2]], 0.25
@@ -1030,7 +1038,7 @@ class Default(puffer_jax.Default):
 
 
 def test_custom_class_is_named(tmp_path):
-    policy = fill(Default(ENVS["discrete"], HIDDEN, rngs=nnx.Rngs(0)), 0)
+    policy = fill(skeleton(lambda: Default(ENVS["discrete"], HIDDEN, rngs=nnx.Rngs(0))), 0)
     for suffix in (".safetensors", ".bin"):
         save_weights(policy, path := tmp_path / f"x{suffix}")
         with pytest.raises(ValueError, match=rf"custom policy, {__name__}\.Default; build it"):

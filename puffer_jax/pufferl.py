@@ -344,6 +344,7 @@ class PuffeRL:
         self._final_path = self.run_folder.with_name(self.run_folder.name + model.suffix)
         shutil.copyfile(model, self._final_path)
         self.logger.close(model)
+        self.dashboard.close()
         return self._final_path
 
     def __enter__(self) -> "PuffeRL":
