@@ -37,9 +37,9 @@ TASKS = {
     "CartPole-v1, gymnax": ("CartPole-v1", False, 150_000, {"reward_scale": 0.05}),
     "Acrobot-v1, gymnax": ("Acrobot-v1", False, 300_000, {"reward_scale": 0.05}),
     "Pendulum-v1, gymnax": ("Pendulum-v1", False, 800_000, PENDULUM),
-    "Breakout-MinAtar, gymnax": ("Breakout-MinAtar", False, 2_000_000, {"learning_rate": 2e-3}),
-    "memory, LSTM": ("puffer:memory", True, 300_000, {}),
-    "memory, no LSTM": ("puffer:memory", False, 300_000, {}),
+    "Breakout-MinAtar, gymnax": ("Breakout-MinAtar", False, 1_000_000, {"learning_rate": 2e-3}),
+    "memory, LSTM": ("puffer:memory", True, 150_000, {}),
+    "memory, no LSTM": ("puffer:memory", False, 150_000, {}),
 }
 
 

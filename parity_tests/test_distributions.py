@@ -592,6 +592,7 @@ def test_logits_of_a_wrong_type(logits, message):
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", ["discrete", "multi", "normal", "tanh"])
 def test_jit_vmap_and_eager_agree_and_nothing_retraces(kind):
     def case(seed):
@@ -633,6 +634,7 @@ def test_vmap_over_threefry_keys_draws_what_a_loop_draws():
     assert len(np.unique(mapped, axis=0)) > 1
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_computed_in_float32(dtype):
     logits = jnp.asarray(rng(15).normal(size=(4, 3)) * 4, dtype)

@@ -254,7 +254,7 @@ def test_masked_steps_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *results)
 
 
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip", "ignore"])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "ignore"])
 def test_a_bad_minibatch_is_counted_and_left_out(on_nonfinite):
     theirs = build_theirs("discrete", False)
     ours = twin(theirs, lambda dtype: build_ours("discrete", False, dtype), "float64")

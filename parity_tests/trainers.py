@@ -41,7 +41,7 @@ RECIPE = {
 @dataclass(frozen=True)
 class Args:
     seeds: int = 5
-    steps: int = 150_000
+    steps: int = 100_000
     speed_only: bool = False
 
 
@@ -99,16 +99,16 @@ def lengths(trainer, goal):
 
 
 def speed(trainer, epochs, fused=False):
-    """Steps per second of each epoch after the first two."""
-    rates = []
-    for epoch in range(epochs + 2):
+    """Steps per second of each epoch after the first two of all."""
+    rates, warm = [], max(0, 2 - trainer.epoch)
+    for epoch in range(epochs + warm):
         before, start = trainer.global_step, time.perf_counter()
         if fused:
             trainer._fused_epoch(trainer._source)
         else:
             trainer.evaluate()
             trainer.train()
-        if epoch >= 2:
+        if epoch >= warm:
             rates.append((trainer.global_step - before) / (time.perf_counter() - start))
     return rates
 
@@ -137,7 +137,7 @@ def race(advantage):
             host = ours(envs, recurrent, 10**9, 0)
             native = ours(envs, recurrent, 10**9, 0, native=True)
             rates = {"torch": [], "host": [], "native": []}
-            epochs = 4 if envs == 64 else 1
+            epochs = 5 if envs == 64 else 1
             for _ in range(3):
                 with running(), patched(compute_puff_advantage=torch_advantage(advantage)):
                     rates["torch"] += speed(torch_trainer, epochs)
