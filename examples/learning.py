@@ -62,15 +62,14 @@ def on_the_host(name, recurrent, config, seeds):
     for seed in range(seeds):
         envs = gymnasium.make_vec(name, config["num_envs"], "sync")
         run = config | {"seed": seed, "num_envs": None}
-        policy = make_policy(envs, recurrent, nnx.Rngs(seed))
-        trainer = puffer_jax.PuffeRL(puffer_jax.PuffeRLConfig.recommended(**run), envs, policy)
+        run = puffer_jax.PuffeRLConfig.recommended(**run)
+        trainer = puffer_jax.PuffeRL(run, envs, make_policy(envs, recurrent, nnx.Rngs(seed)))
         curve = []
         while not trainer.done:
             returns = trainer.evaluate()["episode_return"]
             trainer.stats.clear()
             curve.append(np.mean(returns) if returns else np.nan)
             trainer.train()
-            trainer.stats.clear()
         envs.close()
         curves.append(curve)
     length = min(map(len, curves))
@@ -85,7 +84,9 @@ def compiled(env, recurrent, config, seeds):
 
 
 def main(args: Args):
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    shape = -(-len(args.tasks) // 4), min(4, len(args.tasks))
+    figure, axes = plt.subplots(*shape, squeeze=False, layout="constrained")
+    figure.set_size_inches(3.5 * shape[1], 3 * shape[0])
     print(
         "| task | steps | final return, mean of the last 10% | lowest seed | seconds, all seeds |"
     )
@@ -106,10 +107,11 @@ def main(args: Args):
         text = f"{last.mean():.1f} ± {last.std():.1f} | {last.min():.1f} | {seconds:.0f}"
         print(f"| {name} | {config['total_timesteps']:,} | {text} |", flush=True)
         x = np.linspace(0, config["total_timesteps"], curves.shape[1])
-        axis.plot(x, curves.T, color="tab:blue", alpha=0.4, linewidth=1)
+        for curve in curves:  # in some epochs no episode ends
+            ended = np.isfinite(curve)
+            axis.plot(x[ended], curve[ended], color="tab:blue", alpha=0.4, linewidth=1)
         axis.set(title=name, xlabel="steps", ylabel="episode return")
-    for axis in axes.flat[len(args.tasks) :]:
-        axis.set_axis_off()
+    [axis.set_axis_off() for axis in axes.flat[len(args.tasks) :]]
     figure.savefig(args.out, dpi=110)
 
 
