@@ -478,7 +478,9 @@ def test_deterministic_takes_the_first_maximum():
     for cls in (Normal, TanhNormal):
         loc = np.array([[0.3, -2.0]])
         action, logprob, _ = most_likely(cls(loc, loc * 0 + 0.5))
-        np.testing.assert_allclose(action, np.tanh(loc) if cls is TanhNormal else loc, rtol=1e-15)
+        np.testing.assert_allclose(
+            action, np.tanh(loc) if cls is TanhNormal else loc, rtol=1e-15, equal_nan=False
+        )
         assert error(logprob, cls(loc, 0.5).log_prob(action).sum(1)) < 1e-15
 
 
@@ -675,7 +677,9 @@ def test_normal_is_a_pytree_and_reparameterised():
     assert draws.shape == (3, 2)
     gradient = jax.grad(lambda p: p.sample(KEY).sum())(policy)
     np.testing.assert_array_equal(gradient.loc, 1)
-    np.testing.assert_allclose(gradient.scale, policy.sample(KEY).sum(0), rtol=1e-14)
+    np.testing.assert_allclose(
+        gradient.scale, policy.sample(KEY).sum(0), rtol=1e-14, equal_nan=False
+    )
     assert Normal(np.float32([0.0]), 1.0).log_prob(0.5).dtype == jnp.float32
     assert type(jax.tree.map(lambda x: x, TanhNormal(0.0, 1.0))) is TanhNormal
 
@@ -707,7 +711,7 @@ def test_tanh_normal_sample_and_log_prob():
     theirs, transform = torch_tanh_normal(torch.tensor(loc), torch.tensor(scale))
     expected = theirs.log_prob(transform(torch.tensor(before)))
     assert error(logprob, expected) < 1e-13
-    np.testing.assert_allclose(action, np.tanh(before), rtol=1e-15)
+    np.testing.assert_allclose(action, np.tanh(before), rtol=1e-15, equal_nan=False)
     np.testing.assert_array_equal(TanhNormal(loc, scale).sample(KEY), action)
     # Pathwise gradients, as SAC needs them.
     slope = jax.grad(lambda d: d.sample_and_log_prob(KEY)[0].sum())(TanhNormal(loc, scale)).loc

@@ -521,14 +521,16 @@ def test_independent_agents_keep_the_order_of_the_batch():
     same_weights(policy, twin)
     logits = np.asarray(forward(policy, x)["logits"])
     order = np.random.default_rng(0).permutation(ROWS)
-    np.testing.assert_allclose(forward(policy, x[order])["logits"], logits[order], rtol=1e-12)
+    np.testing.assert_allclose(
+        forward(policy, x[order])["logits"], logits[order], rtol=1e-12, equal_nan=False
+    )
 
     # What a loop over agents returns are the same rows, grouped.
     with torch.no_grad():
         grouped = twin.grouped(torch.from_numpy(x)).numpy()
     by_agent = np.argsort(x[:, 2:].argmax(1), kind="stable")
     assert (by_agent != np.arange(ROWS)).any()
-    np.testing.assert_allclose(grouped, logits[by_agent], rtol=1e-12)
+    np.testing.assert_allclose(grouped, logits[by_agent], rtol=1e-12, equal_nan=False)
     assert abs(grouped - logits).max() > 0.1
 
 
@@ -571,7 +573,7 @@ def test_normalization_is_exact_under_batching(cuts):
         # Relative to the std where the mean is near zero.
         scale = np.maximum(abs(x.mean(0)), x.std(0))
         assert (abs(found["mean"] - x.mean(0)) <= 1e-12 * scale).all()
-        np.testing.assert_allclose(found["var"], x.var(0), rtol=1e-12)
+        np.testing.assert_allclose(found["var"], x.var(0), rtol=1e-12, equal_nan=False)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

@@ -184,7 +184,11 @@ def test_accumulated_gradients_add_up():
             learner.init(puffer_jax.split(ours)[1]), ppo.Experience(**buffer), indices=indices
         )
         moments.append(state.opt_state[1].mu)
-    jax.tree.map(lambda s, m: np.testing.assert_allclose(m, s / 2, rtol=1e-12), *moments)
+    summed, mean = map(jax.tree.leaves, moments)
+    assert len(summed) == len(mean) == 6  # three layers, weight and bias
+    for s, m in zip(summed, mean, strict=True):
+        assert np.abs(s).max() > 0
+        np.testing.assert_allclose(m, s / 2, rtol=1e-12, equal_nan=False)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -225,7 +229,9 @@ def test_with_lambda_one_returns_are_discounted_sums():
         left = 8 - t
         powers = gamma ** np.arange(left)
         discounted = rewards[:, t + 1 :] @ powers + gamma**left * values[:, -1]
-        np.testing.assert_allclose(advantages[:, t] + values[:, t], discounted, rtol=1e-12)
+        np.testing.assert_allclose(
+            advantages[:, t] + values[:, t], discounted, rtol=1e-12, equal_nan=False
+        )
 
 
 def test_masked_steps_change_nothing():
@@ -251,7 +257,9 @@ def test_masked_steps_change_nothing():
         )
         del losses["explained_variance"]  # of all steps, as in the reference
         results.append((state.params, losses))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *results)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, equal_nan=False), *results
+    )
 
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "ignore"])
