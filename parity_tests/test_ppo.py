@@ -307,6 +307,30 @@ def test_rows_of_a_minibatch_are_distinct_and_drawn_by_priority():
     assert all(len(set(rows)) == 4 for rows in np.asarray(details.indices).tolist())
 
 
+def test_recomputed_advantages_are_those_of_the_present_ratio():
+    theirs = build_theirs("discrete", False)
+    ours = twin(theirs, lambda dtype: build_ours("discrete", False, dtype), "float64")
+    buffer = make_buffer(theirs, "discrete", "float64", np.random.default_rng(3))
+    batch = jax.tree.map(jnp.asarray, ppo.Experience(**buffer))
+    hypers, weights = PuffeRLConfig.from_dict(CONFIG).hypers(), jnp.ones((SEGMENTS, 1))
+    stale = ppo.advantage_of(batch, jnp.ones_like(batch.values), hypers)
+    _, metrics = ppo.loss(ours, batch, stale, weights, hypers, True)
+    names = ("gamma", "gae_lambda", "vtrace_rho_clip", "vtrace_c_clip")
+    arrays = (
+        buffer["values"],
+        buffer["rewards"],
+        buffer["terminals"],
+        np.asarray(metrics["ratio"]),
+    )
+    fresh = jnp.asarray(numpy_advantage(*arrays, *(hypers[name] for name in names)))
+    _, expected = ppo.loss(ours, batch, fresh, weights, hypers)
+    _, kept = ppo.loss(ours, batch, stale, weights, hypers)
+    assert relative_error(metrics["policy_loss"], expected["policy_loss"]) <= 1e-12
+    assert relative_error(kept["policy_loss"], expected["policy_loss"]) > 1e-3
+    # The targets of the values stay those of the whole batch.
+    assert relative_error(metrics["value_loss"], kept["value_loss"]) <= 1e-15
+
+
 def test_key_or_indices():
     config = PuffeRLConfig.from_dict(CONFIG)
     policy = build_ours("discrete", False, "float32")
