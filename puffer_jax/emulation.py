@@ -1,0 +1,676 @@
+"""Any environment behind flat arrays, so that vecenvs and policies see one kind of environment.
+
+What `pufferlib.emulation` does, with its names, layouts and protocol, so that the environments of
+either serve in the vecenvs of both. A nested observation becomes a row of numbers, which
+`puffer_jax.nativize` reads; a nested action comes from a MultiDiscrete. The way from one to the
+other is laid out once, when the environment is made. An episode that ended is begun anew by
+whoever calls `reset`: a vecenv does so in the next step.
+
+Every observation must have the shape and the dtype of its space, which NumPy would else broadcast
+and cast without a word; that it lies within bounds is checked for the first of each agent only,
+and so are the actions.
+
+Neither JAX nor torch is imported here: workers run this.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.spaces import children_of, emulated_dtypes, kind_of
+
+Buffers = Mapping[str, np.ndarray]
+
+
+def _gymnasium() -> Any:
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError(
+            "environments need gymnasium: pip install 'puffer_jax[vector]'"
+        ) from error
+    return gymnasium
+
+
+# --- spaces ------------------------------------------------------------------------------------
+
+
+def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
+    """The Box of the rows that stand for observations of `space`, and the struct in a row.
+
+    Returns:
+        (`space` itself if it is a Box, else a flat Box; the dtype of one observation).
+
+    Raises:
+        TypeError: a space that is not supported.
+        ValueError: a Dict or Tuple without parts or with keys that cannot name a field.
+    """
+    sample, structured = emulated_dtypes(space)
+    if kind_of(space) == "box":
+        return space, structured
+    if sample.kind == "b":
+        low, high = False, True
+    else:
+        # float64 too: gymnasium warns of larger bounds.
+        info = np.iinfo(sample) if sample.kind in "iu" else np.finfo(np.float32)
+        low, high = info.min, info.max
+    shape = (structured.itemsize // sample.itemsize,)
+    return _gymnasium().spaces.Box(low, high, shape, sample), structured
+
+
+def emulate_action_space(space: Any) -> tuple[Any, Callable[[list[int]], Any] | None]:
+    """The flat space of actions that stand for those of `space`, and how to build the latter.
+
+    Unlike the reference, parts may be MultiDiscrete and MultiBinary, and a Discrete or
+    MultiDiscrete may start elsewhere than at 0: the flat actions always do start there.
+
+    Returns:
+        (`space` itself, None) for a Box, and for what a policy acts in as it is; else a Discrete
+        or MultiDiscrete, and a function of the list of its components.
+
+    Raises:
+        TypeError: a space that is not supported.
+        ValueError: a Box within a Dict or Tuple; and as `emulate_observation_space`.
+    """
+    kind = kind_of(space)
+    starts_at_0 = not np.any(getattr(space, "start", 0))
+    flat = kind == "discrete" or (kind == "multidiscrete" and np.ndim(space.nvec) == 1)
+    if kind == "box" or (flat and starts_at_0):
+        return space, None
+    sizes: list[int] = []
+    build = _builder(space, sizes)
+    spaces = _gymnasium().spaces
+    return spaces.Discrete(sizes[0]) if kind == "discrete" else spaces.MultiDiscrete(sizes), build
+
+
+def _builder(space: Any, sizes: list[int]) -> Callable[[list[int]], Any]:
+    """How to build an action of `space` from components, whose sizes are appended to `sizes`."""
+    children = children_of(space)
+    if children is not None:
+        parts = [(key, _builder(child, sizes)) for key, child in children.items()]
+        if isinstance(space.spaces, Mapping):
+            return lambda flat: {key: part(flat) for key, part in parts}
+        return lambda flat: tuple([part(flat) for _, part in parts])
+    first, start = len(sizes), getattr(space, "start", 0)
+    match kind_of(space):
+        case "discrete":
+            sizes.append(int(space.n))
+            start = int(start)
+            return lambda flat: start + flat[first]
+        case "multidiscrete":
+            nvec = np.asarray(space.nvec)
+        case "multibinary":
+            nvec = np.full(space.shape, 2)
+        case _:
+            raise ValueError(f"a nested action space cannot hold {space}, only discrete ones")
+    sizes.extend(nvec.ravel().tolist())
+    last, shape, dtype = len(sizes), nvec.shape, space.dtype
+    return lambda flat: np.array(flat[first:last], dtype).reshape(shape) + start
+
+
+def joint_space(space: Any, n: int) -> Any:
+    """The space of `n` agents side by side (`pufferlib.spaces.joint_space`).
+
+    Raises:
+        ValueError: `space` is not Discrete, MultiDiscrete or Box.
+    """
+    spaces = _gymnasium().spaces
+    match kind_of(space):
+        case "discrete":
+            return spaces.MultiDiscrete([space.n] * n)
+        case "multidiscrete":
+            low, high = np.zeros_like(space.nvec), space.nvec - 1
+        case "box":
+            low, high = space.low, space.high
+        case _:
+            raise ValueError(f"agents act and observe in Discrete, MultiDiscrete or Box: {space}")
+    low, high = (np.repeat(bound[None], n, axis=0) for bound in (low, high))
+    return spaces.Box(low, high, dtype=space.dtype)
+
+
+def set_buffers(env: Any, buf: Buffers | None = None) -> None:
+    """Give `env` the arrays that it and its vecenv share (`pufferlib.set_buffers`).
+
+    Args:
+        env: has `single_observation_space`, `single_action_space`, `num_agents`; gets
+            `observations` (agents, *shape), `rewards` float32, `terminals`, `truncations`, `masks`
+            bool (agents,), `actions` and `teacher_actions` (agents, *shape), int32 unless a Box.
+        buf: these by name, "teacher_actions" optional; None: new ones, zeros, all masks True.
+    """
+    agents, space = env.num_agents, env.single_action_space
+    if buf is None:
+        observation = env.single_observation_space
+        dtype = space.dtype if kind_of(space) == "box" else np.int32
+        buf = {
+            "observations": np.zeros((agents, *observation.shape), observation.dtype),
+            "rewards": np.zeros(agents, np.float32),
+            "terminals": np.zeros(agents, bool),
+            "truncations": np.zeros(agents, bool),
+            "masks": np.ones(agents, bool),
+            "actions": np.zeros((agents, *space.shape), dtype),
+        }
+    for name in ("observations", "rewards", "terminals", "truncations", "masks", "actions"):
+        setattr(env, name, buf[name])
+    teacher = buf.get("teacher_actions")
+    env.teacher_actions = np.zeros_like(env.actions) if teacher is None else teacher
+
+
+# --- one observation, one action ---------------------------------------------------------------
+
+
+class _Leaf:
+    """A space without parts, and whether NumPy can store a value there as it is."""
+
+    def __init__(self, space: Any):
+        self.space = space
+        self.dtype = np.dtype(getattr(space, "dtype", None) or np.int32)
+        match kind_of(space):
+            case "discrete":
+                size, self.shape = int(space.n), ()
+            case "multidiscrete":
+                size, self.shape = np.asarray(space.nvec), np.shape(space.nvec)
+            case "multibinary":
+                size, self.shape = 2, tuple(space.shape)
+            case _:
+                size, self.shape = None, tuple(space.shape)
+        self._low = getattr(space, "start", 0)
+        self._high = None if size is None else self._low + size
+        if self._high is not None and np.any(self._high > np.iinfo(np.int32).max):
+            raise ValueError(f"{space} does not fit in int32, as which it is stored")
+
+    def takes(self, value: Any) -> bool:
+        if self._high is None:
+            casting = "safe" if hasattr(value, "dtype") else "same_kind"
+            value = np.asarray(value)
+            return value.shape == self.shape and np.can_cast(value.dtype, self.dtype, casting)
+        if not self.shape and isinstance(value, int | np.integer):
+            return bool(self._low <= value < self._high)
+        value = np.asarray(value)
+        within = value.shape == self.shape and value.dtype.kind in "biu"
+        return within and bool(np.all((self._low <= value) & (value < self._high)))
+
+
+class _Writer:
+    """Writes observations into the rows of a buffer.
+
+    An observation is taken apart by two flat lists: of its containers, each found by its key in
+    one that was found before, and of its leaves, each with the part of a row that it is copied to.
+    The outermost container is a tuple around the observation, so that a leaf is found as any other.
+    """
+
+    def __init__(self, space: Any, observations: np.ndarray, structured: np.dtype):
+        self._containers: list[tuple[int, Any, int]] = []
+        found: list[tuple[int, Any, _Leaf, np.ndarray]] = []
+        if kind_of(space) == "box":
+            rows = observations
+        else:
+            rows = observations.view([("f0", structured)])["f0"][:, 0]
+        self._find(space, 0, 0, rows, found)
+        self._leaves = [
+            [
+                (p, key, leaf, leaf.dtype, leaf.shape, field[row, ...])
+                for p, key, leaf, field in found
+            ]
+            for row in range(len(observations))
+        ]
+
+    def _find(self, space: Any, parent: int, key: Any, field: np.ndarray, found: list) -> None:
+        children = children_of(space)
+        if children is None:
+            found.append((parent, key, _Leaf(space), field))
+            return
+        self._containers.append((parent, key, len(children)))
+        here, is_dict = len(self._containers), isinstance(space.spaces, Mapping)
+        for i, (name, child) in enumerate(children.items()):
+            self._find(child, here, name if is_dict else i, field[name], found)
+
+    def __call__(self, row: int, observation: Any) -> None:
+        """Write; raises ValueError, KeyError, IndexError or TypeError if it does not fit."""
+        parts: list[Any] = [(observation,)]
+        for parent, key, size in self._containers:
+            part = parts[parent][key]
+            if len(part) != size:
+                raise ValueError(f"{len(part)} parts instead of {size}")
+            parts.append(part)
+        for parent, key, leaf, dtype, shape, place in self._leaves[row]:
+            value = parts[parent][key]
+            exact = type(value) is np.ndarray and value.dtype == dtype and value.shape == shape
+            if not exact and not leaf.takes(value):
+                raise ValueError(f"{_describe(value)} instead of {leaf.space}")
+            place[()] = value
+
+
+class _Reader:
+    """Makes the environment's own actions out of flat ones."""
+
+    def __init__(self, space: Any, flat: Any, build: Callable[[list[int]], Any] | None):
+        self.flat = flat
+        self._kind, self._build = kind_of(flat), build
+        self._shape = tuple(flat.shape)
+        self._dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
+        if self._kind == "box":
+            self._low, self._high = flat.low, flat.high
+        else:
+            self._low, self._high = 0, (flat.n if self._kind == "discrete" else flat.nvec) - 1
+
+    def __call__(self, action: Any, check: bool) -> Any:
+        """The action, which is the environment's to keep.
+
+        Raises:
+            ValueError: another shape, a dtype that needs rounding, or, if `check`, out of bounds.
+        """
+        array = np.asarray(action)
+        shape = self._shape
+        fits = array.shape == shape or array.shape == (1, *shape)
+        fits = fits and np.can_cast(array.dtype, self._dtype, "same_kind")
+        if not fits or (check and not np.all((self._low <= array) & (array <= self._high))):
+            raise ValueError(f"{_describe(action)} instead of {self.flat}")
+        if self._build is not None:
+            return self._build(array.reshape(-1).tolist())
+        match self._kind:
+            case "box":
+                return array.reshape(shape).astype(self._dtype)
+            case "multidiscrete":
+                return array.reshape(shape).copy()
+            case _:
+                return array.reshape(-1)[0] if array is action else action
+
+
+def _describe(value: Any) -> str:
+    """Shapes and dtypes of a nested value, and its beginning."""
+
+    def form(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{k}: {form(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, tuple):
+            return "(" + ", ".join(map(form, value)) + ")"
+        if hasattr(value, "dtype"):
+            return f"{value.dtype} of shape {value.shape}"
+        return type(value).__name__
+
+    return f"{form(value)}, {value!r:.200}"
+
+
+# --- environments ------------------------------------------------------------------------------
+
+
+class _Emulated:
+    """What the environments of one and of several agents have in common."""
+
+    single_observation_space: Any
+    single_action_space: Any
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminals: np.ndarray
+    truncations: np.ndarray
+    masks: np.ndarray
+    actions: np.ndarray
+    teacher_actions: np.ndarray
+
+    def __init__(
+        self, env: Any, spaces: tuple[Any, Any], agents: int, buf: Buffers | None, seed: int | None
+    ):
+        self.env = env
+        self.num_agents = agents
+        self.agent_ids = np.arange(agents)
+        self.initialized = False
+        self._seed = seed
+        self._env_observation_space, self._env_action_space = spaces
+        try:
+            self.single_observation_space, structured = emulate_observation_space(spaces[0])
+            self.single_action_space, build = emulate_action_space(spaces[1])
+            self.emulated = {
+                "observation_dtype": self.single_observation_space.dtype,
+                "emulated_observation_dtype": structured,
+            }
+            set_buffers(self, buf)
+            self._writer = _Writer(spaces[0], self.observations, structured)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{env}: {error}") from error
+        self._reader = _Reader(spaces[1], self.single_action_space, build)
+        self.is_obs_emulated = self.single_observation_space is not spaces[0]
+        self.is_atn_emulated = build is not None
+        self._unseen = set(range(agents))  # whose first observation has yet to be checked in full
+        self._acted = False
+
+    @property
+    def render_mode(self) -> Any:
+        """That of the environment."""
+        return self.env.render_mode
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """That of the environment."""
+        return getattr(self.env, "metadata", None) or {"render_modes": []}
+
+    def seed(self, seed: int | None) -> None:
+        """Seed of the next reset, if that gets none."""
+        self._seed = seed
+
+    def render(self) -> Any:
+        """What the environment draws."""
+        return self.env.render()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def _reset(self, seed: int | None, options: Any) -> tuple[Any, Any]:
+        seed, self._seed = self._seed if seed is None else seed, None
+        given = {"seed": seed, "options": options}
+        self.initialized = True
+        # Environments may tell a seed of None from none at all.
+        return self.env.reset(**{name: v for name, v in given.items() if v is not None})
+
+    def _check_running(self, done: bool) -> None:
+        if not self.initialized:
+            raise RuntimeError(f"{self.env}: step() before reset()")
+        if done:
+            raise RuntimeError(f"{self.env}: step() after the episode's end; call reset()")
+
+    def _write(self, row: int, observation: Any) -> None:
+        space = self._env_observation_space
+        try:
+            self._writer(row, observation)
+            if row in self._unseen:
+                if not space.contains(observation):
+                    raise ValueError("out of bounds")
+                self._unseen.remove(row)
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{self.env}: an observation is not in {space} ({error}): {_describe(observation)}"
+            ) from error
+
+    def _read(self, action: Any) -> Any:
+        try:
+            return self._reader(action, not self._acted)
+        except ValueError as error:
+            raise ValueError(f"{self.env}: an action is not in its space: {error}") from error
+
+
+class GymnasiumPufferEnv(_Emulated):
+    """A gymnasium environment behind flat arrays: one agent.
+
+    Attributes:
+        env: the environment.
+        observation_space: `single_observation_space`, the Box of a row of `observations`.
+        action_space: `single_action_space`, what `step` takes.
+        emulated: what `puffer_jax.nativize_dtype` reads.
+        done: whether `reset` is due.
+        observations, rewards, terminals, truncations, masks, actions, teacher_actions: see
+            `set_buffers`; written in place.
+    """
+
+    def __init__(
+        self,
+        env: Any = None,
+        env_creator: Callable[..., Any] | str | None = None,
+        env_args: Sequence[Any] | None = (),
+        env_kwargs: Mapping[str, Any] | None = None,
+        buf: Buffers | None = None,
+        seed: int | None = 0,
+    ):
+        """Make the environment, if it is not made, and lay out the way to the buffers.
+
+        Args:
+            env: an environment, or an id for `gymnasium.make`.
+            env_creator: or a function of `env_args` and `env_kwargs` that gives one, or an id.
+            env_args: see there.
+            env_kwargs: see there.
+            buf: the buffers, see `set_buffers`.
+            seed: of the first reset, if that gets none. (The reference ignores it.)
+
+        Raises:
+            TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
+            ValueError: both or neither of `env` and `env_creator`; or a space that cannot be laid
+                out.
+        """
+        if isinstance(env, str):
+            env, env_creator = None, env if env_creator is None else env_creator
+        if isinstance(env_creator, str):
+            env_creator = partial(_gymnasium().make, env_creator)
+        env = _make(env, env_creator, env_args, env_kwargs)
+        super().__init__(env, (env.observation_space, env.action_space), 1, buf, seed)
+        self.observation_space = self.single_observation_space
+        self.action_space = self.single_action_space
+        self.done = True
+
+    @property
+    def unwrapped(self) -> Any:
+        """This; below it the spaces are others."""
+        return self
+
+    def reset(self, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, Any]:
+        """Begin an episode.
+
+        Returns:
+            (`observations` (1, *shape), info).
+
+        Raises:
+            ValueError: the observation is not in its space.
+        """
+        observation, info = self._reset(seed, options)
+        self._write(0, observation)
+        self.done = False
+        self.rewards[0], self.terminals[0], self.truncations[0] = 0, False, False
+        self.masks[0] = True
+        return self.observations, info
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, Any]:
+        """Act.
+
+        Args:
+            action: of `action_space`, also with a leading axis of 1.
+
+        Returns:
+            (`observations`, reward, terminated, truncated, info). Rewards of several agents are
+            added up, and the episode ends when it does for any of them.
+
+        Raises:
+            RuntimeError: there is no running episode.
+            ValueError: the action or the observation is not in its space.
+        """
+        if self.done:
+            self._check_running(True)
+        action = self._read(action)
+        self._acted = True
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if isinstance(reward, _MANY):
+            reward = np.sum(reward)
+        if isinstance(terminated, _MANY):
+            terminated = np.any(terminated)
+        if isinstance(truncated, _MANY):
+            truncated = np.any(truncated)
+        reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
+        self._write(0, observation)
+        self.rewards[0], self.terminals[0], self.truncations[0] = reward, terminated, truncated
+        self.done = terminated or truncated
+        return self.observations, reward, terminated, truncated, info
+
+
+class PettingZooPufferEnv(_Emulated):
+    """A PettingZoo environment behind flat arrays: a row for each possible agent.
+
+    An agent that is not there has a row of zeros, which is masked. Unlike the reference, that
+    holds after a reset too, and an episode in which some agents terminated and all others were
+    truncated is over.
+
+    Attributes:
+        env: the parallel environment.
+        emulated: what `puffer_jax.nativize_dtype` reads.
+        mask: agent -> whether it is there.
+        observations, rewards, terminals, truncations, masks, actions, teacher_actions: see
+            `set_buffers`; written in place.
+    """
+
+    def __init__(
+        self,
+        env: Any = None,
+        env_creator: Callable[..., Any] | None = None,
+        env_args: Sequence[Any] | None = (),
+        env_kwargs: Mapping[str, Any] | None = None,
+        buf: Buffers | None = None,
+        seed: int | None = 0,
+    ):
+        """Make the environment, if it is not made, and lay out the way to the buffers.
+
+        Args:
+            env: a parallel environment; one in which agents take turns (AEC) goes through
+                PettingZoo's own converter.
+            env_creator: or a function of `env_args` and `env_kwargs` that gives one.
+            env_args: see there.
+            env_kwargs: see there.
+            buf: the buffers, see `set_buffers`.
+            seed: of the first reset, if that gets none. (The reference ignores it.)
+
+        Raises:
+            TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
+            ValueError: both or neither of `env` and `env_creator`; a space that cannot be laid
+                out, or that is not the same for all agents.
+        """
+        env = _parallel(_make(env, env_creator, env_args, env_kwargs))
+        agents = list(env.possible_agents)
+        spaces = env.observation_space(agents[0]), env.action_space(agents[0])
+        for agent in agents[1:]:
+            for first, own in zip(
+                spaces, (env.observation_space(agent), env.action_space(agent)), strict=True
+            ):
+                if own != first:
+                    raise ValueError(
+                        f"{env}: all agents must have the same spaces; {agents[0]!r} has {first}, "
+                        f"{agent!r} {own}"
+                    )
+        super().__init__(env, spaces, len(agents), buf, seed)
+        self.possible_agents = agents
+        self.mask = dict.fromkeys(agents, False)
+        self._rows = {agent: self.observations[i] for i, agent in enumerate(agents)}
+        self._over = True
+
+    @property
+    def agents(self) -> list[Any]:
+        """Those that are there."""
+        return self.env.agents
+
+    @property
+    def done(self) -> bool:
+        """Whether `reset` is due."""
+        return self._over or not self.env.agents
+
+    def observation_space(self, agent: Any) -> Any:
+        """`single_observation_space`; raises ValueError if there is no such agent."""
+        self._check_agents((agent,))
+        return self.single_observation_space
+
+    def action_space(self, agent: Any) -> Any:
+        """`single_action_space`; raises ValueError if there is no such agent."""
+        self._check_agents((agent,))
+        return self.single_action_space
+
+    def reset(
+        self, seed: int | None = None, options: Any = None
+    ) -> tuple[dict[Any, np.ndarray], Any]:
+        """Begin an episode.
+
+        Returns:
+            (agent -> its row of `observations`, infos).
+
+        Raises:
+            ValueError: an observation is not in its space, or of an agent there is none of.
+        """
+        observations, infos = self._reset(seed, options)
+        self._receive(observations)
+        self._over = False
+        self.rewards[:], self.terminals[:], self.truncations[:] = 0, False, False
+        return self._rows, infos
+
+    def step(self, actions: Mapping[Any, Any] | np.ndarray) -> tuple[dict[Any, Any], ...]:
+        """Act.
+
+        Args:
+            actions: (agents, ...) in the order of `possible_agents`, or by agent. Those of agents
+                that are not there are left out.
+
+        Returns:
+            (observations, rewards, terminated, truncated, infos), dicts by agent; the first four
+            have all possible agents.
+
+        Raises:
+            RuntimeError: there is no running episode.
+            ValueError: an action or observation is not in its space, or of an agent there is none
+                of.
+        """
+        self._check_running(self.done)
+        if isinstance(actions, Mapping):
+            self._check_agents(actions)
+        elif len(actions) == self.num_agents:
+            actions = dict(zip(self.possible_agents, actions, strict=True))
+        else:
+            raise ValueError(f"{self.env}: {len(actions)} actions for {self.num_agents} agents")
+        here = set(self.env.agents)
+        own = {agent: self._read(action) for agent, action in actions.items() if agent in here}
+        self._acted = True
+        observations, rewards, terminated, truncated, infos = self.env.step(own)
+        self._receive(observations)
+        for i, agent in enumerate(self.possible_agents):
+            if self.mask[agent]:
+                self.rewards[i] = rewards[agent]
+                self.terminals[i], self.truncations[i] = terminated[agent], truncated[agent]
+            else:
+                self.rewards[i], self.terminals[i], self.truncations[i] = 0, True, False
+        self._over = all(terminated[agent] or truncated[agent] for agent in terminated)
+        padded = (
+            {agent: values.get(agent, pad) for agent in self.possible_agents}
+            for values, pad in ((rewards, 0), (terminated, True), (truncated, False))
+        )
+        return self._rows, *padded, infos
+
+    def _receive(self, observations: Mapping[Any, Any]) -> None:
+        """Write the observations that are there, and zeros where there are none."""
+        count = 0
+        for i, agent in enumerate(self.possible_agents):
+            self.mask[agent] = self.masks[i] = agent in observations
+            if self.mask[agent]:
+                self._write(i, observations[agent])
+                count += 1
+            else:
+                self.observations[i] = 0
+        if count != len(observations):
+            self._check_agents(observations)
+
+    def _check_agents(self, agents: Any) -> None:
+        unknown = [agent for agent in agents if agent not in self.mask]
+        if unknown:
+            raise ValueError(f"{self.env}: no agents {unknown}; there are {self.possible_agents}")
+
+
+_MANY = (np.ndarray, list, tuple)
+
+
+def _make(
+    env: Any,
+    creator: Callable[..., Any] | None,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> Any:
+    if (env is None) == (creator is None):
+        raise ValueError(f"give either env or env_creator, got {env!r} and {creator!r}")
+    if env is not None:
+        if callable(env):
+            raise TypeError(f"env must be an environment; give {env!r} as env_creator")
+        return env
+    if not callable(creator):
+        raise TypeError(f"env_creator must be callable, got {creator!r}")
+    return creator(*(args or ()), **(kwargs or {}))
+
+
+def _parallel(env: Any) -> Any:
+    """The environment, or what PettingZoo makes of one whose agents take turns."""
+    if not hasattr(env, "agent_iter"):
+        return env
+    from pettingzoo.utils import conversions
+
+    if env.metadata.get("is_parallelizable", False):
+        return conversions.aec_to_parallel(env)
+    return conversions.turn_based_aec_to_parallel(env)
