@@ -200,8 +200,10 @@ class _Writer:
     The outermost container is a tuple around the observation, so that a leaf is found as any other.
     """
 
-    def __init__(self, space: Any, observations: np.ndarray, structured: np.dtype):
+    def __init__(self, env: Any, space: Any, observations: np.ndarray, structured: np.dtype):
+        self._env, self._space = env, space
         self._containers: list[tuple[int, Any, int]] = []
+        self._unseen = set(range(len(observations)))  # rows that nothing was written to
         found: list[tuple[int, Any, _Leaf, np.ndarray]] = []
         if kind_of(space) == "box":
             rows = observations
@@ -210,8 +212,8 @@ class _Writer:
         self._find(space, 0, 0, rows, found)
         self._leaves = [
             [
-                (p, key, leaf, leaf.dtype, leaf.shape, field[row, ...])
-                for p, key, leaf, field in found
+                (p, key, leaf.dtype, leaf.shape, field[row, ...], leaf)
+                for p, key, field, leaf in found
             ]
             for row in range(len(observations))
         ]
@@ -219,63 +221,87 @@ class _Writer:
     def _find(self, space: Any, parent: int, key: Any, field: np.ndarray, found: list) -> None:
         children = children_of(space)
         if children is None:
-            found.append((parent, key, _Leaf(space), field))
+            found.append((parent, key, field, _Leaf(space)))
             return
         self._containers.append((parent, key, len(children)))
         here, is_dict = len(self._containers), isinstance(space.spaces, Mapping)
         for i, (name, child) in enumerate(children.items()):
             self._find(child, here, name if is_dict else i, field[name], found)
 
-    def __call__(self, row: int, observation: Any) -> None:
-        """Write; raises ValueError, KeyError, IndexError or TypeError if it does not fit."""
+    def write(self, row: int, observation: Any) -> None:
+        """Copy the observation to its row.
+
+        Raises:
+            ValueError: it is not in its space.
+        """
         parts: list[Any] = [(observation,)]
-        for parent, key, size in self._containers:
-            part = parts[parent][key]
-            if len(part) != size:
-                raise ValueError(f"{len(part)} parts instead of {size}")
-            parts.append(part)
-        for parent, key, leaf, dtype, shape, place in self._leaves[row]:
-            value = parts[parent][key]
-            exact = type(value) is np.ndarray and value.dtype == dtype and value.shape == shape
-            if not exact and not leaf.takes(value):
-                raise ValueError(f"{_describe(value)} instead of {leaf.space}")
-            place[()] = value
+        array = np.ndarray
+        try:
+            for parent, key, size in self._containers:
+                part = parts[parent][key]
+                if len(part) != size:
+                    raise ValueError(f"{len(part)} parts instead of {size}")
+                parts.append(part)
+            for parent, key, dtype, shape, place, leaf in self._leaves[row]:
+                value = parts[parent][key]
+                exact = type(value) is array and value.dtype == dtype and value.shape == shape
+                if not exact and not leaf.takes(value):
+                    raise ValueError(f"{_describe(value)} instead of {leaf.space}")
+                place[()] = value
+            if row in self._unseen:
+                if not self._space.contains(observation):
+                    raise ValueError("out of bounds")
+                self._unseen.remove(row)
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{self._env}: an observation is not in {self._space} ({error}): "
+                + _describe(observation)
+            ) from error
 
 
 class _Reader:
     """Makes the environment's own actions out of flat ones."""
 
-    def __init__(self, space: Any, flat: Any, build: Callable[[list[int]], Any] | None):
-        self.flat = flat
-        self._kind, self._build = kind_of(flat), build
+    def __init__(self, env: Any, flat: Any, build: Callable[[list[int]], Any] | None):
+        self._env, self._space, self._kind, self._build = env, flat, kind_of(flat), build
         self._shape = tuple(flat.shape)
+        self._shapes = ((1, *self._shape), self._shape)
         self._dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
-        if self._kind == "box":
-            self._low, self._high = flat.low, flat.high
-        else:
-            self._low, self._high = 0, (flat.n if self._kind == "discrete" else flat.nvec) - 1
+        self._checked = False
 
-    def __call__(self, action: Any, check: bool) -> Any:
+    def read(self, action: Any) -> Any:
         """The action, which is the environment's to keep.
 
         Raises:
-            ValueError: another shape, a dtype that needs rounding, or, if `check`, out of bounds.
+            ValueError: it has another shape or a dtype that needs rounding; or it is the first one
+                and out of bounds.
         """
         array = np.asarray(action)
-        shape = self._shape
-        fits = array.shape == shape or array.shape == (1, *shape)
-        fits = fits and np.can_cast(array.dtype, self._dtype, "same_kind")
-        if not fits or (check and not np.all((self._low <= array) & (array <= self._high))):
-            raise ValueError(f"{_describe(action)} instead of {self.flat}")
+        as_usual = self._checked and array.dtype == self._dtype and array.shape in self._shapes
+        if not as_usual and not self._takes(array):
+            raise ValueError(f"{self._env}: an action is not in {self._space}: {_describe(action)}")
         if self._build is not None:
-            return self._build(array.reshape(-1).tolist())
+            return self._build(array.ravel().tolist())
         match self._kind:
-            case "box":
-                return array.reshape(shape).astype(self._dtype)
+            case "discrete":  # a NumPy scalar, unless it came as something simpler
+                return array.ravel()[0] if array is action or array.ndim else action
             case "multidiscrete":
-                return array.reshape(shape).copy()
+                return array.reshape(self._shape).copy()
             case _:
-                return array.reshape(-1)[0] if array is action else action
+                return array.reshape(self._shape).astype(self._dtype)
+
+    def _takes(self, array: np.ndarray) -> bool:
+        fits = array.shape in self._shapes and np.can_cast(array.dtype, self._dtype, "same_kind")
+        if fits and not self._checked:
+            match self._kind:
+                case "discrete":
+                    low, high = 0, self._space.n - 1
+                case "multidiscrete":
+                    low, high = 0, self._space.nvec - 1
+                case _:
+                    low, high = self._space.low, self._space.high
+            self._checked = fits = bool(np.all((low <= array) & (array <= high)))
+        return fits
 
 
 def _describe(value: Any) -> str:
@@ -317,7 +343,6 @@ class _Emulated:
         self.agent_ids = np.arange(agents)
         self.initialized = False
         self._seed = seed
-        self._env_observation_space, self._env_action_space = spaces
         try:
             self.single_observation_space, structured = emulate_observation_space(spaces[0])
             self.single_action_space, build = emulate_action_space(spaces[1])
@@ -326,14 +351,12 @@ class _Emulated:
                 "emulated_observation_dtype": structured,
             }
             set_buffers(self, buf)
-            self._writer = _Writer(spaces[0], self.observations, structured)
+            self._write = _Writer(env, spaces[0], self.observations, structured).write
         except (TypeError, ValueError) as error:
             raise type(error)(f"{env}: {error}") from error
-        self._reader = _Reader(spaces[1], self.single_action_space, build)
+        self._read = _Reader(env, self.single_action_space, build).read
         self.is_obs_emulated = self.single_observation_space is not spaces[0]
         self.is_atn_emulated = build is not None
-        self._unseen = set(range(agents))  # whose first observation has yet to be checked in full
-        self._acted = False
 
     @property
     def render_mode(self) -> Any:
@@ -369,25 +392,6 @@ class _Emulated:
             raise RuntimeError(f"{self.env}: step() before reset()")
         if done:
             raise RuntimeError(f"{self.env}: step() after the episode's end; call reset()")
-
-    def _write(self, row: int, observation: Any) -> None:
-        space = self._env_observation_space
-        try:
-            self._writer(row, observation)
-            if row in self._unseen:
-                if not space.contains(observation):
-                    raise ValueError("out of bounds")
-                self._unseen.remove(row)
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-            raise ValueError(
-                f"{self.env}: an observation is not in {space} ({error}): {_describe(observation)}"
-            ) from error
-
-    def _read(self, action: Any) -> Any:
-        try:
-            return self._reader(action, not self._acted)
-        except ValueError as error:
-            raise ValueError(f"{self.env}: an action is not in its space: {error}") from error
 
 
 class GymnasiumPufferEnv(_Emulated):
@@ -474,16 +478,13 @@ class GymnasiumPufferEnv(_Emulated):
         """
         if self.done:
             self._check_running(True)
-        action = self._read(action)
-        self._acted = True
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if isinstance(reward, _MANY):
-            reward = np.sum(reward)
-        if isinstance(terminated, _MANY):
-            terminated = np.any(terminated)
-        if isinstance(truncated, _MANY):
-            truncated = np.any(truncated)
-        reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
+        observation, reward, terminated, truncated, info = self.env.step(self._read(action))
+        if type(reward) is not float:
+            reward = float(np.sum(reward) if isinstance(reward, _MANY) else reward)
+        if type(terminated) is not bool:
+            terminated = bool(np.any(terminated))
+        if type(truncated) is not bool:
+            truncated = bool(np.any(truncated))
         self._write(0, observation)
         self.rewards[0], self.terminals[0], self.truncations[0] = reward, terminated, truncated
         self.done = terminated or truncated
@@ -610,7 +611,6 @@ class PettingZooPufferEnv(_Emulated):
             raise ValueError(f"{self.env}: {len(actions)} actions for {self.num_agents} agents")
         here = set(self.env.agents)
         own = {agent: self._read(action) for agent, action in actions.items() if agent in here}
-        self._acted = True
         observations, rewards, terminated, truncated, infos = self.env.step(own)
         self._receive(observations)
         for i, agent in enumerate(self.possible_agents):
