@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import cleanrl as cleanrl
+    from puffer_jax import emulation as emulation
     from puffer_jax import environments as environments
     from puffer_jax import optim as optim
     from puffer_jax import parity as parity
     from puffer_jax import plot as plot
     from puffer_jax import ppo as ppo
+    from puffer_jax import vector as vector
     from puffer_jax.check import PolicyReport as PolicyReport
     from puffer_jax.check import check_policy as check_policy
     from puffer_jax.config import PuffeRLConfig as PuffeRLConfig
@@ -98,7 +100,10 @@ _EXPORTS = {
     ),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
-_SUBMODULES = ("cleanrl", "environments", "optim", "parity", "plot", "ppo")
+_SUBMODULES = (
+    *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo"),
+    "vector",
+)
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 

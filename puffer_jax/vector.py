@@ -1,0 +1,894 @@
+"""Many environments stepped at once: in this process, in several, or on a cluster.
+
+The protocol is that of the reference's `vector.py`: `async_reset`, then `recv` and `send` by turns,
+or `reset` and `step`, which do both. What `recv` hands out are the environments' own buffers: they
+are overwritten by what follows `send`.
+
+An emulated environment's episode ends with its last observation, and the step after resets it and
+ignores the action; a native PufferLib environment resets itself within the step. This module
+imports neither JAX nor torch, and no environment.
+"""
+
+import contextlib
+import difflib
+import functools
+import logging
+import math
+import os
+import pickle
+import select
+import sys
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.emulation import emulate_observation_space, joint_space
+from puffer_jax.spaces import kind_of, structured_dtype
+from puffer_jax.workers import (
+    GIVEN,
+    Actor,
+    Envs,
+    Failure,
+    Info,
+    Layout,
+    Maker,
+    Memory,
+    Order,
+    Process,
+    pack,
+)
+
+Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
+_STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
+_CLOSING = 2.0  # seconds the workers have to close their environments
+
+
+class WorkerError(RuntimeError):
+    """A worker failed: an environment raised in it, it died, or it hung."""
+
+
+class VecEnv(ABC):
+    """The protocol, and the order of its calls.
+
+    Args:
+        driver_env: one of the environments, for its spaces.
+        layout: that of each environment.
+        num_envs: how many there are.
+        batch_envs: how many of them act at once.
+
+    Attributes:
+        driver_env: see above; a policy is made for it.
+        emulated: how a structured observation is packed, see `puffer_jax.nativize_dtype`; False
+            for native environments.
+        single_observation_space: of one agent.
+        single_action_space: of one agent.
+        num_environments: in all.
+        num_agents: of all environments.
+        agents_per_batch: that act at once.
+        agent_ids: of all agents.
+    """
+
+    def __init__(self, driver_env: Any, layout: Layout, num_envs: int, batch_envs: int):
+        self.driver_env = driver_env
+        self.emulated = driver_env.emulated
+        self.single_observation_space = layout.observation_space
+        self.single_action_space = layout.action_space
+        self.num_environments = num_envs
+        self.num_agents = layout.num_agents * num_envs
+        self.agents_per_batch = layout.num_agents * batch_envs
+        self.agent_ids = np.arange(self.num_agents)
+        self._state = "reset"  # what must be called next; or "closed"
+        self._action = structured_dtype(layout.action_space)
+        self._actions_checked = False
+
+    @property
+    def num_envs(self) -> int:
+        """Rows of a batch. Quirk kept: agents, not environments."""
+        return self.agents_per_batch
+
+    @functools.cached_property
+    def observation_space(self) -> Any:
+        """Of a batch, a Box."""
+        return joint_space(self.single_observation_space, self.agents_per_batch)
+
+    @functools.cached_property
+    def action_space(self) -> Any:
+        """Of a batch: MultiDiscrete for Discrete, else a Box."""
+        return joint_space(self.single_action_space, self.agents_per_batch)
+
+    def async_reset(self, seed: int | None = None) -> None:
+        """Start all episodes; environment i with `seed + i`, whichever worker has it.
+
+        With None, environments go on with the seeds they were made with.
+
+        Raises:
+            RuntimeError: it is closed.
+            WorkerError: a worker failed. Then everything is closed.
+        """
+        self._expect("reset", "recv", "send")
+        with self._closing_on_error():
+            self._reset(seed)
+        self._state = "recv"
+
+    def recv(self) -> Received:
+        """Wait for a batch.
+
+        Returns:
+            (observations, rewards, terminals, truncations, infos, agent_ids, masks): arrays
+            (agents_per_batch, ...) but for infos, a list of what the environments tell. A mask is
+            False where an agent is not there.
+
+        Raises:
+            RuntimeError: neither `async_reset` nor `send` came before.
+            WorkerError: a worker failed. Then everything is closed.
+        """
+        self._expect("recv")
+        with self._closing_on_error():
+            received = self._recv()
+        self._state = "send"
+        return received
+
+    def send(self, actions: Any) -> None:
+        """Act on the batch received last.
+
+        Args:
+            actions: (agents_per_batch, ...), of the joint `action_space`; whether their values are
+                in it is only looked at the first time.
+
+        Raises:
+            RuntimeError: `recv` did not come before.
+            ValueError: `actions` have another shape or kind, or are outside the space.
+            WorkerError: a worker failed. Then everything is closed.
+        """
+        self._expect("send")
+        actions = self._check_actions(np.asarray(actions))
+        with self._closing_on_error():
+            self._send(actions)
+        self._state = "recv"
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, list[Info]]:
+        """`async_reset` and `recv`; gives observations and infos."""
+        self.async_reset(seed)
+        received = self.recv()
+        return received[0], received[4]
+
+    def step(
+        self, actions: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info]]:
+        """`send` and `recv`; gives observations, rewards, terminals, truncations and infos."""
+        self.send(actions)
+        return self.recv()[:5]
+
+    def notify(self) -> None:
+        """Call `notify` of the environments that have it."""
+        self._expect("reset", "recv", "send")
+        self._notify()
+
+    def close(self) -> None:
+        """Close the environments and end the workers; once more does nothing."""
+        if self._state != "closed":
+            self._state = "closed"
+            self._close()
+
+    def __enter__(self) -> "VecEnv":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _expect(self, *states: str) -> None:
+        if self._state in states:
+            return
+        if self._state == "closed":
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        first = {"reset": "(async_)reset", "recv": "recv", "send": "send"}[self._state]
+        raise RuntimeError(f"call {first} before {states[0]}")
+
+    @contextlib.contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.close()
+            raise
+
+    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
+        expected = (self.agents_per_batch, *self._action.shape)
+        problem = "" if actions.shape == expected else f"shape {expected}"
+        if not problem and not self._actions_checked:
+            space = self.action_space
+            if not np.can_cast(actions.dtype, space.dtype, "same_kind"):
+                problem = f"{space.dtype}"
+            elif not space.contains(actions.astype(space.dtype)):
+                problem = f"values in {space}"
+            self._actions_checked = not problem
+        if problem:
+            raise ValueError(
+                f"actions must have {problem}; got shape {actions.shape} of {actions.dtype}"
+                + (f" in {actions.min()} .. {actions.max()}" if actions.size else "")
+            )
+        return actions
+
+    @abstractmethod
+    def _reset(self, seed: int | None) -> None: ...
+
+    @abstractmethod
+    def _recv(self) -> Received: ...
+
+    @abstractmethod
+    def _send(self, actions: np.ndarray) -> None: ...
+
+    @abstractmethod
+    def _notify(self) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+
+class Serial(VecEnv):
+    """All environments in this process, one after the other. Made by `make`.
+
+    What an environment raises comes through as it is, with a note that says which it was.
+    """
+
+    def __init__(
+        self,
+        env_creators: Sequence[Callable[..., Any] | str],
+        env_args: Sequence[Sequence[Any]],
+        env_kwargs: Sequence[dict[str, Any]],
+        num_envs: int,
+        seed: int = 0,
+        restart_failed: bool = False,
+        **_: Any,  # those of the other backends
+    ):
+        makers = [*map(Maker, env_creators, env_args, env_kwargs)]
+        driver = makers[0]()
+        layout = Layout.of(driver)
+        driver.close()
+        self._buffers = layout.buffers(layout.num_agents * num_envs)
+        self._envs = Envs(makers, layout, self._buffers, seed, restart_failed=restart_failed)
+        super().__init__(self.envs[0], layout, num_envs, num_envs)
+        self._infos: list[Info] = []
+        self._given = [self._buffers[name] for name in GIVEN]
+
+    @property
+    def envs(self) -> list[Any]:
+        """The environments."""
+        return self._envs.envs
+
+    def _reset(self, seed: int | None) -> None:
+        self._infos = self._envs.reset(seed)
+
+    def _recv(self) -> Received:
+        obs, rewards, terminals, truncations, masks = self._given
+        return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
+
+    def _send(self, actions: np.ndarray) -> None:
+        self._buffers["actions"][:] = actions
+        self._infos = self._envs.step()
+
+    def _notify(self) -> None:
+        self._envs.notify()
+
+    def _close(self) -> None:
+        self._envs.close()
+
+
+class _Pool(VecEnv):
+    """Environments spread over workers, in equal and contiguous parts.
+
+    Batches are made of units: of the workers of a whole batch side by side (`zero_copy`), or of
+    single workers.
+
+    Args:
+        env_creators: see `make`; one for each environment, as what follows.
+        env_args: see `make`.
+        env_kwargs: see `make`.
+        num_envs: see `make`.
+        num_workers: a divisor of `num_envs`; by default, the largest that the cores allow.
+        batch_size: how many environments act at once; by default, all. If fewer, the others step
+            meanwhile.
+        zero_copy: batches are of environments in a row, so that their arrays need no copying.
+        sync_traj: batches come in the order in which they were sent, each environment as often as
+            any other; or else, in the order in which they are done.
+        overwork: allow more workers than cores.
+        seed: see `make`.
+        timeout: seconds that a worker may take for one order; by default, for ever. (A minute more
+            to start.)
+        restart_failed: see `make`.
+
+    Raises:
+        ValueError: the numbers do not go together.
+        WorkerError: an environment could not be made.
+    """
+
+    def __init__(
+        self,
+        env_creators: Sequence[Callable[..., Any] | str],
+        env_args: Sequence[Sequence[Any]],
+        env_kwargs: Sequence[dict[str, Any]],
+        num_envs: int,
+        num_workers: int | None = None,
+        batch_size: int | None = None,
+        zero_copy: bool = True,
+        sync_traj: bool = True,
+        overwork: bool = False,
+        seed: int = 0,
+        timeout: float | None = None,
+        restart_failed: bool = False,
+    ):
+        num_workers, batch_size = self._divide(
+            num_envs, num_workers, batch_size, zero_copy, overwork
+        )
+        makers = [*map(Maker, env_creators, env_args, env_kwargs)]
+        driver = makers[0]()
+        layout = Layout.of(driver)
+        super().__init__(driver, layout, num_envs, batch_size)
+
+        each = self._envs_per_worker = num_envs // num_workers
+        per_batch = batch_size // each
+        if per_batch == num_workers:
+            zero_copy = True  # there is but one batch
+        self._per_unit = per_batch if zero_copy else 1
+        self._units_per_batch = per_batch // self._per_unit
+        self._sync_traj = sync_traj
+        self._owing = [0] * (num_workers // self._per_unit)  # workers a unit waits for
+        self._sent: list[int] = []  # units, in that order
+        self._done: list[int] = []  # units among them, in that order
+        self._batch: list[int] = []
+
+        self._timeout, self._restart_failed = timeout, restart_failed
+        self._busy: dict[int, tuple[bytes, Any]] = {}  # worker -> what it does
+        self._since = [0.0] * num_workers
+        self._restarts = [0] * num_workers
+        self._fresh: set[int] = set()  # restarted, and no step done since
+        self._infos: list[list[Info]] = [[] for _ in range(num_workers)]
+
+        agents = self._agents_per_worker = layout.num_agents * each
+        self._rows = [slice(w * agents, (w + 1) * agents) for w in range(num_workers)]
+        self._options = [
+            {"seed": seed + w * each, "first": w * each, "restart_failed": restart_failed}
+            for w in range(num_workers)
+        ]
+        self._parts = [(makers[w * each : (w + 1) * each], layout) for w in range(num_workers)]
+        with self._closing_on_error():
+            self._buffers = self._open(layout)
+            for worker in range(num_workers):
+                self._start(worker)
+            for worker in range(num_workers):
+                self._order(worker, Order.READY)
+            while self._busy:
+                self._wait()
+
+    @staticmethod
+    def _divide(
+        num_envs: int,
+        num_workers: int | None,
+        batch_size: int | None,
+        zero_copy: bool,
+        overwork: bool,
+    ) -> tuple[int, int]:
+        batch_size = num_envs if batch_size is None else batch_size
+        if not 1 <= batch_size <= num_envs:
+            raise ValueError(f"batch_size must be 1 .. num_envs ({num_envs}); got {batch_size}")
+        if zero_copy and num_envs % batch_size:
+            raise ValueError(
+                f"with zero_copy, num_envs must be a multiple of batch_size; got {num_envs} and "
+                f"{batch_size}"
+            )
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        if num_workers is None:
+            fitting = [
+                n
+                for n in range(1, num_envs + 1)
+                if not num_envs % n and not batch_size % (num_envs // n)
+            ]
+            num_workers = max((n for n in fitting if n <= cores), default=min(fitting))
+        elif num_workers > cores and not overwork:
+            raise ValueError(
+                f"num_workers is {num_workers}, but there are {cores} cores, and more workers than "
+                "those rarely pay; overwork=True allows it"
+            )
+        if num_workers < 1 or num_envs % num_workers:
+            raise ValueError(f"num_workers must divide num_envs; got {num_workers} and {num_envs}")
+        if batch_size % (num_envs // num_workers):
+            raise ValueError(
+                "batch_size must be a multiple of the environments of one worker "
+                f"({num_envs} / {num_workers}); got {batch_size}"
+            )
+        return num_workers, batch_size
+
+    def _payload(self, worker: int, agents: int, rows: slice) -> bytes:
+        options = self._options[worker] | {"restarts": self._restarts[worker]}
+        return pack((*self._parts[worker], agents, rows, options))
+
+    # --- what a kind of worker must do ---
+
+    @abstractmethod
+    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+        """The buffers of all agents, before any worker starts."""
+
+    @abstractmethod
+    def _start(self, worker: int) -> None:
+        """Start a worker, in the place of a lost one if there was one."""
+
+    @abstractmethod
+    def _give(self, worker: int, order: bytes, argument: Any) -> None:
+        """Give it an order."""
+
+    @abstractmethod
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+        """Those of the workers that have done what they were told, after waiting for one."""
+
+    @abstractmethod
+    def _kill(self, worker: int) -> None:
+        """End a worker at once."""
+
+    # --- waiting for workers ---
+
+    def _order(self, worker: int, order: bytes, argument: Any = None) -> None:
+        self._busy[worker] = order, argument
+        self._since[worker] = time.monotonic()
+        self._give(worker, order, argument)
+
+    def _wait(self) -> None:
+        """Wait until a worker has done what it was told, or has failed or hung."""
+        patience = None
+        if self._timeout is not None:
+            due = {worker: self._due(worker) for worker in self._busy}
+            patience = max(0.0, min(due.values()) - time.monotonic())
+        replied = False
+        for worker, reply in self._replies(patience):
+            replied = True
+            if isinstance(reply, Failure):
+                self._lose(worker, reply)
+                continue
+            order, _ = self._busy.pop(worker)
+            if order != Order.RESTART:
+                self._fresh.discard(worker)
+            self._infos[worker] += reply
+            unit = worker // self._per_unit
+            self._owing[unit] -= 1
+            if not self._owing[unit]:
+                self._done.append(unit)
+        if not replied:
+            for worker in [w for w in self._busy if self._due(w) <= time.monotonic()]:
+                self._kill(worker)
+                order, _ = self._busy[worker]
+                what = {Order.STEP: "step", Order.RESET: "reset"}.get(order, "start")
+                reason = f"did not {what} within timeout={self._timeout} s and was killed"
+                self._lose(worker, Failure(reason, lost=True))
+
+    def _due(self, worker: int) -> float:
+        starting = self._busy[worker][0] in (Order.READY, Order.RESTART) or worker in self._fresh
+        return self._since[worker] + (self._timeout or 0.0) + _STARTING * starting
+
+    def _lose(self, worker: int, failure: Failure) -> None:
+        """Start the worker anew, if that is wanted and can help."""
+        order, argument = self._busy[worker]
+        first = worker * self._envs_per_worker
+        again = "after a restart, " * (worker in self._fresh)
+        if not (self._restart_failed and failure.lost) or again or order == Order.READY:
+            raise WorkerError(
+                f"worker {worker} (environments {first} to {first + self._envs_per_worker - 1}) "
+                f"{again}{failure.reason}"
+            )
+        self._fresh.add(worker)
+        self._restarts[worker] += 1
+        self._infos[worker].append({"restarts": self._envs_per_worker})
+        self._start(worker)
+        self._order(worker, Order.RESET if order == Order.RESET else Order.RESTART, argument)
+
+    # --- the protocol ---
+
+    def _reset(self, seed: int | None) -> None:
+        while self._busy:  # with the steps before
+            self._wait()
+        self._sent, self._done = [*range(len(self._owing))], []
+        self._owing = [self._per_unit] * len(self._owing)
+        for worker, rows in enumerate(self._rows):
+            self._infos[worker] = []
+            first = rows.start * self._envs_per_worker // self._agents_per_worker
+            self._order(worker, Order.RESET, None if seed is None else seed + first)
+
+    def _recv(self) -> Received:
+        count = self._units_per_batch
+        while True:
+            if not self._sync_traj:
+                batch = self._done[:count]
+            elif not any(self._owing[unit] for unit in self._sent[:count]):
+                batch = self._sent[:count]
+            else:
+                batch = []
+            if len(batch) == count:
+                break
+            self._wait()
+        self._batch = batch
+        for unit in batch:
+            self._sent.remove(unit)
+            self._done.remove(unit)
+        infos: list[Info] = []
+        for worker in self._workers():
+            infos += self._infos[worker]
+            self._infos[worker] = []
+        rows = self._batch_rows()
+        obs, rewards, terminals, truncations, masks = (self._buffers[n][rows] for n in GIVEN)
+        return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
+
+    def _workers(self) -> list[int]:
+        """Those of the batch."""
+        return [u * self._per_unit + i for u in self._batch for i in range(self._per_unit)]
+
+    def _batch_rows(self) -> Any:
+        size = self._per_unit * self._agents_per_worker
+        if len(self._batch) == 1:
+            return slice(self._batch[0] * size, (self._batch[0] + 1) * size)
+        return np.concatenate([np.arange(u * size, (u + 1) * size) for u in self._batch])
+
+    def _send(self, actions: np.ndarray) -> None:
+        self._buffers["actions"][self._batch_rows()] = actions
+        for unit in self._batch:
+            self._sent.append(unit)
+            self._owing[unit] = self._per_unit
+        for worker in self._workers():
+            self._order(worker, Order.STEP)
+
+    def _notify(self) -> None:
+        for worker in range(len(self._rows)):
+            self._give(worker, Order.NOTIFY, None)
+
+    def _close(self) -> None:
+        self.driver_env.close()
+
+
+class Multiprocessing(_Pool):
+    """Environments in several processes that write into one block of shared memory.
+
+    Workers are fresh interpreters, asleep while they have nothing to do, and end with this
+    process, however it ends; see `puffer_jax.workers`. The arguments are `_Pool`'s.
+    """
+
+    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+        self._memory = Memory(layout.size(self.num_agents))
+        self._processes: dict[int, Process] = {}
+        self._poll = select.poll()
+        self._end = weakref.finalize(self, _end, self._processes, self._memory, os.getpid())
+        return layout.buffers(self.num_agents, self._memory.map)
+
+    def _start(self, worker: int) -> None:
+        process = self._processes[worker] = Process(self._memory.fd)
+        self._poll.register(process.fd, select.POLLIN)
+        process.order(Order.START, self._payload(worker, self.num_agents, self._rows[worker]))
+
+    def _give(self, worker: int, order: bytes, argument: Any) -> None:
+        message = pickle.dumps(argument) if order == Order.RESET else b""
+        self._processes[worker].order(order, message)
+
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+        ready = self._poll.poll(None if timeout is None else math.ceil(timeout * 1000))
+        worker_of = {process.fd: worker for worker, process in self._processes.items()}
+        for fd, _ in ready:
+            reply = self._processes[worker_of[fd]].reply()
+            if isinstance(reply, Failure):
+                self._poll.unregister(fd)
+            yield worker_of[fd], reply
+
+    def _kill(self, worker: int) -> None:
+        self._poll.unregister(self._processes[worker].fd)
+        self._processes[worker].kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [self._processes[worker].pid for worker in range(len(self._rows))]
+
+    def _close(self) -> None:
+        self._end()
+        super()._close()
+
+
+def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
+    if os.getpid() != owner:  # in a fork of it
+        return
+    for process in processes.values():
+        process.order(Order.CLOSE)
+    deadline = time.monotonic() + _CLOSING
+    for process in processes.values():
+        process.join(deadline)
+    memory.close()
+
+
+class Ray(_Pool):
+    """Environments in actors of a Ray cluster, spread over its nodes.
+
+    What they observe comes as shared objects: a node's agents read and write its object store.
+    Starts Ray if that is not done, and then shuts it down when closed. The arguments are `_Pool`'s;
+    cores are the cluster's.
+    """
+
+    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+        ray = self._ray = _import_ray()
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            ray.init(include_dashboard=False, logging_level=logging.ERROR)
+        self._actors: dict[int, Any] = {}
+        self._replying: dict[Any, int] = {}  # object -> worker
+        return layout.buffers(self.num_agents)
+
+    def _start(self, worker: int) -> None:
+        payload = self._payload(worker, self._agents_per_worker, slice(None))
+        actor = self._ray.remote(Actor).options(scheduling_strategy="SPREAD")
+        self._actors[worker] = actor.remote(sys.path, payload)
+
+    def _give(self, worker: int, order: bytes, argument: Any) -> None:
+        if order == Order.STEP:
+            argument = self._buffers["actions"][self._rows[worker]]
+        reply = self._actors[worker].obey.remote(order, argument)
+        if order != Order.NOTIFY:
+            self._replying[reply] = worker
+
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+        for ref in self._ray.wait([*self._replying], num_returns=1, timeout=timeout)[0]:
+            worker = self._replying.pop(ref)
+            try:
+                reply, arrays = self._ray.get(ref)
+            except self._ray.exceptions.RayError as error:
+                reply, arrays = Failure(f"was lost: {error}", lost=True), {}
+            for name, array in arrays.items():
+                self._buffers[name][self._rows[worker]] = array
+            yield worker, reply
+
+    def _kill(self, worker: int) -> None:
+        self._replying = {ref: w for ref, w in self._replying.items() if w != worker}
+        self._ray.kill(self._actors[worker])
+
+    def _close(self) -> None:
+        ray = self._ray
+        if ray.is_initialized():
+            closing = [actor.obey.remote(Order.CLOSE, None) for actor in self._actors.values()]
+            if closing:
+                ray.wait(closing, num_returns=len(closing), timeout=_CLOSING)
+            for actor in self._actors.values():
+                ray.kill(actor)
+            if self._started_ray:
+                ray.shutdown()
+        super()._close()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("Ray is not installed: pip install 'puffer_jax[ray]'") from error
+    return ray
+
+
+class JaxVecEnv(VecEnv):
+    """Many of one JAX-native environment behind the protocol; a step is one dispatch.
+
+    For loops that are not compiled as a whole: `puffer_jax.PuffeRL` compiles rollout and update
+    together if it is given the environment itself. As an emulated environment, it ends an episode
+    with its last observation, and packs structured ones.
+
+    Args:
+        env: as in `puffer_jax.as_jax_env`.
+        num_envs: how many.
+        seed: of the first, as `make`'s.
+    """
+
+    def __init__(self, env: Any, num_envs: int, seed: int = 0):
+        import jax
+        import jax.numpy as jnp
+
+        from puffer_jax.jaxenv import as_jax_env
+
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        env = as_jax_env(env)
+        space, structured = emulate_observation_space(env.observation_space)
+        emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
+        layout = Layout(space, env.action_space, 1, emulated=True)
+        driver = SimpleNamespace(
+            single_observation_space=space,
+            single_action_space=env.action_space,
+            num_agents=1,
+            emulated=emulated,
+            env=env,
+        )
+        super().__init__(driver, layout, num_envs, num_envs)
+        self._buffers = layout.buffers(num_envs)
+        self._buffers["masks"][:] = True
+        flat = self._buffers["observations"]
+        is_box = kind_of(env.observation_space) == "box"
+        self._fields = flat if is_box else flat.view([("f0", structured)])["f0"][:, 0]
+        self._infos: list[Info] = []
+
+        @jax.jit
+        def begin(keys: Any) -> tuple[Any, Any, Any]:
+            keys = jax.vmap(jax.random.split)(keys)
+            obs, state = jax.vmap(env.reset)(keys[:, 1])
+            return keys[:, 0], state, obs
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        @jax.vmap
+        def step(key: Any, state: Any, over: Any, action: Any) -> tuple[Any, ...]:
+            key, step_key, reset_key = jax.random.split(key, 3)
+            obs, new, reward, terminated, truncated, info = env.step(step_key, state, action)
+            obs, new = jax.tree.map(
+                lambda a, b: jnp.where(over, a, b), env.reset(reset_key), (obs, new)
+            )
+            ends = (terminated & ~over, truncated & ~over)
+            return key, new, obs, jnp.where(over, 0, reward), *ends, info
+
+        self._begin, self._step = begin, step
+        self._seeded = jax.jit(jax.vmap(jax.random.key))
+        self._keys, self._env_state = self._seeded(np.arange(seed, seed + num_envs)), None
+
+    def _reset(self, seed: int | None) -> None:
+        if seed is not None:
+            self._keys = self._seeded(np.arange(seed, seed + self.num_agents))
+        self._keys, self._env_state, obs = self._begin(self._keys)
+        self._keep(obs, 0, False, False, {})
+
+    def _send(self, actions: np.ndarray) -> None:
+        over = self._buffers["terminals"] | self._buffers["truncations"]
+        actions = actions.astype(self._action.base, copy=False)
+        self._keys, self._env_state, *kept = self._step(self._keys, self._env_state, over, actions)
+        self._keep(*kept)
+
+    def _keep(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> None:
+        _fill(self._fields, obs)
+        for name, value in zip(GIVEN[1:4], (reward, terminated, truncated), strict=True):
+            self._buffers[name][:] = value
+        self._infos = [{name: np.asarray(value) for name, value in info.items()}] if info else []
+
+    def _recv(self) -> Received:
+        obs, rewards, terminals, truncations, masks = (self._buffers[n] for n in GIVEN)
+        return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
+
+    def _notify(self) -> None:
+        """Pure functions have nobody to tell."""
+
+    def _close(self) -> None:
+        """Nor anything to close."""
+
+
+def _fill(fields: np.ndarray, tree: Any) -> None:
+    """Copy a tree of arrays into those of a structured dtype."""
+    if isinstance(tree, dict | tuple):
+        named = tree if isinstance(tree, dict) else {f"f{i}": x for i, x in enumerate(tree)}
+        for name, value in named.items():
+            _fill(fields[name], value)
+    else:
+        fields[...] = tree
+
+
+# --- making and measuring ----------------------------------------------------------------------
+
+BACKENDS: dict[str, Any] = {backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)}
+_OPTIONS = (
+    *("num_workers", "batch_size", "zero_copy", "sync_traj", "overwork"),
+    *("timeout", "restart_failed"),
+)
+
+
+def make(
+    env_creator_or_creators: Any,
+    env_args: Any = None,
+    env_kwargs: Any = None,
+    backend: Any = Serial,
+    num_envs: int = 1,
+    seed: int = 0,
+    **kwargs: Any,
+) -> VecEnv:
+    """Many environments as one (`pufferlib.vector.make`).
+
+    Args:
+        env_creator_or_creators: what makes an environment of gymnasium, PettingZoo or PufferLib
+            (see `puffer_jax.workers.Maker`), or its name (`puffer_jax.environments.env_creator`);
+            or a list of `num_envs` of these, and then of `env_args` and `env_kwargs`, too.
+        env_args: positional arguments of the creator.
+        env_kwargs: keyword arguments of the creator.
+        backend: `Serial`, `Multiprocessing`, `Ray`, or the name of one.
+        num_envs: how many environments.
+        seed: environment i is made with `seed + i`.
+        kwargs: num_workers and batch_size (None or "auto": chosen here, see `Multiprocessing`; an
+            "auto" batch is half of the environments), zero_copy, sync_traj, overwork, timeout, and
+            restart_failed: an environment that raises, and those of a worker that dies or hangs,
+            are made anew, with other seeds; the step counts as truncated, and infos have
+            {"restarts": how many}; what fails twice in a row still is an error. `Serial` knows the
+            last only; as in the reference, it makes no more than batch_size environments.
+
+    Raises:
+        ValueError: a number that is not possible, or numbers that do not go together.
+        TypeError: something is of the wrong type, or there is no such option.
+        ImportError: an extra is missing; the message has the line that installs it.
+        WorkerError: an environment could not be made in its worker.
+    """
+    if isinstance(backend, str):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        backend = BACKENDS[backend]
+    if not callable(backend):
+        raise TypeError(f"backend must be a class such as Serial, or its name; got {backend!r}")
+    if isinstance(num_envs, bool) or int(num_envs) != num_envs or num_envs < 1:
+        raise ValueError(f"num_envs must be an integer of at least 1; got {num_envs!r}")
+    num_envs = int(num_envs)
+    for name in kwargs:
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"no option {name!r}; {hint}There are: {', '.join(_OPTIONS)}")
+    if kwargs.get("num_workers") == "auto":
+        kwargs["num_workers"] = None
+    if kwargs.get("batch_size") == "auto":
+        kwargs["batch_size"] = max(1, num_envs // 2)
+    if backend is Serial:
+        num_envs = kwargs.get("batch_size") or num_envs
+
+    if isinstance(env_creator_or_creators, list | tuple):
+        creators = env_creator_or_creators
+        args = [()] * num_envs if env_args is None else env_args
+        options = [{}] * num_envs if env_kwargs is None else env_kwargs
+    else:
+        creators = [env_creator_or_creators] * num_envs
+        args = [() if env_args is None else env_args] * num_envs
+        options = [{} if env_kwargs is None else env_kwargs] * num_envs
+    for name, given in (("creators", creators), ("env_args", args), ("env_kwargs", options)):
+        if not isinstance(given, list | tuple) or len(given) != num_envs:
+            raise ValueError(
+                f"{name} must be a list of num_envs ({num_envs}), as the creators are one; got "
+                f"{given!r}"
+            )
+    for i, (creator, positional, named) in enumerate(zip(creators, args, options, strict=True)):
+        if not (callable(creator) or isinstance(creator, str)):
+            raise TypeError(f"creator {i} must be callable, or a name; got {creator!r}")
+        if not isinstance(positional, list | tuple):
+            raise TypeError(f"env_args of environment {i} must be a list; got {positional!r}")
+        if not isinstance(named, dict):
+            raise TypeError(f"env_kwargs of environment {i} must be a dict; got {named!r}")
+    return backend(creators, args, options, num_envs, seed=seed, **kwargs)
+
+
+def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
+    """Steps of agents a second, of random actions.
+
+    Args:
+        vecenv: ours, the reference's, or a `gymnasium.vector.VectorEnv`. It is not closed.
+        seconds: how long.
+        think: seconds slept for each batch, as a policy on an accelerator would take.
+    """
+    vecenv.action_space.seed(0)
+    actions = [vecenv.action_space.sample() for _ in range(16)]
+    if hasattr(vecenv, "async_reset"):
+        actions = [a.astype(np.int32) if a.dtype == np.int64 else a for a in actions]
+        vecenv.async_reset(0)
+
+        def step(action: Any) -> None:
+            vecenv.recv()
+            time.sleep(think) if think else None
+            vecenv.send(action)
+    else:
+        vecenv.reset(seed=0)
+
+        def step(action: Any) -> None:
+            time.sleep(think) if think else None
+            vecenv.step(action)
+
+    batches = -max(8, 2 * vecenv.num_envs // len(actions[0]))  # that warm up
+    began = time.perf_counter()
+    while batches < 0 or time.perf_counter() - began < seconds:
+        step(actions[batches % len(actions)])
+        batches += 1
+        if batches == 0:
+            began = time.perf_counter()
+    rate = batches * len(actions[0]) / (time.perf_counter() - began)
+    if hasattr(vecenv, "async_reset"):
+        vecenv.recv()
+    return rate

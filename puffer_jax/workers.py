@@ -1,0 +1,573 @@
+"""Some of a vecenv's environments: built, stepped and, in a process of their own, served.
+
+`Envs` is the loop over environments that every backend of `puffer_jax.vector` runs: `Serial` in
+this process, `Multiprocessing` in a `Process`, `Ray` in an `Actor`. A process is a fresh
+interpreter, not a fork, for JAX is threaded: it loads neither JAX nor torch nor the user's script,
+and shares one anonymous block of memory with its parent, so that there is no name to clean up.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from puffer_jax.spaces import structured_dtype
+
+Info = dict[str, Any]
+GIVEN = ("observations", "rewards", "terminals", "truncations", "masks")  # by environments
+
+
+class Order:
+    """What a worker is told, in one byte; START and RESET are followed by an argument."""
+
+    START, READY, RESET, STEP, RESTART, NOTIFY, CLOSE = (bytes((c,)) for c in b"IQRSTNC")
+
+
+_DONE, _INFOS, _ERROR = b".", b"i", b"!"
+_BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from puffer_jax.workers import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+# One process a core: no thread pools beside it, and no accelerator.
+_SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+class Maker(NamedTuple):
+    """How an environment is made: `creator(*args, **kwargs)`, or the name of one."""
+
+    creator: Callable[..., Any] | str
+    args: Sequence[Any] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
+
+    def __call__(self, buf: dict[str, np.ndarray] | None = None, seed: int | None = None) -> Any:
+        """Make the environment, as PufferLib sees it.
+
+        A creator of a PufferLib environment (emulated or native) is called with `buf` and `seed`,
+        as in the reference; what any other returns is emulated here.
+
+        Args:
+            buf: the arrays its agents read and write (`Layout.buffers`); None: its own.
+            seed: of a first reset that gives none.
+
+        Raises:
+            TypeError: the creator is not callable, or returns no environment; or its environment
+                is PufferLib's, and it takes no `buf`.
+        """
+        creator: Any = self.creator
+        given = {"buf": buf, "seed": seed}
+        if isinstance(creator, str):
+            from puffer_jax.environments import env_creator
+
+            creator = env_creator(creator)
+        if not callable(creator):
+            raise TypeError(f"an environment's creator must be callable or a name; got {creator!r}")
+        parameters = _parameters(creator)
+        env: Any
+        if buf is not None and "buf" in parameters:
+            env = creator(*self.args, **self.kwargs, **given)
+        else:
+            env = creator(*self.args, **self.kwargs)
+            if not _is_puffer(env):
+                return _emulate(env, creator, given)
+            if buf is not None:  # only now is it known to want buffers
+                env.close()
+                if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                    raise TypeError(
+                        f"{creator} makes a PufferLib environment, {type(env).__name__}, so it "
+                        "must take its buffers: `def creator(buf=None, seed=0)`, and pass them on"
+                    )
+                env = creator(*self.args, **self.kwargs, **given)
+        if not _is_puffer(env):
+            return _emulate(env, creator, given)
+        if buf is not None and not np.may_share_memory(env.observations, buf["observations"]):
+            raise TypeError(
+                f"{type(env).__name__}, made by {creator}, does not write into the buffers it was "
+                "given; pass `buf` on to its constructor"
+            )
+        return env
+
+
+def _parameters(creator: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(creator).parameters)
+    except ValueError:  # a builtin says nothing of its arguments
+        return {}
+
+
+def _is_puffer(env: Any) -> bool:
+    return hasattr(env, "single_observation_space") and hasattr(env, "num_agents")
+
+
+def _emulate(env: Any, creator: Any, given: dict[str, Any]) -> Any:
+    from puffer_jax import emulation
+
+    if hasattr(env, "possible_agents"):
+        return emulation.PettingZooPufferEnv(env=env, **given)
+    name = type(env).__name__
+    if not all(hasattr(env, a) for a in ("reset", "step", "observation_space", "action_space")):
+        raise TypeError(
+            f"{creator} returned {env!r} ({name}); expected an environment of gymnasium, "
+            "PettingZoo (parallel or AEC) or PufferLib"
+        )
+    if hasattr(env, "single_observation_space"):
+        raise TypeError(
+            f"{name}, made by {creator}, is a vector of environments; give the trainer that itself"
+        )
+    if any(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in _parameters(env.reset).values()
+    ):
+        raise TypeError(
+            f"{name}, made by {creator}, has a `reset` that needs an argument, as those of "
+            "JAX-native environments: use puffer_jax.vector.JaxVecEnv"
+        )
+    return emulation.GymnasiumPufferEnv(env=env, **given)
+
+
+class Layout(NamedTuple):
+    """What one environment takes of the buffers, and how its episodes begin.
+
+    Attributes:
+        observation_space: of one agent, a Box.
+        action_space: of one agent: Discrete, MultiDiscrete or Box.
+        num_agents: of one environment.
+        emulated: whether the vecenv resets it, in the step after an episode's end; a native one
+            does so itself, in the same step.
+    """
+
+    observation_space: Any
+    action_space: Any
+    num_agents: int
+    emulated: bool
+
+    @classmethod
+    def of(cls, env: Any) -> "Layout":
+        """That of a PufferLib environment."""
+        return cls(
+            env.single_observation_space,
+            env.single_action_space,
+            int(env.num_agents),
+            bool(env.emulated),
+        )
+
+    def _arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        # Quirk kept: actions are int32 whatever integer their space declares.
+        action = structured_dtype(self.action_space)
+        flag = ((), np.dtype(bool))
+        return {
+            "observations": (self.observation_space.shape, np.dtype(self.observation_space.dtype)),
+            "actions": (action.shape, action.base),
+            "teacher_actions": (
+                action.shape,
+                action.base,
+            ),  # the reference's environments expect it
+            "rewards": ((), np.dtype(np.float32)),
+            "terminals": flag,
+            "truncations": flag,
+            "masks": flag,
+        }
+
+    def size(self, agents: int) -> int:
+        """Bytes that the buffers of so many agents take."""
+        return sum(_aligned(agents, *field) for field in self._arrays().values())
+
+    def buffers(self, agents: int, memory: Any = None) -> dict[str, np.ndarray]:
+        """Arrays (agents, ...) by name; in `memory`, which has `size(agents)` bytes, or in new."""
+        memory = np.zeros(self.size(agents), np.uint8) if memory is None else memory
+        arrays, offset = {}, 0
+        for name, (shape, dtype) in self._arrays().items():
+            arrays[name] = np.ndarray((agents, *shape), dtype, memory, offset)
+            offset += _aligned(agents, shape, dtype)
+        return arrays
+
+
+def _aligned(agents: int, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return -(-agents * math.prod(shape) * dtype.itemsize // 64) * 64
+
+
+class Envs:
+    """Environments that write into common buffers, stepped one after the other.
+
+    Args:
+        makers: of the environments.
+        layout: of each of them.
+        buf: arrays (agents, ...) of all of them (`Layout.buffers`).
+        seed: of the first; each other one's is one higher.
+        first: number of the first, for messages.
+        restart_failed: build an environment that fails anew, with another seed, rather than raise.
+        restarts: how often all of them were built before.
+
+    Raises:
+        TypeError: as `Maker`.
+        ValueError: an environment is not as `layout` says.
+        Exception: what an environment raises, with a note that says which it was.
+    """
+
+    def __init__(
+        self,
+        makers: Sequence[Maker],
+        layout: Layout,
+        buf: dict[str, np.ndarray],
+        seed: int,
+        first: int = 0,
+        restart_failed: bool = False,
+        restarts: int = 0,
+    ):
+        self._makers, self._layout, self.buf = makers, layout, buf
+        self._seed, self._first, self._restart_failed = seed, first, restart_failed
+        self._restarts = [restarts] * len(makers)
+        self._failed: set[int] = set()  # in the step before
+        buf["masks"][:] = True
+        agents = layout.num_agents
+        self._rows = [slice(i * agents, (i + 1) * agents) for i in range(len(makers))]
+        self._actions = [buf["actions"][rows] for rows in self._rows]
+        self.envs: list[Any] = []
+        try:
+            for i in range(len(makers)):
+                self.envs.append(self._build(i))
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, i: int) -> Any:
+        buf = {name: array[self._rows[i]] for name, array in self.buf.items()}
+        # A seed that the other environments do not come near.
+        seed = self._seed + i + 1_000_003 * self._restarts[i]
+        with self._noting(i, "making"):
+            env = self._makers[i](buf, seed)
+            layout = Layout.of(env)
+            if layout != self._layout:
+                env.close()
+                raise ValueError(f"environments differ: expected {self._layout}, got {layout}")
+        return env
+
+    @contextlib.contextmanager
+    def _noting(self, i: int, what: str) -> Any:
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"({what} environment {self._first + i})")
+            raise
+
+    def reset(self, seed: int | None) -> list[Info]:
+        """Start all episodes; environment i with `seed + i`, with no seed if that is None."""
+        infos: list[Info] = []
+        for i in range(len(self.envs)):
+            given = {} if seed is None else {"seed": seed + i}
+            try:
+                info = self.envs[i].reset(**given)[1]
+            except Exception as error:
+                infos.append(self._replace(i, error, "resetting"))
+                with self._noting(i, "resetting"):
+                    info = self.envs[i].reset(**given)[1]
+            _add(infos, info)
+        return infos
+
+    def step(self) -> list[Info]:
+        """Step each on its actions in the buffers, or reset it where an episode is over."""
+        infos: list[Info] = []
+        failed, self._failed = self._failed, set()
+        emulated = self._layout.emulated
+        for i, env in enumerate(self.envs):
+            try:
+                if emulated and env.done:
+                    info = env.reset()[1]
+                else:
+                    info = env.step(self._actions[i])[4]
+            except Exception as error:
+                if i in failed:
+                    error.add_note("(it had failed in the step before, and was built anew)")
+                    self._restart_failed = False
+                info = self._replace(i, error, "stepping")
+                self._failed.add(i)
+            if info:
+                _add(infos, info)
+        return infos
+
+    def _replace(self, i: int, error: Exception, what: str) -> Info:
+        with self._noting(i, what):
+            if not self._restart_failed:
+                raise error
+        with contextlib.suppress(Exception):
+            self.envs[i].close()
+        self._restarts[i] += 1
+        self.envs[i] = self._build(i)
+        self._cut(i)
+        return {"restarts": 1}
+
+    def restart(self) -> list[Info]:
+        """Take the place of environments that were lost in a step."""
+        for i in range(len(self.envs)):
+            self._cut(i)
+        return []
+
+    def _cut(self, i: int) -> None:
+        """Mark the step truncated. An emulated environment's observation stays the last it had."""
+        if not self._layout.emulated:
+            with self._noting(i, "resetting"):
+                self.envs[i].reset()
+        for name, value in (("rewards", 0), ("terminals", 0), ("truncations", 1), ("masks", 1)):
+            self.buf[name][self._rows[i]] = value
+
+    def notify(self) -> None:
+        """Call `notify` of those that have it."""
+        for env in self.envs:
+            if hasattr(env, "notify"):
+                env.notify()
+
+    def close(self) -> None:
+        """Close them all, even if one cannot be."""
+        with contextlib.ExitStack() as stack:
+            for env in self.envs:
+                stack.callback(env.close)
+
+    def obey(self, order: bytes, argument: Any = None) -> list[Info]:
+        """Do what the order says."""
+        match order:
+            case Order.STEP:
+                return self.step()
+            case Order.RESET:
+                return self.reset(argument)
+            case Order.RESTART:
+                return self.restart()
+            case Order.NOTIFY:
+                self.notify()
+            case Order.CLOSE:
+                self.close()
+        return []
+
+
+def _add(infos: list[Info], info: Any) -> None:
+    """What a step or reset tells, without the empty dicts that most agents and resets give."""
+    if isinstance(info, list):
+        infos.extend(info)
+    elif any(not isinstance(value, dict) or value for value in info.values()):
+        infos.append(info)
+
+
+class Failure(NamedTuple):
+    """What became of a worker's order.
+
+    Attributes:
+        reason: a sentence's predicate and, of an exception, the traceback.
+        lost: whether the worker is gone.
+    """
+
+    reason: str
+    lost: bool
+
+
+def pack(value: Any) -> bytes:
+    """`value` by cloudpickle, which takes lambdas and what the user's script defines.
+
+    Raises:
+        ImportError: there is no cloudpickle.
+    """
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise ImportError("workers need cloudpickle: pip install 'puffer_jax[vector]'") from error
+    return cloudpickle.dumps(value)
+
+
+class Memory:
+    """A block of memory without a name: whatever dies, nothing of it is left.
+
+    Args:
+        size: in bytes.
+
+    Attributes:
+        fd: that processes inherit.
+        map: the block.
+    """
+
+    def __init__(self, size: int):
+        if hasattr(os, "memfd_create"):
+            self._file: Any = open(os.memfd_create("puffer_jax"), "r+b")
+        else:
+            self._file = tempfile.TemporaryFile()
+        self._file.truncate(size)
+        self.fd = self._file.fileno()
+        self.map = mmap.mmap(self.fd, size)
+
+    def close(self) -> None:
+        """Let go of the file; arrays in `map` stay valid."""
+        self._file.close()
+
+
+class Process:
+    """The parent's end of a worker process.
+
+    Its death closes the channel, which wakes the parent; the parent's, however it dies, closes
+    the worker's standard input, which ends the worker (`main`).
+
+    Args:
+        memory: the block to share.
+    """
+
+    def __init__(self, memory: int):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            channel = theirs.fileno()
+            # A process group of its own: Ctrl-C is for the parent, and to kill the worker is to
+            # kill what its environments started.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(channel), str(memory)],
+                stdin=subprocess.PIPE,
+                pass_fds=(channel, memory),
+                process_group=0,
+                env=_SINGLE | os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
+        self._connection = Connection(ours.detach())
+        self.fd = self._connection.fileno()
+        self.pid = self._process.pid
+
+    def order(self, order: bytes, argument: bytes = b"") -> None:
+        """Send an order; to a dead worker, nothing, since its channel will tell."""
+        if self._connection.closed:
+            return
+        with contextlib.suppress(ConnectionError):
+            os.write(self.fd, order)
+            if argument:
+                self._connection.send_bytes(argument)
+
+    def reply(self) -> list[Info] | Failure:
+        """Read the answer that waits; of a dead worker, how it died."""
+        with contextlib.suppress(ConnectionError, EOFError):
+            reply = os.read(self.fd, 1)
+            if reply == _DONE:
+                return []
+            if reply:
+                told = self._connection.recv()
+                return told if reply == _INFOS else Failure(told, lost=False)
+        self.join(time.monotonic() + 1)  # its channel closes a little before it has ended
+        code = self._process.returncode
+        if code >= 0:
+            return Failure(f"exited with status {code}", lost=True)
+        return Failure(f"was killed by signal {-code} ({signal.strsignal(-code)})", lost=True)
+
+    def join(self, deadline: float) -> None:
+        """Wait for it to end until `time.monotonic()` is `deadline`, then kill it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and the processes it started."""
+        if self._connection.closed:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._connection.close()
+
+
+def boot(payload: bytes, memory: Any = None) -> Envs:
+    """Make the environments of `pack((makers, layout, agents, rows, options))`.
+
+    Their buffers are `rows` of those of all `agents`, in `memory` or in new memory; `options` are
+    what else `Envs` takes.
+    """
+    makers, layout, agents, rows, options = pickle.loads(payload)
+    buf = {name: array[rows] for name, array in layout.buffers(agents, memory).items()}
+    return Envs(makers, layout, buf, **options)
+
+
+class Actor:
+    """A worker of Ray's: one process, on some node.
+
+    Args:
+        path: where the parent finds modules.
+        payload: see `boot`.
+    """
+
+    def __init__(self, path: list[str], payload: bytes):
+        sys.path += [place for place in path if place not in sys.path]
+        self._failure: Failure | None = None
+        try:
+            self._envs = boot(payload)
+        except Exception as error:
+            self._failure = Failure(_told(error), lost=False)
+
+    def obey(self, order: bytes, argument: Any) -> tuple[list[Info] | Failure, dict[str, Any]]:
+        """Obey an order; a step's argument is its actions. Gives infos, and the buffers."""
+        if self._failure is not None:
+            return self._failure, {}
+        try:
+            if order == Order.STEP:
+                self._envs.buf["actions"][:] = argument
+            infos = self._envs.obey(order, argument)
+        except Exception as error:
+            return Failure(_told(error), lost=False), {}
+        return infos, {name: self._envs.buf[name] for name in GIVEN}
+
+
+def main(channel: int, memory: int) -> None:
+    """A worker process: obey the orders that come down a socket, asleep between them.
+
+    Args:
+        channel: file descriptor of the socket.
+        memory: of the block in which the buffers lie.
+    """
+    import fcntl
+
+    # The parent holds the other end of standard input and never writes. When it dies, the kernel
+    # sends SIGIO, which ends this process even while an environment hangs.
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    connection = Connection(channel)
+    with contextlib.suppress(ConnectionError, EOFError):
+        _serve(connection, memory)
+
+
+def _serve(connection: Connection, memory: int) -> None:
+    channel, envs = connection.fileno(), None
+    while True:
+        order, argument = os.read(channel, 1), None
+        try:
+            if order == Order.START:
+                envs = boot(connection.recv_bytes(), mmap.mmap(memory, 0))
+                continue
+            if order == Order.RESET:
+                argument = connection.recv()
+            if envs is None or not order:
+                return
+            infos = envs.obey(order, argument)
+            reply = pickle.dumps(infos) if infos else b""
+        except Exception as error:
+            os.write(channel, _ERROR)
+            connection.send(_told(error))
+            return
+        if order == Order.CLOSE:
+            return
+        if order == Order.NOTIFY:
+            continue
+        os.write(channel, _INFOS if reply else _DONE)
+        if reply:
+            connection.send_bytes(reply)
+
+
+def _told(error: Exception) -> str:
+    what = (getattr(error, "__notes__", None) or [""])[0].strip("()")
+    return (
+        f"failed {what}: {type(error).__name__}: {error}\n\n"
+        + "".join(traceback.format_exception(error)).rstrip()
+    )
