@@ -53,9 +53,11 @@ def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
     if sample.kind == "b":
         low, high = False, True
     else:
-        # float64 too: gymnasium warns of larger bounds.
-        info = np.iinfo(sample) if sample.kind in "iu" else np.finfo(np.float32)
-        low, high = info.min, info.max
+        # gymnasium warns of the bounds of float64.
+        floats = sample if sample.itemsize < 4 else np.float32
+        info = np.iinfo(sample) if sample.kind in "iu" else np.finfo(floats)
+        kind = int if sample.kind in "iu" else float
+        low, high = kind(info.min), kind(info.max)
     shape = (structured.itemsize // sample.itemsize,)
     return _gymnasium().spaces.Box(low, high, shape, sample), structured
 
@@ -166,30 +168,39 @@ class _Leaf:
     def __init__(self, space: Any):
         self.space = space
         self.dtype = np.dtype(getattr(space, "dtype", None) or np.int32)
+        self._start, self._size = getattr(space, "start", 0), None
         match kind_of(space):
             case "discrete":
-                size, self.shape = int(space.n), ()
+                self._size, self.shape = int(space.n), ()
             case "multidiscrete":
-                size, self.shape = np.asarray(space.nvec), np.shape(space.nvec)
+                self._size, self.shape = np.asarray(space.nvec), np.shape(space.nvec)
             case "multibinary":
-                size, self.shape = 2, tuple(space.shape)
+                self._size, self.shape = 2, tuple(space.shape)
             case _:
-                size, self.shape = None, tuple(space.shape)
-        self._low = getattr(space, "start", 0)
-        self._high = None if size is None else self._low + size
-        if self._high is not None and np.any(self._high > np.iinfo(np.int32).max):
+                self.shape = tuple(space.shape)
+        if self._size is not None and np.any(self._start + self._size > 2**31):
             raise ValueError(f"{space} does not fit in int32, as which it is stored")
 
-    def takes(self, value: Any) -> bool:
-        if self._high is None:
-            casting = "safe" if hasattr(value, "dtype") else "same_kind"
-            value = np.asarray(value)
-            return value.shape == self.shape and np.can_cast(value.dtype, self.dtype, casting)
-        if not self.shape and isinstance(value, int | np.integer):
-            return bool(self._low <= value < self._high)
-        value = np.asarray(value)
-        within = value.shape == self.shape and value.dtype.kind in "biu"
-        return within and bool(np.all((self._low <= value) & (value < self._high)))
+    def takes(self, value: Any, first: bool) -> bool:
+        """Whether `value` has the shape and a dtype of the space and, if discrete, its range.
+
+        Args:
+            value: also a number or a list.
+            first: look at the bounds of a Box as well.
+        """
+        if self._size is not None and not self.shape and isinstance(value, int | np.integer):
+            return bool(0 <= value - self._start < self._size)
+        array = np.asarray(value)
+        if array.shape != self.shape:
+            return False
+        if self._size is not None:
+            offset = array - self._start
+            return array.dtype.kind in "biu" and bool(np.all((offset >= 0) & (offset < self._size)))
+        casting = "safe" if hasattr(value, "dtype") else "same_kind"
+        if not np.can_cast(array.dtype, self.dtype, casting):
+            return False
+        within = not first or (array >= self.space.low) & (array <= self.space.high)
+        return bool(np.all(within))
 
 
 class _Writer:
@@ -236,6 +247,7 @@ class _Writer:
         """
         parts: list[Any] = [(observation,)]
         array = np.ndarray
+        first = row in self._unseen
         try:
             for parent, key, size in self._containers:
                 part = parts[parent][key]
@@ -245,18 +257,16 @@ class _Writer:
             for parent, key, dtype, shape, place, leaf in self._leaves[row]:
                 value = parts[parent][key]
                 exact = type(value) is array and value.dtype == dtype and value.shape == shape
-                if not exact and not leaf.takes(value):
-                    raise ValueError(f"{_describe(value)} instead of {leaf.space}")
+                if (first or not exact) and not leaf.takes(value, first):
+                    raise ValueError(f"{_form(value)} instead of {leaf.space}")
                 place[()] = value
-            if row in self._unseen:
-                if not self._space.contains(observation):
-                    raise ValueError("out of bounds")
-                self._unseen.remove(row)
         except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"{self._env}: an observation is not in {self._space} ({error}): "
                 + _describe(observation)
             ) from error
+        if first:
+            self._unseen.remove(row)
 
 
 class _Reader:
@@ -304,19 +314,20 @@ class _Reader:
         return fits
 
 
+def _form(value: Any) -> str:
+    """The shapes and dtypes in a value."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_form(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_form, value)) + ")"
+    if hasattr(value, "dtype"):
+        return f"{value.dtype} of shape {value.shape}"
+    return type(value).__name__
+
+
 def _describe(value: Any) -> str:
-    """Shapes and dtypes of a nested value, and its beginning."""
-
-    def form(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return "{" + ", ".join(f"{k}: {form(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, tuple):
-            return "(" + ", ".join(map(form, value)) + ")"
-        if hasattr(value, "dtype"):
-            return f"{value.dtype} of shape {value.shape}"
-        return type(value).__name__
-
-    return f"{form(value)}, {value!r:.200}"
+    """Its form, and its beginning."""
+    return f"{_form(value)}, {value!r:.200}"
 
 
 # --- environments ------------------------------------------------------------------------------
@@ -410,7 +421,7 @@ class GymnasiumPufferEnv(_Emulated):
     def __init__(
         self,
         env: Any = None,
-        env_creator: Callable[..., Any] | str | None = None,
+        env_creator: Any = None,
         env_args: Sequence[Any] | None = (),
         env_kwargs: Mapping[str, Any] | None = None,
         buf: Buffers | None = None,
@@ -509,7 +520,7 @@ class PettingZooPufferEnv(_Emulated):
     def __init__(
         self,
         env: Any = None,
-        env_creator: Callable[..., Any] | None = None,
+        env_creator: Any = None,
         env_args: Sequence[Any] | None = (),
         env_kwargs: Mapping[str, Any] | None = None,
         buf: Buffers | None = None,
@@ -650,7 +661,7 @@ _MANY = (np.ndarray, list, tuple)
 
 def _make(
     env: Any,
-    creator: Callable[..., Any] | None,
+    creator: Any,
     args: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
 ) -> Any:
