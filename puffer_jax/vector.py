@@ -356,8 +356,8 @@ class _Pool(VecEnv):
             for w in range(num_workers)
         ]
         self._parts = [(makers[w * each : (w + 1) * each], layout) for w in range(num_workers)]
+        self._buffers = self._open(layout)
         with self._closing_on_error():
-            self._buffers = self._open(layout)
             for worker in range(num_workers):
                 self._start(worker)
             for worker in range(num_workers):
@@ -381,8 +381,7 @@ class _Pool(VecEnv):
                 f"with zero_copy, num_envs must be a multiple of batch_size; got {num_envs} and "
                 f"{batch_size}"
             )
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        cores = _cores()
         if num_workers is None:
             fitting = [
                 n
@@ -691,12 +690,12 @@ class JaxVecEnv(VecEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         env = as_jax_env(env)
-        space, structured = emulate_observation_space(env.observation_space)
+        space, structured = emulate_observation_space(_gymnasium_space(env.observation_space))
         emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
-        layout = Layout(space, env.action_space, 1, emulated=True)
+        layout = Layout(space, _gymnasium_space(env.action_space), 1, emulated=True)
         driver = SimpleNamespace(
-            single_observation_space=space,
-            single_action_space=env.action_space,
+            single_observation_space=layout.observation_space,
+            single_action_space=layout.action_space,
             num_agents=1,
             emulated=emulated,
             env=env,
@@ -759,6 +758,25 @@ class JaxVecEnv(VecEnv):
         """Nor anything to close."""
 
 
+def _gymnasium_space(space: Any) -> Any:
+    """Gymnasium's, if the space is a leaf; a structured one is only looked at."""
+    from gymnasium import spaces
+
+    match kind_of(space):
+        case "discrete":
+            return spaces.Discrete(int(space.n))
+        case "multidiscrete":
+            return spaces.MultiDiscrete(np.asarray(space.nvec))
+        case "box":
+            low, high = (
+                np.broadcast_to(np.asarray(bound, space.dtype), space.shape)
+                for bound in (space.low, space.high)
+            )
+            return spaces.Box(low, high, dtype=space.dtype)
+        case _:
+            return space
+
+
 def _fill(fields: np.ndarray, tree: Any) -> None:
     """Copy a tree of arrays into those of a structured dtype."""
     if isinstance(tree, dict | tuple):
@@ -817,9 +835,8 @@ def make(
         backend = BACKENDS[backend]
     if not callable(backend):
         raise TypeError(f"backend must be a class such as Serial, or its name; got {backend!r}")
-    if isinstance(num_envs, bool) or int(num_envs) != num_envs or num_envs < 1:
+    if not isinstance(num_envs, int | np.integer) or num_envs < 1:
         raise ValueError(f"num_envs must be an integer of at least 1; got {num_envs!r}")
-    num_envs = int(num_envs)
     for name in kwargs:
         if name not in _OPTIONS:
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
@@ -853,7 +870,8 @@ def make(
             raise TypeError(f"env_args of environment {i} must be a list; got {positional!r}")
         if not isinstance(named, dict):
             raise TypeError(f"env_kwargs of environment {i} must be a dict; got {named!r}")
-    return backend(creators, args, options, num_envs, seed=seed, **kwargs)
+    vecenv: Any = backend(creators, args, options, num_envs, seed=seed, **kwargs)
+    return vecenv
 
 
 def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
@@ -892,3 +910,74 @@ def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
     if hasattr(vecenv, "async_reset"):
         vecenv.recv()
     return rate
+
+
+def autotune(
+    env_creator: Any,
+    batch_size: int,
+    max_envs: int | None = None,
+    cores: int | None = None,
+    think: float = 0.0,
+    seconds: float = 1.0,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Find by trial what is fastest here, and print a table of what was tried.
+
+    Tried are `Serial`, and `Multiprocessing` with one batch of environments and with several, of
+    which the others step while one is acted on.
+
+    Args:
+        env_creator: see `make`.
+        batch_size: how many environments act at once.
+        max_envs: in all; by default, twice `batch_size`.
+        cores: the most workers; by default, one for each core.
+        think: seconds that acting on a batch takes.
+        seconds: of each trial.
+        kwargs: others of `make`'s.
+
+    Returns:
+        Arguments of `make`: `make(env_creator, **autotune(env_creator, 8))`.
+
+    Raises:
+        ValueError: `batch_size` is not within 1 and `max_envs`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    max_envs = 2 * batch_size if max_envs is None else max_envs
+    if not 1 <= batch_size <= max_envs:
+        raise ValueError(f"batch_size must be 1 .. max_envs ({max_envs}); got {batch_size}")
+    cores = _cores() if cores is None else cores
+    trials: list[dict[str, Any]] = [{"backend": Serial, "num_envs": batch_size}]
+    for num_envs in range(batch_size, max_envs + 1, batch_size):
+        for num_workers in range(1, min(cores, num_envs) + 1):
+            if not num_envs % num_workers and not batch_size % (num_envs // num_workers):
+                trials.append(
+                    {
+                        "backend": Multiprocessing,
+                        "num_envs": num_envs,
+                        "num_workers": num_workers,
+                        "batch_size": batch_size,
+                        "overwork": num_workers > _cores(),
+                    }
+                )
+    rates = []
+    for trial in trials:
+        with make(env_creator, **trial, **kwargs) as vecenv:
+            rates.append(measure(vecenv, seconds, think))
+    best = int(np.argmax(rates))
+    table = Table(title=f"batches of {batch_size} environments, {1000 * think:g} ms to act on one")
+    for name in ("backend", "num_envs", "num_workers", "steps/s", ""):
+        table.add_column(name, justify="left" if name == "backend" else "right")
+    for i, (trial, rate) in enumerate(zip(trials, rates, strict=True)):
+        cells = (trial["num_envs"], trial.get("num_workers", ""), f"{rate:,.0f}")
+        name = trial["backend"].__name__
+        table.add_row(name, *map(str, cells), "<" if i == best else "")
+    Console().print(table)
+    return trials[best]
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,370 @@
+"""Vecenvs: the same trajectories on every backend and as the reference's, and their protocol."""
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pufferlib.emulation
+import pufferlib.vector
+import pytest
+from vector_envs import Modules, Native, Pair, Tick, Walk
+
+import puffer_jax.emulation
+from puffer_jax import vector
+from puffer_jax.hostenv import as_host_env
+from puffer_jax.vector import JaxVecEnv, Multiprocessing, Serial
+
+ENVS = {"walk": (Walk, 1), "pair": (Pair, 3), "native": (Native, 2)}
+
+
+def workers(num, **options):
+    return {"backend": Multiprocessing, "num_workers": num, "overwork": True, **options}
+
+
+def actions_of(space, ids, counts):
+    """What agent `id` does on its `count`-th observation."""
+    nvec = np.atleast_1d(getattr(space, "nvec", getattr(space, "n", 3)))
+    shape = (len(ids), *space.shape)
+    values = (7 * ids + counts * (3 + ids % 2)) % 12
+    actions = np.stack([values % n for n in nvec], axis=1)
+    if hasattr(space, "low"):
+        return np.stack([values / 12 - 0.5, 0.3 - values / 24], axis=1).astype(np.float32)
+    return actions.reshape(shape).astype(np.int32)
+
+
+def play(vecenv, steps, seed=5):
+    """(rows, infos) of `steps` steps of every agent; rows have a field for what each saw."""
+    space = vecenv.single_action_space
+    count = np.zeros(vecenv.num_agents, int)
+    fields, told = None, {}
+    vecenv.async_reset(seed)
+    while True:
+        obs, rewards, terminals, truncations, *_, infos, ids, masks = vecenv.recv()
+        assert len(ids) == vecenv.agents_per_batch
+        fields = fields or [
+            np.zeros((steps, vecenv.num_agents, *a.shape[1:]), a.dtype)
+            for a in (obs, rewards, terminals, truncations, masks)
+        ]
+        now = count[ids] < steps
+        for field, given in zip(fields, (obs, rewards, terminals, truncations, masks), strict=True):
+            field[count[ids[now]], ids[now]] = given[now]
+        for info in infos if now.all() else ():
+            for name, value in info.items():
+                if value or not isinstance(value, dict):  # the reference tells of empty ones, too
+                    told.setdefault(str(name), []).append(str(value))
+        count[ids] += 1
+        if (count >= steps).all():
+            return fields, {name: sorted(values) for name, values in told.items()}
+        vecenv.send(actions_of(space, ids, count[ids]))
+
+
+def same(ours, theirs, infos=True):
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert mine.dtype == other.dtype
+        np.testing.assert_array_equal(mine, other)
+    assert not infos or ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_every_backend_plays_the_same_thousand_steps(name):
+    creator, agents = ENVS[name]
+    with vector.make(creator, num_envs=4) as vecenv:
+        expected = play(vecenv, 1000)
+        assert vecenv.num_agents == vecenv.num_envs == 4 * agents
+    observations, rewards, terminals, truncations, masks = expected[0]
+    assert terminals.any() and expected[1] and len(np.unique(rewards)) > 1000
+    assert (masks.all(), truncations.any()) == (name != "pair", name == "walk")
+    assert (np.ptp(observations[0].astype(float), axis=0) > 0).any()  # the seeds differ
+    splits = [workers(2), workers(4, batch_size=2, sync_traj=False)]
+    if name == "walk":
+        splits += [workers(1), workers(4, batch_size=3, zero_copy=False)]
+    for options in splits:
+        with vector.make(creator, num_envs=4, **options) as vecenv:
+            same(play(vecenv, 1000), expected, infos="batch_size" not in options)
+
+
+def test_trajectories_are_the_references():
+    wrapped = {
+        "walk": (pufferlib.emulation.GymnasiumPufferEnv, puffer_jax.emulation.GymnasiumPufferEnv),
+        "pair": (pufferlib.emulation.PettingZooPufferEnv, puffer_jax.emulation.PettingZooPufferEnv),
+    }
+    for name, (theirs, ours) in wrapped.items():
+        creator = ENVS[name][0]
+        vecenv = pufferlib.vector.make(
+            partial(theirs, env_creator=creator), backend=pufferlib.vector.Serial, num_envs=3
+        )
+        expected = play(vecenv, 300)
+        spaces = (vecenv.observation_space, vecenv.action_space)
+        vecenv.close()
+        for env in (
+            creator,
+            partial(theirs, env_creator=creator),
+            partial(ours, env_creator=creator),
+        ):
+            with vector.make(env, num_envs=3) as vecenv:
+                same(play(vecenv, 300), expected)
+                assert (vecenv.observation_space, vecenv.action_space) == spaces
+                assert vecenv.emulated and vecenv.driver_env.emulated == vecenv.emulated
+    with vector.make(partial(theirs, env_creator=creator), num_envs=3, **workers(3)) as vecenv:
+        same(play(vecenv, 300), expected)
+
+
+def test_ends_and_resets():
+    with vector.make(Tick, env_kwargs={"length": 2}, num_envs=2, seed=3) as vecenv:
+        first, infos = vecenv.reset(3)
+        first, zero = first.copy(), np.zeros(2, int)
+        assert infos == [] and first[0, 0] != first[1, 0]
+        got = [[a.copy() for a in vecenv.step(zero)[:4]] for _ in range(3)]
+    assert [obs[0, 1] for obs, *_ in got] == [1, 2, 0]
+    assert [rewards.tolist() for _, rewards, *_ in got] == [[1, 1], [1, 1], [0, 0]]
+    assert [ends.tolist() for _, _, ends, _ in got] == [[False] * 2, [True] * 2, [False] * 2]
+    # The constructor's seed holds where reset gives none, whichever worker.
+    for options in ({}, workers(2)):
+        with vector.make(Tick, num_envs=2, seed=3, **options) as vecenv:
+            np.testing.assert_array_equal(vecenv.reset()[0], first)
+            assert (vecenv.reset()[0][:, 0] != first[:, 0]).any()
+            np.testing.assert_array_equal(vecenv.reset(3)[0], first)
+            vecenv.send(zero)
+            vecenv.async_reset(3)  # forgets the step under way
+            np.testing.assert_array_equal(vecenv.recv()[0], first)
+
+
+def test_batches():
+    """Which agents come, in which order, and that rows in a row are no copies."""
+    slow = {"pause": 0.15}
+    for options, expected in (
+        (workers(4, batch_size=2), [[0, 1], [2, 3], [0, 1], [2, 3]]),
+        (workers(4, batch_size=2, zero_copy=False), [[0, 1], [2, 3], [0, 1], [2, 3]]),
+        (workers(4, batch_size=3, zero_copy=False), [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]),
+        (workers(2, batch_size=2, sync_traj=False), None),
+        (workers(4, batch_size=2, zero_copy=False, sync_traj=False), None),
+    ):
+        kwargs = [{}, {}, {}, slow]
+        with vector.make([Tick] * 4, [()] * 4, kwargs, num_envs=4, **options) as vecenv:
+            assert (vecenv.num_agents, vecenv.agents_per_batch) == (
+                4,
+                len((expected or [[0, 0]])[0]),
+            )
+            vecenv.async_reset(0)
+            seen = []
+            for _ in range(len(expected or range(12))):
+                obs, *_, ids, _ = vecenv.recv()
+                seen.append(ids.tolist())
+                assert obs.flags.owndata == (not options.get("zero_copy", True))
+                vecenv.send(np.zeros(len(ids), int))
+            vecenv.recv()
+        if expected:
+            assert seen == expected
+        else:  # the slow one keeps none waiting
+            assert sum(3 in ids for ids in seen) < 4 and all(len(set(ids)) == 2 for ids in seen)
+    with vector.make([Tick] * 4, num_envs=4, batch_size=2, **workers(2)) as vecenv:
+        host = as_host_env(vecenv)
+        host.async_reset(1)
+        received = [host.recv()]
+        host.send(np.zeros(2, int))
+        received.append(host.recv())
+        assert [r.agent for r in received] == [0, 2] and host.own_last
+        assert all(r.start.all() and r.mask.all() for r in received)
+
+
+def test_call_order_and_actions():
+    for options in ({}, workers(1)):
+        vecenv = vector.make(Walk, num_envs=2, **options)
+        good = np.array([[0, 1, 3], [2, 0, 0]])
+        for call, message in (
+            (vecenv.recv, "call .async_.reset before recv"),
+            (partial(vecenv.send, good), "call .async_.reset before send"),
+            (partial(vecenv.step, good), "call .async_.reset before send"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call()
+        vecenv.async_reset(0)
+        with pytest.raises(RuntimeError, match="call recv before send"):
+            vecenv.send(good)
+        vecenv.recv()
+        with pytest.raises(RuntimeError, match="call send before recv"):
+            vecenv.recv()
+        for bad, message in (
+            (good[:1], r"shape \(2, 3\); got shape \(1, 3\) of int64 in 0 .. 3"),
+            (good + 0.5, "int64; got shape .* float64"),
+            (good + 1, r"(?s)values in Box\(.*in 1 .. 4"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                vecenv.send(bad)
+        vecenv.send(good)
+        vecenv.recv()
+        vecenv.close()
+        vecenv.close()
+        for call in (vecenv.recv, vecenv.reset, vecenv.notify, partial(vecenv.send, good)):
+            with pytest.raises(RuntimeError, match=f"this {type(vecenv).__name__} is closed"):
+                call()
+
+
+def not_puffer(buf=None, seed=0):
+    return Native()
+
+
+@pytest.mark.parametrize(
+    ("creator", "options", "message"),
+    [
+        (Walk, {"num_envs": 0}, "num_envs must be an integer of at least 1; got 0"),
+        (Walk, {"backend": "Serail"}, "one of Serial, Multiprocessing, Ray; got 'Serail'"),
+        (Walk, {"backend": 3}, "backend must be a class"),
+        (Walk, {"num_worker": 3}, "no option 'num_worker'; did you mean 'num_workers'"),
+        (Walk, {"num_envs": 4} | workers(3), "num_workers must divide num_envs; got 3 and 4"),
+        (Walk, {"num_envs": 4, **workers(10**6), "overwork": False}, "10+, but there are .* cores"),
+        (Walk, {"num_envs": 4, "batch_size": 5} | workers(2), r"1 .. num_envs \(4\); got 5"),
+        (Walk, {"num_envs": 4, "batch_size": 3} | workers(4), "multiple of batch_size; got 4 and"),
+        (Walk, {"num_envs": 4, "batch_size": 1} | workers(2), r"one worker \(4 / 2\); got 1"),
+        (3, {}, "creator 0 must be callable, or a name; got 3"),
+        ([Walk], {"num_envs": 2}, r"creators must be a list of num_envs \(2\)"),
+        ([Walk], {"env_args": [3]}, "env_args of environment 0 must be a list; got 3"),
+        (Walk, {"env_kwargs": [3]}, "env_kwargs of environment 0 must be a dict"),
+        (dict, {}, "returned .*dict.*expected an environment of gymnasium"),
+        (lambda: Native(), {}, "must take its buffers: `def creator"),
+        (not_puffer, {}, "does not write into the buffers it was given"),
+        (lambda: gymnasium.make_vec("CartPole-v1", 2), {}, "is a vector of environments"),
+        (lambda: puffer_jax.environments.make("squared"), {}, "use puffer_jax.vector.JaxVecEnv"),
+        ([Walk, Tick], {"num_envs": 2}, "environments differ: expected Layout"),
+    ],
+)
+def test_what_cannot_be_made(creator, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        vector.make(creator, **options)
+
+
+def test_choices():
+    with vector.make(Tick, num_envs=6, backend="Multiprocessing", batch_size="auto") as vecenv:
+        assert vecenv.agents_per_batch == 3 and 1 <= len(vecenv.pids) <= 6
+    with vector.make(Tick, num_envs=6, batch_size=2, num_workers="auto") as vecenv:
+        assert vecenv.num_agents == 2  # quirk kept
+    with vector.make(Native, num_envs=2, **workers(2)) as vecenv:
+        first = vecenv.reset(1)[0].copy()
+        vecenv.notify()
+        second = vecenv.reset()[0]
+        np.testing.assert_array_equal(second[:2], second[2:])  # each had been told
+        assert not vecenv.emulated and (first[:2] != first[2:]).all()
+    env = partial(gymnasium.make, "CartPole-v1")  # takes any keyword, and must not get `buf`
+    with vector.make(env, num_envs=2) as vecenv:
+        assert vecenv.reset(0)[0].shape == (2, 4)
+    with vector.make("CartPole-v1", num_envs=2, **workers(1)) as vecenv:
+        assert vecenv.reset(0)[0].shape == (2, 4)
+
+
+def test_workers_are_light_and_sleep():
+    began = time.monotonic()
+    vecenv = vector.make(Modules, num_envs=2, **workers(2))
+    assert time.monotonic() - began < 30
+    vecenv.reset(0)
+    *_, infos = vecenv.step(np.zeros(2, int))
+    assert [info["pid"] for info in infos] == vecenv.pids and os.getpid() not in vecenv.pids
+    for info in infos:
+        assert {"jax", "jaxlib", "flax", "torch"}.isdisjoint(info["modules"])
+        assert "pufferlib" not in info["modules"] and "vector_envs" in info["modules"]
+        assert info["main"] is None and info["platforms"] == "cpu"
+    stats = [Path(f"/proc/{pid}/stat") for pid in vecenv.pids]
+    if stats[0].exists():
+        before = [stat.read_text().rsplit(")")[1].split() for stat in stats]
+        time.sleep(0.3)
+        after = [stat.read_text().rsplit(")")[1].split() for stat in stats]
+        assert [state[0] for state in after] == ["S", "S"]
+        assert [state[11:13] for state in after] == [state[11:13] for state in before]  # no tick
+    pids = vecenv.pids
+    del vecenv
+    gc.collect()
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_script_needs_no_guard(tmp_path):
+    """Nothing here is importable: neither the script nor what it defines."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys
+import gymnasium
+import numpy as np
+import puffer_jax
+
+print("started")
+size = 3
+
+class Env(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-9, 9, (size,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.full(size, seed, np.float32), {}
+
+vecenv = puffer_jax.vector.make(
+    lambda: Env(), num_envs=2, backend=puffer_jax.vector.Multiprocessing
+)
+print(vecenv.reset(4)[0].tolist())
+loaded = {"jax", "torch", "ray", "pettingzoo"} & set(sys.modules)
+print(sorted(loaded))
+"""
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines() == ["started", "[[4.0, 4.0, 4.0], [5.0, 5.0, 5.0]]", "[]"]
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_extra_that_is_missing(monkeypatch):
+    for name, extra, options in (
+        ("cloudpickle", "vector", workers(1)),
+        ("ray", "ray", {"backend": "Ray"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(ImportError, match=rf"pip install 'puffer_jax\[{extra}\]'"):
+                vector.make(Tick, **options)
+
+
+def test_jax_vecenv():
+    """A gym-like loop over a JAX-native environment: its episodes, and their seeds."""
+    env = puffer_jax.environments.make("cartpole")
+    with JaxVecEnv(env, 3, seed=7) as vecenv:
+        default = vecenv.reset()[0].copy()
+        one, two = play(vecenv, 60, seed=7), play(vecenv, 60, seed=8)
+        assert as_host_env(vecenv).own_last
+    with JaxVecEnv(env, 3) as vecenv:
+        same(play(vecenv, 60, seed=7), one)
+    observations, rewards, terminals, truncations, _ = one[0]
+    np.testing.assert_array_equal(observations[0], default)
+    np.testing.assert_array_equal(observations[:, 1:][0], two[0][0][:, :-1][0])  # seed + i
+    assert terminals.any() and not truncations.any() and observations.dtype == np.float32
+    # As an emulated environment: no reward in the step after an end, which starts anew.
+    after = np.roll(terminals, 1, axis=0)[1:]
+    assert not rewards[1:][after].any() and rewards[1:][~after].all()
+    assert (np.abs(observations[1:][after]) <= 0.05).all()
+    assert (np.abs(observations[terminals]).max(-1) > 0.2).all()
+
+
+def test_measure_and_autotune(capsys):
+    for vecenv in (
+        vector.make(Tick, env_kwargs={"pause": 0.01}, num_envs=2),
+        gymnasium.vector.SyncVectorEnv([partial(Tick, pause=0.01)] * 2),
+    ):
+        assert 10 < vector.measure(vecenv, 0.1) < 101
+        vecenv.close()
+    found = vector.autotune(
+        partial(Tick, pause=0.002), batch_size=2, max_envs=4, cores=2, seconds=0.1
+    )
+    assert found["num_envs"] in (2, 4) and found["backend"] in (Serial, Multiprocessing)
+    vector.make(Tick, **found).close()
+    printed = capsys.readouterr().out
+    assert printed.count("Serial") == 1 and printed.count("Multiprocessing") > 2
+    assert printed.count("<") == 1 and "steps/s" in printed

@@ -1,0 +1,196 @@
+"""Environments for the tests of vecenvs, cheap and random by their seeds. Imports no JAX."""
+
+import os
+import signal
+import sys
+import time
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
+
+
+class Walk(gymnasium.Env):
+    """A random walk that ends at random, structured in all it says and takes."""
+
+    observation_space = Dict(
+        {"place": Box(-np.inf, np.inf, (2,)), "seen": Tuple((Discrete(5), Box(0, 255, (3,), "u1")))}
+    )
+    action_space = Dict({"go": Discrete(3), "how": Tuple((Discrete(2), Discrete(4)))})
+
+    def _observation(self):
+        random = self.np_random
+        seen = int(random.integers(5)), random.integers(256, size=3, dtype=np.uint8)
+        return {"place": self.place, "seen": seen}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(size=2).astype(np.float32)
+        return self._observation(), {}
+
+    def step(self, action):
+        self.place = self.place + np.float32(action["go"] - 1 + 0.1 * sum(action["how"]))
+        terminated, truncated = self.np_random.random(2) < 0.03
+        info = {"where": float(self.place[0])} if terminated else {}
+        return self._observation(), float(self.place[1]), bool(terminated), bool(truncated), info
+
+
+class Pair:
+    """Three agents of PettingZoo's parallel kind, of which one leaves early."""
+
+    metadata = {"name": "pair"}  # noqa: RUF012
+    possible_agents = ["a", "b", "c"]  # noqa: RUF012
+    render_mode = None
+
+    def observation_space(self, agent):
+        return Box(-np.inf, np.inf, (2,))
+
+    def action_space(self, agent):
+        return Discrete(4)
+
+    def _observations(self):
+        return {a: self.random.normal(size=2).astype(np.float32) for a in self.agents}
+
+    def reset(self, seed=None, options=None):
+        if seed is not None:
+            self.random = np.random.default_rng(seed)
+        self.agents, self.steps = list(self.possible_agents), 0
+        return self._observations(), {a: {} for a in self.agents}
+
+    def step(self, actions):
+        assert sorted(actions) == sorted(self.agents)
+        self.steps += 1
+        observations = self._observations()
+        rewards = {a: float(actions[a] + observations[a][0]) for a in self.agents}
+        over = self.random.random() < 0.05
+        terminations = {a: bool(over or (a == "c" and self.steps == 3)) for a in self.agents}
+        truncations = {a: False for a in self.agents}
+        infos = {a: {"last": rewards[a]} if terminations[a] else {} for a in self.agents}
+        self.agents = [a for a in self.agents if not terminations[a]]
+        return observations, rewards, terminations, truncations, infos
+
+    def close(self):
+        pass
+
+
+class Native:
+    """Two agents as PufferLib's own environments: buffers handed in, resets within the step."""
+
+    single_observation_space = Box(-np.inf, np.inf, (3,))
+    single_action_space = Box(-1.0, 1.0, (2,))
+    num_agents = 2
+    emulated = False
+    done = False
+
+    def __init__(self, fault=None, buf=None, seed=0):
+        self.random, self.fault, self.steps = np.random.default_rng(seed), fault, 0
+        buf = buf or {
+            "observations": np.zeros((2, 3), np.float32),
+            **{name: np.zeros(2, np.float32) for name in ("rewards", "terminals", "truncations")},
+        }
+        self.observations, self.rewards = buf["observations"], buf["rewards"]
+        self.terminals, self.truncations = buf["terminals"], buf["truncations"]
+
+    def reset(self, seed=None):
+        if seed is not None:
+            self.random = np.random.default_rng(seed)
+        self.observations[:] = self.random.normal(size=(2, 3))
+        self.rewards[:], self.terminals[:], self.truncations[:] = 0, False, False
+        return self.observations, []
+
+    def step(self, actions):
+        self.steps += 1
+        if self.fault is not None:
+            misbehave(*self.fault, self.steps)
+        self.observations[:] = self.random.normal(size=(2, 3))
+        self.rewards[:] = actions.sum(1) + self.observations[:, 0]
+        self.terminals[:] = self.random.random() < 0.05
+        infos = [{"ended": 1.0}] if self.terminals[0] else []
+        return self.observations, self.rewards, self.terminals, self.truncations, infos
+
+    def notify(self):
+        self.random = np.random.default_rng(0)
+
+    def close(self):
+        pass
+
+
+class Tick(gymnasium.Env):
+    """Counts its steps, and misbehaves in the one it is told to.
+
+    Args:
+        fault: what `misbehave` is to do, and when: "make", "reset" or the number of a step.
+        pause: seconds of each step.
+        length: steps of an episode.
+        once: a file; the fault only comes while it is not there.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Discrete(2)
+
+    def __init__(self, fault=None, pause=0.0, length=None, once=None):
+        self.fault, self.pause, self.length, self.once = fault, pause, length, once
+        self.made = 0.0
+        self._misbehave("make")
+
+    def _misbehave(self, when):
+        if self.fault is None or when != self.fault[1]:
+            return
+        if self.once is not None:
+            if os.path.exists(self.once):
+                return
+            open(self.once, "w").close()
+        misbehave(*self.fault, when)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.first = float(self.np_random.integers(1000))
+        self.steps = 0
+        self._misbehave("reset")
+        return np.array([self.first, 0.0]), {}
+
+    def step(self, action):
+        self.steps += 1
+        self._misbehave(self.steps)
+        time.sleep(self.pause)
+        over = self.steps == self.length
+        return np.array([self.first, float(self.steps)]), 1.0, over, False, {}
+
+
+def misbehave(how, at, when):
+    """Do `how` if it is time."""
+    if at != when:
+        return
+    match how:
+        case "raise":
+            raise ValueError(f"boom at {when}")
+        case "exit":
+            sys.exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "hang":
+            while True:
+                pass
+        case _:
+            raise AssertionError(how)
+
+
+class Modules(gymnasium.Env):
+    """Tells which modules its process has loaded, and how it stands there."""
+
+    observation_space = Box(-1, 1, (1,))
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        info = {
+            "pid": os.getpid(),
+            "modules": sorted(sys.modules),
+            "main": getattr(sys.modules["__main__"], "__file__", None),
+            "platforms": os.environ.get("JAX_PLATFORMS"),
+        }
+        return np.zeros(1, np.float32), 0.0, False, False, info
