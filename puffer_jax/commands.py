@@ -3,8 +3,6 @@
 import argparse
 import ast
 import dataclasses
-import importlib
-import inspect
 import json
 import sys
 import time
@@ -18,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import numpy as np
 import tyro
 
-from puffer_jax import checkpoint, environments, spaces
+from puffer_jax import checkpoint, environments, spaces, vector
 from puffer_jax.config import Auto, PuffeRLConfig, near, read_ini
+from puffer_jax.environments import host
 from puffer_jax.weights import load_weights, policy_from_checkpoint, write_atomically
 
 _INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
@@ -52,12 +51,13 @@ class VecOptions:
     """Copies of the environment. JAX-native ones need no mode: they are one compiled program."""
 
     num_envs: int | None = None
-    """How many. None: 64, but 8 with the modes async and puffer."""
-    mode: Literal["auto", "sync", "async", "vector", "puffer"] = "auto"
-    """sync: one after another; async: a process each; vector: the environment's own vector form;
-    auto: vector or else sync. All of them gymnasium's. puffer: PufferLib's, with what follows."""
+    """How many. None: 64, but 8 with the modes async, puffer_jax and puffer."""
+    mode: Literal["auto", "sync", "async", "vector", "puffer_jax", "puffer"] = "auto"
+    """sync: one after another; async: a process each; vector: the environment's own vector form.
+    All of them gymnasium's. puffer_jax: `puffer_jax.vector`, puffer: PufferLib's, both with what
+    follows. auto: for ids of gymnasium, vector or else sync; for all others, puffer_jax."""
     backend: Literal["Serial", "Multiprocessing"] = "Serial"
-    """Of mode puffer."""
+    """Of the modes puffer_jax and puffer."""
     num_workers: int | Auto | None = None
     """Processes of Multiprocessing; auto: one for each environment."""
     batch_size: int | Auto | None = None
@@ -96,8 +96,8 @@ class Train:
     """
 
     env: str | None = None
-    """A gymnasium id, `gymnax:ID`, or one of the JAX-native ones of puffer_jax.environments
-    (cartpole, memory, squared, ...)."""
+    """A gymnasium, ALE or minigrid id, `gymnax:ID`, `pettingzoo:FOLDER/MODULE`, or one of the
+    JAX-native ones of puffer_jax.environments (cartpole, memory, squared, ...)."""
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE for the constructor of the environment; may be given several times."""
     config: Path | None = None
@@ -436,61 +436,25 @@ def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
 # --- environments ------------------------------------------------------------------------------
 
 
+@contextmanager
+def _naming_the_flag() -> Iterator[None]:
+    """What is wrong with the name of an environment, or with its arguments, is so with --env."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--env {error}") from error
+    except ImportError as error:
+        raise ImportError(f"--env {error}") from error
+
+
 def _native(name: str, arguments: dict[str, Any]) -> Any:
     """A JAX-native environment, or None if the name is not of one."""
     from puffer_jax.jaxenv import as_jax_env
 
-    if name in environments.names():
-        _check_arguments(name, type(environments.make(name)), arguments)
-        return as_jax_env(environments.make(name, **arguments))
-    family, colon, name_there = name.partition(":")
-    if not (colon and family == "gymnax"):
+    if environments.family(name)[0] not in ("native", "gymnax"):
         return None
-    try:
-        import gymnax
-    except ImportError as error:
-        raise ImportError(f"--env {name} needs gymnax: pip install gymnax six") from error
-    if name_there not in gymnax.registered_envs:
-        raise ValueError(
-            f"no such environment in gymnax: {near([name_there], gymnax.registered_envs)[0]}"
-        )
-    _check_arguments(name, type(gymnax.make(name_there)[0]), arguments)
-    return as_jax_env(gymnax.make(name_there, **arguments))
-
-
-def _check_arguments(
-    name: str, function: Callable[..., Any], given: Iterable[str], more: Iterable[str] = ()
-) -> None:
-    known = inspect.signature(function).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        _check_names(f"--env {name}", "argument", given, [*known, *more])
-
-
-@contextmanager
-def _gymnasium(name: str) -> Iterator[Any]:
-    """gymnasium, whose errors are made to name the environment."""
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ImportError(f"--env {name} needs gymnasium: pip install gymnasium") from error
-    try:
-        yield gymnasium
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise ImportError(f"--env {name}: {error}") from error
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        ours = ", ".join(environments.names())
-        raise ValueError(f"--env {name}: {error} JAX-native are {ours}") from error
-
-
-def _check_gymnasium(gymnasium: Any, name: str, arguments: Iterable[str]) -> None:
-    module, _, registered = name.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    entry = gymnasium.spec(registered).entry_point
-    if entry is not None:
-        load = gymnasium.envs.registration.load_env_creator
-        create = load(entry) if isinstance(entry, str) else entry
-        _check_arguments(name, create, arguments, ["max_episode_steps"])
+    with _naming_the_flag():
+        return as_jax_env(environments.make(name, **arguments))
 
 
 def _make_envs(
@@ -502,31 +466,53 @@ def _make_envs(
     env = _native(name, arguments)
     if env is not None:
         return env, env, vec.num_envs
-    count = vec.num_envs or (8 if vec.mode in ("async", "puffer") else 64)
-    with _gymnasium(name) as gymnasium:
-        _check_gymnasium(gymnasium, name, arguments)
-        if vec.mode == "puffer":
-            envs = _make_puffer(name, vec, count, partial(gymnasium.make, name, **arguments))
-            return envs, envs.driver_env, None
-        mode = {"auto": None, "vector": "vector_entry_point"}.get(vec.mode, vec.mode)
-        envs = gymnasium.make_vec(name, num_envs=count, vectorization_mode=mode, **arguments)
-        return envs, envs, None
+    family, known = environments.family(name)
+    mode = vec.mode
+    if family != "gymnasium":
+        if mode not in ("auto", "puffer_jax"):
+            raise ValueError(f"--vec.mode {mode} is for gymnasium's, not for --env {name}")
+        mode = "puffer_jax"
+    count = vec.num_envs or (64 if mode in ("auto", "sync", "vector") else 8)
+    if mode == "puffer_jax":
+        create = environments.env_creator(name)
+        with _naming_the_flag():
+            envs = vector.make(create, env_kwargs=arguments, **_backend(vec, count))
+        return envs, envs.driver_env, None
+    with _naming_the_flag():
+        host.check_gymnasium(name, known, arguments)
+        import gymnasium
+
+        with host.errors(name):
+            if mode == "puffer":
+                create = partial(gymnasium.make, known, **arguments)
+                envs = _make_pufferlib(name, _backend(vec, count), create)
+                return envs, envs.driver_env, None
+            form = {"auto": None, "vector": "vector_entry_point"}.get(mode, mode)
+            envs = gymnasium.make_vec(known, num_envs=count, vectorization_mode=form, **arguments)
+            return envs, envs, None
 
 
-def _make_puffer(name: str, vec: VecOptions, count: int, create: Callable[[], Any]) -> Any:
+def _backend(vec: VecOptions, count: int) -> dict[str, Any]:
+    """The options of a vecenv, of PufferLib's names."""
+    options: dict[str, Any] = {"backend": vec.backend, "num_envs": count}
+    if vec.backend == "Multiprocessing":
+        given = {"num_workers": vec.num_workers, "batch_size": vec.batch_size}
+        options |= {n: v for n, v in given.items() if v is not None}
+        options["zero_copy"] = vec.zero_copy
+    return options
+
+
+def _make_pufferlib(name: str, options: dict[str, Any], create: Callable[[], Any]) -> Any:
     try:
         import pufferlib.emulation
         import pufferlib.vector
     except ImportError as error:
-        raise ImportError(f"--vec.mode puffer needs PufferLib: {_INSTALL_PUFFERLIB}") from error
-    options: dict[str, Any] = {}
-    if vec.backend == "Multiprocessing":
-        options = {"num_workers": vec.num_workers, "batch_size": vec.batch_size}
-        options = {n: v for n, v in options.items() if v is not None}
-        options["zero_copy"] = vec.zero_copy
+        raise ImportError(
+            f"{name}: --vec.mode puffer needs PufferLib: {_INSTALL_PUFFERLIB}"
+        ) from error
     emulated = partial(pufferlib.emulation.GymnasiumPufferEnv, env_creator=create)
     make: Any = pufferlib.vector.make
-    return make(emulated, backend=vec.backend, num_envs=count, **options)
+    return make(emulated, **options)
 
 
 # --- policies ----------------------------------------------------------------------------------
@@ -550,64 +536,16 @@ def make_policy(
     import jax.numpy as jnp
     from flax import nnx
 
-    from puffer_jax import models
+    from puffer_jax.models import LSTMWrapper
 
-    image = _image(env)
-    name = options.name
-    if name == "auto":
-        name = "Default"
-        if image == (64, 64, 3):
-            name = "ProcgenResnet"
-        elif image is not None and _stacked_frames(image):
-            name = "Convolutional"
-    given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None and k != "name"}
-    width = given.pop("hidden_size", None)
-    arguments = {} if width is None else {"hidden_size": width}
-    match name:
-        case "ProcgenResnet":
-            arguments = {} if width is None else {"mlp_width": width}
-        case "Convolutional" if image is not None:
-            arguments |= {} if width is None else {"output_size": width}
-            arguments |= _convolutions(image, given)
-    policy_class = getattr(models, name)
-    known = inspect.signature(policy_class.__init__).parameters
-    _check_names("--policy", f"option of {name}", given, known)
+    given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
     rngs = nnx.Rngs(seed)
-    policy = policy_class(env, **arguments | given, rngs=rngs, dtype=dtype)
+    policy = environments.Policy(env, **given, rngs=rngs, dtype=dtype)
     if not rnn:
         return policy
     size = policy.hidden_size
-    return models.LSTMWrapper(env, policy, size, size, rngs=rngs, dtype=dtype)
-
-
-def _image(env: Any) -> tuple[int, ...] | None:
-    """The shape of image observations, where a policy for images can act."""
-    space = getattr(env, "single_observation_space", None) or env.observation_space
-    action = spaces.env_spec(env).single_action_space
-    if spaces.kind_of(space) != "box" or not isinstance(action, spaces.Discrete):
-        return None
-    is_image = len(space.shape) == 3 and np.dtype(space.dtype) == np.uint8
-    return tuple(space.shape) if is_image else None
-
-
-def _stacked_frames(image: tuple[int, ...]) -> bool:
-    first = image[0] in (1, 4) and image[1:] == (84, 84)
-    return first or (image[2] in (1, 4) and image[:2] == (84, 84))
-
-
-def _convolutions(image: tuple[int, ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What Convolutional must know of its images."""
-    last = given.get("channels_last", image[2] in (1, 4) and image[0] not in (1, 4))
-    height, width, channels = image if last else (*image[1:], image[0])
-    sides = [-(-side // given.get("downsample", 1)) for side in (height, width)]
-    for window, stride in ((8, 4), (4, 2), (3, 1)):
-        sides = [(side - window) // stride + 1 for side in sides]
-    return {
-        "framestack": channels,
-        "flat_size": 64 * sides[0] * sides[1],
-        "channels_last": last,
-    }
+    return LSTMWrapper(env, policy, size, size, rngs=rngs, dtype=dtype)
 
 
 # --- runs --------------------------------------------------------------------------------------
@@ -747,29 +685,26 @@ class _NativeGame:
         pass
 
 
-class _GymnasiumGame:
-    """The same of gymnasium."""
+class _HostGame:
+    """The same on the host."""
 
     def __init__(self, name: str, arguments: dict[str, Any], render: str | None, seed: int):
         self._name, self._seed = name, seed
         mode = {"gif": "rgb_array"}.get(render or "", render)
-        with _gymnasium(name) as gymnasium:
-            _check_gymnasium(gymnasium, name, arguments)
-            self._env = gymnasium.make(name, **arguments)
+        with _naming_the_flag():
+            self._env = host.create(name, **arguments)
             modes = self._env.metadata.get("render_modes", ())
             if mode is not None and mode not in modes:
-                raise ValueError(
-                    f"--env {name} cannot be drawn as {mode}; it has: {', '.join(modes)}"
-                )
+                raise ValueError(f"{name} cannot be drawn as {mode}; it has: {', '.join(modes)}")
             if mode is not None:
                 self._env.close()
-                self._env = gymnasium.make(name, render_mode=mode, **arguments)
+                self._env = host.create(name, render_mode=mode, **arguments)
         self.observation_space = self._env.observation_space
         self.action_space = self._env.action_space
         self.fps = float(self._env.metadata.get("render_fps") or 30)
 
     def reset(self) -> Any:
-        with _gymnasium(self._name):
+        with _naming_the_flag(), host.errors(self._name):
             obs, _ = self._env.reset(seed=self._seed)
         # Only the first episode is seeded; those after it go on from there.
         self._seed = None
@@ -781,7 +716,7 @@ class _GymnasiumGame:
         return obs, float(reward), bool(terminated or truncated)
 
     def render(self) -> Any:
-        with _gymnasium(self._name):
+        with _naming_the_flag(), host.errors(self._name):
             return self._env.render()
 
     def close(self) -> None:
@@ -790,11 +725,13 @@ class _GymnasiumGame:
 
 def _make_game(
     name: str, arguments: dict[str, Any], render: str | None, seed: int
-) -> _NativeGame | _GymnasiumGame:
+) -> _NativeGame | _HostGame:
     env = _native(name, arguments)
     if env is not None:
         return _NativeGame(name, env, render, seed)
-    return _GymnasiumGame(name, arguments, render, seed)
+    if environments.family(name)[0] == "pettingzoo":
+        raise ValueError(f"--env {name} has several agents; only games of one can be played")
+    return _HostGame(name, arguments, render, seed)
 
 
 def _print_text(text: Any, fps: float) -> None:

@@ -215,7 +215,7 @@ class _Writer:
         self._env, self._space = env, space
         self._containers: list[tuple[int, Any, int]] = []
         self._unseen = set(range(len(observations)))  # rows that nothing was written to
-        found: list[tuple[int, Any, _Leaf, np.ndarray]] = []
+        found: list[tuple[int, Any, np.ndarray, _Leaf]] = []
         if kind_of(space) == "box":
             rows = observations
         else:
