@@ -111,8 +111,6 @@ def test_trajectories_are_the_references():
                 same(play(vecenv, 300), expected)
                 assert (vecenv.observation_space, vecenv.action_space) == spaces
                 assert vecenv.emulated and vecenv.driver_env.emulated == vecenv.emulated
-    with vector.make(partial(theirs, env_creator=creator), num_envs=3, **workers(3)) as vecenv:
-        same(play(vecenv, 300), expected)
 
 
 def test_ends_and_resets():

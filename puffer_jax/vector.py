@@ -342,11 +342,12 @@ class _Pool(VecEnv):
         self._done: list[int] = []  # units among them, in that order
         self._batch: list[int] = []
 
-        self._timeout, self._restart_failed = timeout, restart_failed
+        self._timeout = math.inf if timeout is None else timeout
+        self._restart_failed = restart_failed
         self._busy: dict[int, tuple[bytes, Any]] = {}  # worker -> what it does
-        self._since = [0.0] * num_workers
+        self._due = [math.inf] * num_workers
         self._restarts = [0] * num_workers
-        self._fresh: set[int] = set()  # restarted, and no step done since
+        self._unproven: dict[int, int] = {}  # restarted worker -> steps till it has really made one
         self._infos: list[list[Info]] = [[] for _ in range(num_workers)]
 
         agents = self._agents_per_worker = layout.num_agents * each
@@ -361,7 +362,7 @@ class _Pool(VecEnv):
             for worker in range(num_workers):
                 self._start(worker)
             for worker in range(num_workers):
-                self._order(worker, Order.READY)
+                self._order(worker, Order.READY, extra=_STARTING)
             while self._busy:
                 self._wait()
 
@@ -431,58 +432,54 @@ class _Pool(VecEnv):
 
     # --- waiting for workers ---
 
-    def _order(self, worker: int, order: bytes, argument: Any = None) -> None:
+    def _order(self, worker: int, order: bytes, argument: Any = None, extra: float = 0.0) -> None:
         self._busy[worker] = order, argument
-        self._since[worker] = time.monotonic()
+        self._due[worker] = time.monotonic() + self._timeout + extra
         self._give(worker, order, argument)
 
     def _wait(self) -> None:
         """Wait until a worker has done what it was told, or has failed or hung."""
-        patience = None
-        if self._timeout is not None:
-            due = {worker: self._due(worker) for worker in self._busy}
-            patience = max(0.0, min(due.values()) - time.monotonic())
-        replied = False
-        for worker, reply in self._replies(patience):
-            replied = True
+        due = min(self._due[worker] for worker in self._busy)
+        replies = self._replies(None if due == math.inf else max(0.0, due - time.monotonic()))
+        for worker, reply in replies:
+            due = math.inf
             if isinstance(reply, Failure):
                 self._lose(worker, reply)
                 continue
             order, _ = self._busy.pop(worker)
-            if order != Order.RESTART:
-                self._fresh.discard(worker)
+            if order == Order.STEP and worker in self._unproven:
+                self._unproven[worker] -= 1
+                if not self._unproven[worker]:
+                    del self._unproven[worker]
             self._infos[worker] += reply
             unit = worker // self._per_unit
             self._owing[unit] -= 1
             if not self._owing[unit]:
                 self._done.append(unit)
-        if not replied:
-            for worker in [w for w in self._busy if self._due(w) <= time.monotonic()]:
+        if due < math.inf:  # nobody replied
+            for worker in [w for w in self._busy if self._due[w] <= time.monotonic()]:
                 self._kill(worker)
                 order, _ = self._busy[worker]
                 what = {Order.STEP: "step", Order.RESET: "reset"}.get(order, "start")
                 reason = f"did not {what} within timeout={self._timeout} s and was killed"
                 self._lose(worker, Failure(reason, lost=True))
 
-    def _due(self, worker: int) -> float:
-        starting = self._busy[worker][0] in (Order.READY, Order.RESTART) or worker in self._fresh
-        return self._since[worker] + (self._timeout or 0.0) + _STARTING * starting
-
     def _lose(self, worker: int, failure: Failure) -> None:
         """Start the worker anew, if that is wanted and can help."""
         order, argument = self._busy[worker]
         first = worker * self._envs_per_worker
-        again = "after a restart, " * (worker in self._fresh)
+        again = "after a restart, " * (worker in self._unproven)
         if not (self._restart_failed and failure.lost) or again or order == Order.READY:
             raise WorkerError(
                 f"worker {worker} (environments {first} to {first + self._envs_per_worker - 1}) "
                 f"{again}{failure.reason}"
             )
-        self._fresh.add(worker)
+        self._unproven[worker] = 2  # the first may but reset
         self._restarts[worker] += 1
         self._infos[worker].append({"restarts": self._envs_per_worker})
         self._start(worker)
-        self._order(worker, Order.RESET if order == Order.RESET else Order.RESTART, argument)
+        order = Order.RESET if order == Order.RESET else Order.RESTART
+        self._order(worker, order, argument, extra=_STARTING)
 
     # --- the protocol ---
 
@@ -820,8 +817,8 @@ def make(
             "auto" batch is half of the environments), zero_copy, sync_traj, overwork, timeout, and
             restart_failed: an environment that raises, and those of a worker that dies or hangs,
             are made anew, with other seeds; the step counts as truncated, and infos have
-            {"restarts": how many}; what fails twice in a row still is an error. `Serial` knows the
-            last only; as in the reference, it makes no more than batch_size environments.
+            {"restarts": how many}; what then fails before it has made a step is an error. `Serial`
+            knows the last only; as in the reference, it makes no more than batch_size environments.
 
     Raises:
         ValueError: a number that is not possible, or numbers that do not go together.

@@ -209,7 +209,8 @@ class Envs:
         buf: arrays (agents, ...) of all of them (`Layout.buffers`).
         seed: of the first; each other one's is one higher.
         first: number of the first, for messages.
-        restart_failed: build an environment that fails anew, with another seed, rather than raise.
+        restart_failed: build an environment that fails anew, with another seed, rather than raise;
+            unless it fails again before it has made a step.
         restarts: how often all of them were built before.
 
     Raises:
@@ -231,7 +232,7 @@ class Envs:
         self._makers, self._layout, self.buf = makers, layout, buf
         self._seed, self._first, self._restart_failed = seed, first, restart_failed
         self._restarts = [restarts] * len(makers)
-        self._failed: set[int] = set()  # in the step before
+        self._unproven: set[int] = set()  # those built anew that have not made a step since
         buf["masks"][:] = True
         agents = layout.num_agents
         self._rows = [slice(i * agents, (i + 1) * agents) for i in range(len(makers))]
@@ -281,8 +282,8 @@ class Envs:
     def step(self) -> list[Info]:
         """Step each on its actions in the buffers, or reset it where an episode is over."""
         infos: list[Info] = []
-        failed, self._failed = self._failed, set()
         emulated = self._layout.emulated
+        proven = {i for i in self._unproven if not (emulated and self.envs[i].done)}
         for i, env in enumerate(self.envs):
             try:
                 if emulated and env.done:
@@ -290,22 +291,20 @@ class Envs:
                 else:
                     info = env.step(self._actions[i])[4]
             except Exception as error:
-                if i in failed:
-                    error.add_note("(it had failed in the step before, and was built anew)")
-                    self._restart_failed = False
                 info = self._replace(i, error, "stepping")
-                self._failed.add(i)
             if info:
                 _add(infos, info)
+        self._unproven -= proven
         return infos
 
     def _replace(self, i: int, error: Exception, what: str) -> Info:
         with self._noting(i, what):
-            if not self._restart_failed:
+            if not self._restart_failed or i in self._unproven:
                 raise error
         with contextlib.suppress(Exception):
             self.envs[i].close()
         self._restarts[i] += 1
+        self._unproven.add(i)
         self.envs[i] = self._build(i)
         self._cut(i)
         return {"restarts": 1}

@@ -1,0 +1,260 @@
+"""What becomes of a vecenv whose environments, workers or parent fail: nothing is left behind."""
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vector_envs import Native, Tick
+
+from puffer_jax import vector
+from puffer_jax.vector import Multiprocessing, WorkerError
+
+POOL = {"backend": Multiprocessing, "num_workers": 2, "overwork": True, "num_envs": 4}
+
+
+def wait_until(true, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid):
+    """Whether there is such a process, and it has not ended unnoticed."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    return False
+
+
+def children():
+    """Those of this process."""
+    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+
+
+def traces():
+    """What a process may leave: files of shared memory, children, open files."""
+    gc.collect()
+    shared = set(os.listdir("/dev/shm")) if os.path.exists("/dev/shm") else set()
+    return shared, children(), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    before = traces()
+    yield
+    assert traces() == before
+
+
+def third(fault, **kwargs):
+    """Arguments of `make` for four environments, of which the third misbehaves."""
+    return {
+        "env_creator_or_creators": [Tick] * 4,
+        "env_kwargs": [{}, {}, {"fault": fault, **kwargs}, {}],
+    }
+
+
+def run(vecenv, steps=4):
+    vecenv.reset(0)
+    for _ in range(steps):
+        vecenv.step(np.zeros(4, int))
+
+
+TOLD = (
+    r"worker 1 \(environments 2 to 3\) failed {} environment 2: ValueError: boom at {}"
+    r"(?s:.*)Traceback(?s:.*)in misbehave"
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (("raise", 2), TOLD.format("stepping", 2)),
+        (("raise", "reset"), TOLD.format("resetting", "reset")),
+        (("exit", 2), r"worker 1 \(environments 2 to 3\) exited with status 3"),
+        (("kill", 2), r"worker 1 \(environments 2 to 3\) was killed by signal 9 \(Killed\)"),
+        (("segfault", "reset"), r"was killed by signal 11 \(Segmentation fault\)"),
+        (("hang", 2), r"worker 1 .* did not step within timeout=0.5 s and was killed"),
+        (("hang", "reset"), r"worker 1 .* did not reset within timeout=0.5 s and was killed"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_failing_worker_is_an_error(fault, message):
+    vecenv = vector.make(**third(fault), **POOL, timeout=0.5 if fault[0] == "hang" else None)
+    pids = vecenv.pids
+    with pytest.raises(WorkerError, match=message) as caught:
+        run(vecenv)
+    assert not any(map(alive, pids))
+    for call in (vecenv.recv, vecenv.reset):
+        with pytest.raises(RuntimeError, match="this Multiprocessing is closed"):
+            call()
+    vecenv.close()
+    del caught
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_an_environment_that_cannot_be_made(how):
+    only_in_worker = partial(Tick, fault=(how, "make"))
+    message = TOLD.format("making", "make") if how == "raise" else "was killed by signal 9"
+    creators = [Tick, Tick, only_in_worker, Tick]
+    with pytest.raises(WorkerError, match=message):
+        vector.make(creators, **POOL, restart_failed=True)
+
+
+def test_serial_raises_what_the_environment_does():
+    for when, what in ((2, "stepping"), ("reset", "resetting")):
+        vecenv = vector.make(**third(("raise", when)), num_envs=4)
+        with pytest.raises(ValueError, match=f"boom at {when}") as caught:
+            run(vecenv)
+        assert caught.value.__notes__ == [f"({what} environment 2)"]
+        with pytest.raises(RuntimeError, match="this Serial is closed"):
+            vecenv.recv()
+    with pytest.raises(ValueError, match="boom at make") as caught:
+        vector.make(**third(("raise", "make")), num_envs=4)
+    assert caught.value.__notes__ == ["(making environment 2)"]
+
+
+def test_a_failure_elsewhere_is_seen_while_one_is_awaited():
+    """Whoever dies, at once: nobody waits for the slow one, or for ever."""
+    env_kwargs = [{"pause": 1.0}, {}, {"fault": ("kill", 1)}, {}]
+    vecenv = vector.make([Tick] * 4, env_kwargs=env_kwargs, **POOL)
+    vecenv.reset(0)
+    vecenv.send(np.zeros(4, int))
+    with pytest.raises(WorkerError, match="worker 1"):
+        vecenv.recv()
+    idle = vector.make(Tick, **POOL)
+    idle.reset(0)
+    os.kill(idle.pids[0], signal.SIGTERM)
+    with pytest.raises(WorkerError, match=r"worker 0 .* was killed by signal 15"):
+        run(idle)
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "lost"),
+    [
+        ("raise", {"num_envs": 4}, [2]),
+        ("raise", POOL, [2]),
+        ("kill", POOL, [2, 3]),
+        ("hang", POOL | {"timeout": 0.5}, [2, 3]),
+    ],
+    ids=["serial-raise", "raise", "kill", "hang"],
+)
+def test_restart_failed(how, options, lost, tmp_path):
+    once = str(tmp_path / "fault")
+    with vector.make(
+        **third((how, 2), once=once, length=9), **options, restart_failed=True, seed=4
+    ) as vecenv:
+        first = vecenv.reset()[0].copy()
+        got = [[a.copy() for a in vecenv.step(np.zeros(4, int))[:4]] for _ in range(1)]
+        obs, rewards, terminals, truncations, infos = vecenv.step(np.zeros(4, int))
+        assert sum(info["restarts"] for info in infos) == len(lost)
+        cut = np.isin(np.arange(4), lost)
+        assert truncations.tolist() == cut.tolist() and not terminals.any()
+        assert rewards.tolist() == (~cut).astype(float).tolist()
+        np.testing.assert_array_equal(obs[cut], got[0][0][cut])  # the last that was seen
+        # The step after starts anew, with another seed, and then all goes on.
+        obs, _, _, truncations, infos = vecenv.step(np.zeros(4, int))
+        assert infos == [] and not truncations.any()
+        assert obs[:, 1].tolist() == [0 if c else 3 for c in cut]
+        assert (obs[cut, 0] != first[cut, 0]).all()
+        assert vecenv.step(np.zeros(4, int))[0][:, 1].tolist() == [1 if c else 4 for c in cut]
+
+
+def test_restart_of_native_environments_and_in_reset(tmp_path):
+    for fault, options in ((("raise", 2), {"num_envs": 2}), (("kill", 2), POOL | {"num_envs": 2})):
+        with vector.make(
+            [Native, Native], env_kwargs=[{}, {"fault": fault}], **options, restart_failed=True
+        ) as vecenv:
+            vecenv.reset(0)
+            before = vecenv.step(np.zeros((4, 2), np.float32))[0].copy()
+            obs, rewards, _, truncations, infos = vecenv.step(np.zeros((4, 2), np.float32))
+            assert truncations.tolist() == [False, False, True, True] and not rewards[2:].any()
+            assert (obs[2:] != before[2:]).all()  # of the new episode
+            assert {"restarts": 1} in infos
+            vecenv.step(np.zeros((4, 2), np.float32))
+    for how, options in (("raise", {"num_envs": 4}), ("kill", POOL)):
+        fault = third((how, "reset"), once=str(tmp_path / how))
+        with vector.make(**fault, **options, restart_failed=True) as vecenv:
+            obs, infos = vecenv.reset(3)
+            assert len(set(obs[:, 0])) == 4 and not obs[:, 1].any()
+            assert infos == [{"restarts": 1 if how == "raise" else 2}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_envs": 4}, "boom at 1"),
+        (POOL, TOLD.format("stepping", 1)),
+        (POOL | {"timeout": 0.3}, "after a restart, did not step within timeout=0.3 s"),
+    ],
+    ids=["serial", "raise", "hang"],
+)
+def test_what_fails_again_at_once_is_an_error(options, message):
+    fault = third(("hang" if "timeout" in options else "raise", 1))
+    vecenv = vector.make(**fault, **options, restart_failed=True)
+    vecenv.reset(0)
+    assert {"restarts": 2 if "timeout" in options else 1} in vecenv.step(np.zeros(4, int))[4]
+    vecenv.step(np.zeros(4, int))  # the reset
+    with pytest.raises((WorkerError, ValueError), match=message):
+        vecenv.step(np.zeros(4, int))
+
+
+PARENT = """
+import sys
+import numpy as np
+sys.path.insert(0, {here!r})
+from vector_envs import Tick
+from puffer_jax import vector
+
+kwargs = [{{}}, {{"fault": ("hang", 2)}} if {hang} else {{}}]
+vecenv = vector.make([Tick] * 2, env_kwargs=kwargs, num_envs=2, num_workers=2, overwork=True,
+                     backend=vector.Multiprocessing)
+vecenv.reset(0)
+vecenv.step(np.zeros(2, int))
+print(*vecenv.pids, flush=True)
+{then}
+"""
+HERE = str(Path(__file__).parent)
+
+
+@pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_with_the_parent_everything_ends(sign):
+    """One worker sleeps, the other is in an endless loop; Ctrl-C goes to the whole group."""
+    script = PARENT.format(here=HERE, hang=True, then="vecenv.step(np.zeros(2, int))")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    with parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(alive, pids))
+        time.sleep(0.1)  # into the step
+        os.killpg(parent.pid, getattr(signal, sign))
+        _, errors = parent.communicate(timeout=30)
+    assert parent.returncode == -getattr(signal, sign)
+    assert errors.count("Traceback") == (sign == "SIGINT") and "Error" not in errors
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize(
+    "then", ["", "raise SystemExit('left')", "import os; os._exit(0)", "del vecenv; print('gone')"]
+)
+def test_a_script_that_does_not_close(then):
+    script = PARENT.format(here=HERE, hang=False, then=then)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    pids = [int(word) for word in result.stdout.splitlines()[0].split()]
+    assert result.stderr.split() == (["left"] if "left" in then else [])
+    wait_until(lambda: not any(map(alive, pids)))
