@@ -356,6 +356,7 @@ class _Pool(VecEnv):
             {"seed": seed + w * each, "first": w * each, "restart_failed": restart_failed}
             for w in range(num_workers)
         ]
+        self._num_workers = num_workers
         self._parts = [(makers[w * each : (w + 1) * each], layout) for w in range(num_workers)]
         self._buffers = self._open(layout)
         with self._closing_on_error():
@@ -366,8 +367,8 @@ class _Pool(VecEnv):
             while self._busy:
                 self._wait()
 
-    @staticmethod
     def _divide(
+        self,
         num_envs: int,
         num_workers: int | None,
         batch_size: int | None,
@@ -382,7 +383,7 @@ class _Pool(VecEnv):
                 f"with zero_copy, num_envs must be a multiple of batch_size; got {num_envs} and "
                 f"{batch_size}"
             )
-        cores = _cores()
+        cores = self._cores()
         if num_workers is None:
             fitting = [
                 n
@@ -409,6 +410,10 @@ class _Pool(VecEnv):
         return pack((*self._parts[worker], agents, rows, options))
 
     # --- what a kind of worker must do ---
+
+    def _cores(self) -> int:
+        """How many workers can run at once."""
+        return _cores()
 
     @abstractmethod
     def _open(self, layout: Layout) -> dict[str, np.ndarray]:
@@ -608,18 +613,32 @@ class Ray(_Pool):
     cores are the cluster's.
     """
 
-    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
-        ray = self._ray = _import_ray()
-        self._started_ray = not ray.is_initialized()
+    def __init__(self, *args: Any, **kwargs: Any):
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("Ray is not installed: pip install 'puffer_jax[ray]'") from error
+        self._ray, self._started_ray = ray, not ray.is_initialized()
         if self._started_ray:
             ray.init(include_dashboard=False, logging_level=logging.ERROR)
         self._actors: dict[int, Any] = {}
         self._replying: dict[Any, int] = {}  # object -> worker
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _cores(self) -> int:
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
         return layout.buffers(self.num_agents)
 
     def _start(self, worker: int) -> None:
         payload = self._payload(worker, self._agents_per_worker, slice(None))
-        actor = self._ray.remote(Actor).options(scheduling_strategy="SPREAD")
+        per_core = -(-self._num_workers // self._cores())  # with overwork, more than one
+        actor = self._ray.remote(num_cpus=1 / per_core, scheduling_strategy="SPREAD")(Actor)
         self._actors[worker] = actor.remote(sys.path, payload)
 
     def _give(self, worker: int, order: bytes, argument: Any) -> None:
@@ -645,24 +664,18 @@ class Ray(_Pool):
         self._ray.kill(self._actors[worker])
 
     def _close(self) -> None:
-        ray = self._ray
-        if ray.is_initialized():
+        if self._ray.is_initialized():
             closing = [actor.obey.remote(Order.CLOSE, None) for actor in self._actors.values()]
-            if closing:
-                ray.wait(closing, num_returns=len(closing), timeout=_CLOSING)
-            for actor in self._actors.values():
-                ray.kill(actor)
-            if self._started_ray:
-                ray.shutdown()
+            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSING)
+        self._leave()
         super()._close()
 
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("Ray is not installed: pip install 'puffer_jax[ray]'") from error
-    return ray
+    def _leave(self) -> None:
+        if self._ray.is_initialized():
+            for actor in self._actors.values():
+                self._ray.kill(actor)
+            if self._started_ray:
+                self._ray.shutdown()
 
 
 class JaxVecEnv(VecEnv):

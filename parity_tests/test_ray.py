@@ -1,0 +1,79 @@
+"""`Ray` on a cluster of two nodes on this machine: the same trajectories, and what is lost."""
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from test_vector import play, same
+from vector_envs import Pair, Tick
+
+from puffer_jax import vector
+from puffer_jax.vector import WorkerError
+
+POOL = {"backend": "Ray", "num_envs": 4, "num_workers": 2}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two raylets of one core each, so that two workers are on both."""
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    second = cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    yield cluster, second
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_ray_plays_the_same_thousand_steps(cluster):
+    with vector.make(Pair, num_envs=4) as vecenv:
+        expected = play(vecenv, 1000)
+    with vector.make(Pair, **POOL) as vecenv:
+        same(play(vecenv, 1000), expected)
+    with vector.make(Pair, **POOL, batch_size=2, sync_traj=False) as vecenv:
+        same(play(vecenv, 50), [[field[:50] for field in expected[0]], None], infos=False)
+    assert ray.is_initialized()  # it was before
+
+
+def test_failures(cluster, tmp_path):
+    def fails(how, **options):
+        kwargs = [{}, {}, {"fault": (how, 2), **options.pop("env", {})}, {}]
+        return vector.make([Tick] * 4, env_kwargs=kwargs, **POOL, **options)
+
+    def run(vecenv):
+        vecenv.reset(0)
+        return [[np.array(a) for a in vecenv.step(np.zeros(4, int))] for _ in range(3)]
+
+    for how, options, message in (
+        ("raise", {}, r"worker 1 .* failed stepping environment 2: ValueError: boom at 2"),
+        ("kill", {}, r"worker 1 \(environments 2 to 3\) was lost: The actor died"),
+        ("hang", {"timeout": 1.0}, r"worker 1 .* did not step within timeout=1.0 s"),
+    ):
+        vecenv = fails(how, **options)
+        with pytest.raises(WorkerError, match=message):
+            run(vecenv)
+        with pytest.raises(RuntimeError, match="this Ray is closed"):
+            vecenv.reset()
+    once = {"once": str(tmp_path / "fault")}
+    with fails("kill", env=once, restart_failed=True) as vecenv:
+        _, (*_, truncations, infos), (obs, *_) = run(vecenv)
+        assert truncations.tolist() == [False, False, True, True] and infos.tolist() == [{"restarts": 2}]
+        assert obs[:, 1].tolist() == [3, 3, 0, 0]
+    with pytest.raises(ValueError, match="num_workers is 4, but there are 2 cores"):
+        vector.make(Tick, **POOL | {"num_workers": 4})
+    with pytest.raises(WorkerError, match="failed making environment 3: ValueError: boom at make"):
+        made = [{}, {}, {}, {"fault": ("raise", "make")}]
+        vector.make([Tick] * 4, env_kwargs=made, **POOL)
+
+
+def test_a_lost_node(cluster):
+    """The last test: it takes a node away."""
+    cluster, second = cluster
+    with vector.make(Tick, **POOL) as vecenv:
+        vecenv.reset(0)
+        vecenv.step(np.zeros(4, int))
+        cluster.remove_node(second, allow_graceful=False)
+        with pytest.raises(WorkerError, match=r"worker \d \(environments . to .\) was lost"):
+            for _ in range(1000):
+                vecenv.step(np.zeros(4, int))
