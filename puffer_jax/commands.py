@@ -475,8 +475,7 @@ def _make_envs(
     count = vec.num_envs or (64 if mode in ("auto", "sync", "vector") else 8)
     if mode == "puffer_jax":
         create = environments.env_creator(name)
-        with _naming_the_flag():
-            envs = vector.make(create, env_kwargs=arguments, **_backend(vec, count))
+        envs = vector.make(create, env_kwargs=arguments, **_backend(vec, count))
         return envs, envs.driver_env, None
     with _naming_the_flag():
         host.check_gymnasium(name, known, arguments)

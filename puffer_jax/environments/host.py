@@ -20,7 +20,7 @@ _PIP = {"gymnasium": "gymnasium"} | {
         ("pettingzoo", "pettingzoo"),
     )
 }
-_ATARI_OPTIONS = ("framestack", "frame_skip", "noop_max", "terminal_on_life_loss", "clip_rewards")
+_ATARI_OPTIONS = ("framestack", "noop_max", "terminal_on_life_loss", "clip_rewards")
 
 
 def create(name: str, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def create(name: str, **kwargs: Any) -> Any:
 def atari(
     name: str,
     framestack: int = 4,
-    frame_skip: int = 4,
+    frameskip: int = 4,
     noop_max: int = 30,
     terminal_on_life_loss: bool = False,
     clip_rewards: bool = False,
@@ -57,7 +57,7 @@ def atari(
     Args:
         name: such as "ALE/Breakout-v5".
         framestack: how many grey images an observation has, of the last steps.
-        frame_skip: frames that an action lasts; the last two are merged.
+        frameskip: frames that an action lasts; the last two are merged.
         noop_max: an episode starts after 1 to so many frames without action.
         terminal_on_life_loss: a lost life ends the episode.
         clip_rewards: only the sign of a reward counts.
@@ -76,7 +76,7 @@ def atari(
 
     with errors(name):
         env = AtariPreprocessing(
-            env, noop_max, frame_skip, terminal_on_life_loss=terminal_on_life_loss
+            env, noop_max, frameskip, terminal_on_life_loss=terminal_on_life_loss
         )
     env = EpisodeStats(env)
     if clip_rewards:
