@@ -9,7 +9,6 @@ ignores the action; a native PufferLib environment resets itself within the step
 imports neither JAX nor torch, and no environment.
 """
 
-import contextlib
 import difflib
 import functools
 import logging
@@ -111,8 +110,7 @@ class VecEnv(ABC):
             WorkerError: a worker failed. Then everything is closed.
         """
         self._expect("reset", "recv", "send")
-        with self._closing_on_error():
-            self._reset(seed)
+        self._or_close(self._reset, seed)
         self._state = "recv"
 
     def recv(self) -> Received:
@@ -128,8 +126,7 @@ class VecEnv(ABC):
             WorkerError: a worker failed. Then everything is closed.
         """
         self._expect("recv")
-        with self._closing_on_error():
-            received = self._recv()
+        received = self._or_close(self._recv)
         self._state = "send"
         return received
 
@@ -147,8 +144,7 @@ class VecEnv(ABC):
         """
         self._expect("send")
         actions = self._check_actions(np.asarray(actions))
-        with self._closing_on_error():
-            self._send(actions)
+        self._or_close(self._send, actions)
         self._state = "recv"
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, list[Info]]:
@@ -189,10 +185,9 @@ class VecEnv(ABC):
         first = {"reset": "(async_)reset", "recv": "recv", "send": "send"}[self._state]
         raise RuntimeError(f"call {first} before {states[0]}")
 
-    @contextlib.contextmanager
-    def _closing_on_error(self) -> Iterator[None]:
+    def _or_close(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            yield
+            return function(*arguments)
         except Exception:
             self.close()
             raise
@@ -359,13 +354,16 @@ class _Pool(VecEnv):
         self._num_workers = num_workers
         self._parts = [(makers[w * each : (w + 1) * each], layout) for w in range(num_workers)]
         self._buffers = self._open(layout)
-        with self._closing_on_error():
-            for worker in range(num_workers):
-                self._start(worker)
-            for worker in range(num_workers):
-                self._order(worker, Order.READY, extra=_STARTING)
-            while self._busy:
-                self._wait()
+        self._given = [self._buffers[name] for name in GIVEN]
+        self._or_close(self._start_all)
+
+    def _start_all(self) -> None:
+        for worker in range(self._num_workers):
+            self._start(worker)
+        for worker in range(self._num_workers):
+            self._order(worker, Order.READY, extra=_STARTING)
+        while self._busy:
+            self._wait()
 
     def _divide(
         self,
@@ -444,9 +442,11 @@ class _Pool(VecEnv):
 
     def _wait(self) -> None:
         """Wait until a worker has done what it was told, or has failed or hung."""
-        due = min(self._due[worker] for worker in self._busy)
-        replies = self._replies(None if due == math.inf else max(0.0, due - time.monotonic()))
-        for worker, reply in replies:
+        due, timeout = math.inf, None
+        if self._timeout < math.inf:
+            due = min(self._due[worker] for worker in self._busy)
+            timeout = max(0.0, due - time.monotonic())
+        for worker, reply in self._replies(timeout):
             due = math.inf
             if isinstance(reply, Failure):
                 self._lose(worker, reply)
@@ -499,16 +499,7 @@ class _Pool(VecEnv):
             self._order(worker, Order.RESET, None if seed is None else seed + first)
 
     def _recv(self) -> Received:
-        count = self._units_per_batch
-        while True:
-            if not self._sync_traj:
-                batch = self._done[:count]
-            elif not any(self._owing[unit] for unit in self._sent[:count]):
-                batch = self._sent[:count]
-            else:
-                batch = []
-            if len(batch) == count:
-                break
+        while not (batch := self._next_batch()):
             self._wait()
         self._batch = batch
         for unit in batch:
@@ -516,11 +507,18 @@ class _Pool(VecEnv):
             self._done.remove(unit)
         infos: list[Info] = []
         for worker in self._workers():
-            infos += self._infos[worker]
-            self._infos[worker] = []
+            if self._infos[worker]:
+                infos += self._infos[worker]
+                self._infos[worker] = []
         rows = self._batch_rows()
-        obs, rewards, terminals, truncations, masks = (self._buffers[n][rows] for n in GIVEN)
+        obs, rewards, terminals, truncations, masks = [array[rows] for array in self._given]
         return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
+
+    def _next_batch(self) -> list[int]:
+        """Its units, or none if some of them must be waited for."""
+        batch = (self._sent if self._sync_traj else self._done)[: self._units_per_batch]
+        ready = len(batch) == self._units_per_batch and not any(self._owing[u] for u in batch)
+        return batch if ready else []
 
     def _workers(self) -> list[int]:
         """Those of the batch."""
@@ -558,6 +556,7 @@ class Multiprocessing(_Pool):
     def _open(self, layout: Layout) -> dict[str, np.ndarray]:
         self._memory = Memory(layout.size(self.num_agents))
         self._processes: dict[int, Process] = {}
+        self._worker_of: dict[int, int] = {}  # by its file descriptor
         self._poll = select.poll()
         self._end = weakref.finalize(self, _end, self._processes, self._memory, os.getpid())
         return layout.buffers(self.num_agents, self._memory.map)
@@ -565,6 +564,7 @@ class Multiprocessing(_Pool):
     def _start(self, worker: int) -> None:
         process = self._processes[worker] = Process(self._memory.fd)
         self._poll.register(process.fd, select.POLLIN)
+        self._worker_of[process.fd] = worker
         process.order(Order.START, self._payload(worker, self.num_agents, self._rows[worker]))
 
     def _give(self, worker: int, order: bytes, argument: Any) -> None:
@@ -572,13 +572,12 @@ class Multiprocessing(_Pool):
         self._processes[worker].order(order, message)
 
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
-        ready = self._poll.poll(None if timeout is None else math.ceil(timeout * 1000))
-        worker_of = {process.fd: worker for worker, process in self._processes.items()}
-        for fd, _ in ready:
-            reply = self._processes[worker_of[fd]].reply()
+        for fd, _ in self._poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
+            worker = self._worker_of[fd]
+            reply = self._processes[worker].reply()
             if isinstance(reply, Failure):
                 self._poll.unregister(fd)
-            yield worker_of[fd], reply
+            yield worker, reply
 
     def _kill(self, worker: int) -> None:
         self._poll.unregister(self._processes[worker].fd)

@@ -440,20 +440,24 @@ class Process:
         """Send an order; to a dead worker, nothing, since its channel will tell."""
         if self._connection.closed:
             return
-        with contextlib.suppress(ConnectionError):
+        try:
             os.write(self.fd, order)
             if argument:
                 self._connection.send_bytes(argument)
+        except ConnectionError:
+            pass
 
     def reply(self) -> list[Info] | Failure:
         """Read the answer that waits; of a dead worker, how it died."""
-        with contextlib.suppress(ConnectionError, EOFError):
+        try:
             reply = os.read(self.fd, 1)
             if reply == _DONE:
                 return []
             if reply:
                 told = self._connection.recv()
                 return told if reply == _INFOS else Failure(told, lost=False)
+        except (ConnectionError, EOFError):
+            pass
         self.join(time.monotonic() + 1)  # its channel closes a little before it has ended
         code = self._process.returncode
         if code >= 0:
