@@ -700,20 +700,6 @@ def test_agents_that_are_absent():
         assert buffers_of(ours) == buffers_of(theirs)
 
 
-def test_an_episode_ends_when_nobody_is_left():
-    class Mixed(Crowd):
-        def step(self, actions):
-            result = super().step(actions)
-            done = dict(zip(self.possible_agents, (True, False, True, False), strict=True))
-            return *result[:2], done, {a: not d for a, d in done.items()}, result[4]
-
-    env = emulation.PettingZooPufferEnv(Mixed(DICT, Discrete(2)))
-    env.reset(seed=0)
-    env.step(np.zeros(4, int))
-    assert env.done and env.terminals.tolist() == [True, False, True, False]
-    assert env.truncations.tolist() == [False, True, False, True]
-
-
 def test_errors_with_several_agents():
     made = Crowd(DICT, Discrete(2))
     env = emulation.PettingZooPufferEnv(made)

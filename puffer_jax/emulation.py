@@ -247,7 +247,7 @@ class _Writer:
         """
         parts: list[Any] = [(observation,)]
         array = np.ndarray
-        first = row in self._unseen
+        first = bool(self._unseen) and row in self._unseen
         try:
             for parent, key, size in self._containers:
                 part = parts[parent][key]
@@ -273,36 +273,49 @@ class _Reader:
     """Makes the environment's own actions out of flat ones."""
 
     def __init__(self, env: Any, flat: Any, build: Callable[[list[int]], Any] | None):
-        self._env, self._space, self._kind, self._build = env, flat, kind_of(flat), build
-        self._shape = tuple(flat.shape)
-        self._shapes = ((1, *self._shape), self._shape)
-        self._dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
+        self._env, self._space, self._kind = env, flat, kind_of(flat)
+        self._shape = shape = tuple(flat.shape)
+        self._shapes = ((1, *shape), shape)
+        self._dtype = dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
         self._checked = False
+        self._scalar = self._kind == "discrete" and build is None
+        self._own: Callable[[Any], Any]  # of an array that is in order
+        if build is not None:
+            self._own = lambda array: build(array.ravel().tolist())
+        elif self._scalar:
+            self._own = lambda array: array.ravel()[0]
+        else:
+            self._own = lambda array: array.reshape(shape).astype(dtype)
 
     def read(self, action: Any) -> Any:
-        """The action, which is the environment's to keep.
+        """The action of one agent, which is the environment's to keep.
+
+        Args:
+            action: an array or what becomes one, also with a leading axis of 1.
 
         Raises:
             ValueError: it has another shape or a dtype that needs rounding; or it is the first one
                 and out of bounds.
         """
         array = np.asarray(action)
-        as_usual = self._checked and array.dtype == self._dtype and array.shape in self._shapes
-        if not as_usual and not self._takes(array):
-            raise ValueError(f"{self._env}: an action is not in {self._space}: {_describe(action)}")
-        if self._build is not None:
-            return self._build(array.ravel().tolist())
-        match self._kind:
-            case "discrete":  # a NumPy scalar, unless it came as something simpler
-                return array.ravel()[0] if array is action or array.ndim else action
-            case "multidiscrete":
-                return array.reshape(self._shape).copy()
-            case _:
-                return array.reshape(self._shape).astype(self._dtype)
+        if array.shape not in self._shapes:
+            raise self._outside(action)
+        if not self._checked or array.dtype != self._dtype:
+            self._check(array, action)
+        return self._own(array)
 
-    def _takes(self, array: np.ndarray) -> bool:
-        fits = array.shape in self._shapes and np.can_cast(array.dtype, self._dtype, "same_kind")
-        if fits and not self._checked:
+    def read_all(self, actions: np.ndarray) -> list[Any]:
+        """The same of several agents, (agents, *shape)."""
+        if actions.shape[1:] != self._shape:
+            raise self._outside(actions)
+        if not self._checked or actions.dtype != self._dtype:
+            self._check(actions, actions)
+        return list(actions) if self._scalar else [self._own(action) for action in actions]
+
+    def _check(self, array: np.ndarray, action: Any) -> None:
+        if not np.can_cast(array.dtype, self._dtype, "same_kind"):
+            raise self._outside(action)
+        if not self._checked:
             match self._kind:
                 case "discrete":
                     low, high = 0, self._space.n - 1
@@ -310,8 +323,12 @@ class _Reader:
                     low, high = 0, self._space.nvec - 1
                 case _:
                     low, high = self._space.low, self._space.high
-            self._checked = fits = bool(np.all((low <= array) & (array <= high)))
-        return fits
+            if not np.all((low <= array) & (array <= high)):
+                raise self._outside(action)
+            self._checked = True
+
+    def _outside(self, action: Any) -> ValueError:
+        return ValueError(f"{self._env}: an action is not in {self._space}: {_describe(action)}")
 
 
 def _form(value: Any) -> str:
@@ -365,7 +382,7 @@ class _Emulated:
             self._write = _Writer(env, spaces[0], self.observations, structured).write
         except (TypeError, ValueError) as error:
             raise type(error)(f"{env}: {error}") from error
-        self._read = _Reader(env, self.single_action_space, build).read
+        self._reader = _Reader(env, self.single_action_space, build)
         self.is_obs_emulated = self.single_observation_space is not spaces[0]
         self.is_atn_emulated = build is not None
 
@@ -489,7 +506,7 @@ class GymnasiumPufferEnv(_Emulated):
         """
         if self.done:
             self._check_running(True)
-        observation, reward, terminated, truncated, info = self.env.step(self._read(action))
+        observation, reward, terminated, truncated, info = self.env.step(self._reader.read(action))
         if type(reward) is not float:
             reward = float(np.sum(reward) if isinstance(reward, _MANY) else reward)
         if type(terminated) is not bool:
@@ -505,9 +522,8 @@ class GymnasiumPufferEnv(_Emulated):
 class PettingZooPufferEnv(_Emulated):
     """A PettingZoo environment behind flat arrays: a row for each possible agent.
 
-    An agent that is not there has a row of zeros, which is masked. Unlike the reference, that
-    holds after a reset too, and an episode in which some agents terminated and all others were
-    truncated is over.
+    An agent that is not there has a row of zeros, which is masked; unlike the reference's, also
+    after a reset.
 
     Attributes:
         env: the parallel environment.
@@ -592,12 +608,13 @@ class PettingZooPufferEnv(_Emulated):
             ValueError: an observation is not in its space, or of an agent there is none of.
         """
         observations, infos = self._reset(seed, options)
-        self._receive(observations)
+        no = dict.fromkeys(observations, False)
+        self._receive(observations, no, no, no)
+        self.terminals[:] = False
         self._over = False
-        self.rewards[:], self.terminals[:], self.truncations[:] = 0, False, False
         return self._rows, infos
 
-    def step(self, actions: Mapping[Any, Any] | np.ndarray) -> tuple[dict[Any, Any], ...]:
+    def step(self, actions: Mapping[Any, Any] | np.ndarray) -> tuple[Mapping[Any, Any], ...]:
         """Act.
 
         Args:
@@ -614,39 +631,47 @@ class PettingZooPufferEnv(_Emulated):
                 of.
         """
         self._check_running(self.done)
-        if isinstance(actions, Mapping):
+        here = set(self.env.agents)
+        if not isinstance(actions, np.ndarray):
             self._check_agents(actions)
+            own = {a: self._reader.read(action) for a, action in actions.items() if a in here}
         elif len(actions) == self.num_agents:
-            actions = dict(zip(self.possible_agents, actions, strict=True))
+            read = self._reader.read_all(actions)
+            own = {a: x for a, x in zip(self.possible_agents, read, strict=True) if a in here}
         else:
             raise ValueError(f"{self.env}: {len(actions)} actions for {self.num_agents} agents")
-        here = set(self.env.agents)
-        own = {agent: self._read(action) for agent, action in actions.items() if agent in here}
         observations, rewards, terminated, truncated, infos = self.env.step(own)
-        self._receive(observations)
-        for i, agent in enumerate(self.possible_agents):
-            if self.mask[agent]:
-                self.rewards[i] = rewards[agent]
-                self.terminals[i], self.truncations[i] = terminated[agent], truncated[agent]
-            else:
-                self.rewards[i], self.terminals[i], self.truncations[i] = 0, True, False
-        self._over = all(terminated[agent] or truncated[agent] for agent in terminated)
-        padded = (
-            {agent: values.get(agent, pad) for agent in self.possible_agents}
-            for values, pad in ((rewards, 0), (terminated, True), (truncated, False))
-        )
+        self._receive(observations, rewards, terminated, truncated)
+        self._over = all(terminated.values()) or all(truncated.values())
+        padded = self._pad(rewards, 0), self._pad(terminated, True), self._pad(truncated, False)
         return self._rows, *padded, infos
 
-    def _receive(self, observations: Mapping[Any, Any]) -> None:
-        """Write the observations that are there, and zeros where there are none."""
-        count = 0
+    def _pad(self, values: Mapping[Any, Any], absent: Any) -> Mapping[Any, Any]:
+        if values.keys() == self.mask.keys():
+            return values
+        return {agent: values.get(agent, absent) for agent in self.possible_agents}
+
+    def _receive(
+        self,
+        observations: Mapping[Any, Any],
+        rewards: Mapping[Any, Any],
+        terminated: Mapping[Any, Any],
+        truncated: Mapping[Any, Any],
+    ) -> None:
+        """Write the rows of the agents that are observed, and zeros for those that are not."""
+        count, mask, write = 0, self.mask, self._write
         for i, agent in enumerate(self.possible_agents):
-            self.mask[agent] = self.masks[i] = agent in observations
-            if self.mask[agent]:
-                self._write(i, observations[agent])
+            here = agent in observations
+            mask[agent] = self.masks[i] = here
+            if here:
                 count += 1
+                write(i, observations[agent])
+                self.rewards[i] = rewards[agent]
+                self.terminals[i] = terminated[agent]
+                self.truncations[i] = truncated[agent]
             else:
                 self.observations[i] = 0
+                self.rewards[i], self.terminals[i], self.truncations[i] = 0, True, False
         if count != len(observations):
             self._check_agents(observations)
 
