@@ -13,7 +13,8 @@ import numpy as np
 import pufferlib.emulation
 import pufferlib.vector
 import pytest
-from vector_envs import Modules, Native, Pair, Tick, Walk
+from flax import nnx
+from vector_envs import Guess, Modules, Native, Pair, Tick, Together, Walk
 
 import puffer_jax.emulation
 from puffer_jax import vector
@@ -366,3 +367,33 @@ def test_measure_and_autotune(capsys):
     printed = capsys.readouterr().out
     assert printed.count("Serial") == 1 and printed.count("Multiprocessing") > 2
     assert printed.count("<") == 1 and "steps/s" in printed
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("creator", "chance", "best"),
+    [(Guess, 1 / 3, 1), (Together, 1 / 9, 1), (partial(Together, rivals=True), 1 / 4, 3 / 4)],
+    ids=["dict", "cooperative", "competitive"],
+)
+def test_training(creator, chance, best, tmp_path):
+    """Structured observations, and agents that work together or against each other, are learnt."""
+    with vector.make(creator, num_envs=32, **workers(1)) as vecenv:
+        policy = puffer_jax.Default(vecenv.driver_env, 32, rngs=nnx.Rngs(0))
+        config = puffer_jax.PuffeRLConfig.recommended(
+            total_timesteps=10**6,
+            bptt_horizon=8,
+            minibatch_size=vecenv.num_agents * 8,
+            update_epochs=4,
+            optimizer="adam",
+            learning_rate=1e-2,
+            ent_coef=0.0,
+            anneal_lr=False,
+            data_dir=str(tmp_path),
+        )
+        trainer = puffer_jax.PuffeRL(config, vecenv, policy)
+        means = []
+        for _ in range(40):
+            means.append(np.mean(trainer.evaluate()["episode_return"]))
+            trainer.train()
+        trainer.close()
+    assert abs(means[0] - chance) < 0.15 and np.mean(means[-5:]) > 0.9 * best

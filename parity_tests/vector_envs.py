@@ -73,6 +73,70 @@ class Pair:
         pass
 
 
+class Guess(gymnasium.Env):
+    """One-step episodes: say what was shown, among other things."""
+
+    observation_space = Dict({"noise": Box(-1, 1, (2,)), "shown": Box(0, 1, (3,), np.int8)})
+    action_space = Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.shown = int(self.np_random.integers(3))
+        noise = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return {"noise": noise, "shown": np.eye(3, dtype=np.int8)[self.shown]}, {}
+
+    def step(self, action):
+        right = float(action == self.shown)
+        return self.reset()[0], right, True, False, {}
+
+
+class Together:
+    """Two agents of PettingZoo's, one-step episodes: both say what the other was shown.
+
+    Args:
+        rivals: one is paid what the other loses, too: for being right, of 1.5 in all.
+    """
+
+    metadata = {"name": "together"}  # noqa: RUF012
+    possible_agents = ["a", "b"]  # noqa: RUF012
+    render_mode = None
+
+    def __init__(self, rivals=False):
+        self.rivals = rivals
+
+    def observation_space(self, agent):
+        return Box(0, 1, (2, 3))
+
+    def action_space(self, agent):
+        return Discrete(3)
+
+    def _observations(self):
+        self.shown = self.random.integers(3, size=2)
+        own = np.eye(3, dtype=np.float32)[self.shown]
+        return {"a": own, "b": own[::-1].copy()}
+
+    def reset(self, seed=None, options=None):
+        if seed is not None or not hasattr(self, "random"):
+            self.random = np.random.default_rng(seed)
+        self.agents = list(self.possible_agents)
+        return self._observations(), {a: {} for a in self.agents}
+
+    def step(self, actions):
+        right = {
+            a: float(actions[a] == self.shown[1 - i]) for i, a in enumerate(self.possible_agents)
+        }
+        if self.rivals:
+            rewards = {"a": right["a"] - right["b"] / 4, "b": right["b"] - right["a"] / 4}
+        else:
+            rewards = dict.fromkeys(right, right["a"] * right["b"])
+        ended, no = dict.fromkeys(right, True), dict.fromkeys(right, False)
+        self.agents = []
+        return self._observations(), rewards, ended, no, {a: {} for a in right}
+
+    def close(self):
+        pass
+
+
 class Native:
     """Two agents as PufferLib's own environments: buffers handed in, resets within the step."""
 
