@@ -455,7 +455,7 @@ def test_ways_to_make_one():
     ):
         assert isinstance(env.env, Sampled) and env.single_action_space == Discrete(2)
         assert (env.render_mode, env.render()) == ("ansi", "drawn")
-        assert env.unwrapped is env and env.metadata == {"render_modes": []}
+        assert env.unwrapped is env and env.metadata is env.env.metadata
         assert env.observation_space is env.single_observation_space
         assert env.agent_ids.tolist() == [0] and env.is_obs_emulated and not env.is_atn_emulated
     for id_given in ({"env": "CartPole-v1"}, {"env_creator": "CartPole-v1"}):
