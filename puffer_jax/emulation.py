@@ -270,7 +270,11 @@ class _Writer:
 
 
 class _Reader:
-    """Makes the environment's own actions out of flat ones."""
+    """Makes the environment's own actions out of flat ones.
+
+    Unlike in the reference, which reads nested int64 actions as pairs of int32, flattens a Box of
+    two dimensions, and hands out views of a buffer that the vecenv writes to again.
+    """
 
     def __init__(self, env: Any, flat: Any, build: Callable[[list[int]], Any] | None):
         self._env, self._space, self._kind = env, flat, kind_of(flat)
