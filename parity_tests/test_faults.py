@@ -207,8 +207,10 @@ def test_what_fails_again_at_once_is_an_error(options, message):
 
 
 PARENT = """
+import signal
 import sys
 import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 sys.path.insert(0, {here!r})
 from vector_envs import Tick
 from puffer_jax import vector
@@ -235,7 +237,8 @@ def test_with_the_parent_everything_ends(sign):
         text=True,
         process_group=0,
     )
-    with parent:
+    with parent, contextlib.ExitStack() as stack:
+        stack.callback(parent.kill)
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert len(pids) == 2 and all(map(alive, pids))

