@@ -58,7 +58,8 @@ def test_failures(cluster, tmp_path):
     once = {"once": str(tmp_path / "fault")}
     with fails("kill", env=once, restart_failed=True) as vecenv:
         _, (*_, truncations, infos), (obs, *_) = run(vecenv)
-        assert truncations.tolist() == [False, False, True, True] and infos.tolist() == [{"restarts": 2}]
+        assert truncations.tolist() == [False, False, True, True]
+        assert infos.tolist() == [{"restarts": 2}]
         assert obs[:, 1].tolist() == [3, 3, 0, 0]
     with pytest.raises(ValueError, match="num_workers is 4, but there are 2 cores"):
         vector.make(Tick, **POOL | {"num_workers": 4})
