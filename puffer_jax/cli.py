@@ -1,4 +1,4 @@
-"""The `puffer-jax` command: train and play policies, check checkpoints and convert them."""
+"""The `puffer-jax` command: train and play policies, check and convert checkpoints, measure."""
 
 import math
 import sys
@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from puffer_jax import models
+from puffer_jax.bench.command import Bench
 from puffer_jax.commands import Eval, Plot, Train, train_defaults
 from puffer_jax.spaces import emulated_dtypes, kind_of
 from puffer_jax.weights import policy_from_checkpoint, save_weights, state_dict
@@ -232,6 +233,7 @@ def _commands(train: Train) -> Any:
         | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Check, tyro.conf.subcommand("check"), one_way]
         | Annotated[Convert, tyro.conf.subcommand("convert"), one_way]
+        | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
     )
 
 

@@ -1,0 +1,1 @@
+"""`puffer-jax bench`: how much faster than torch is it here?"""

@@ -1,0 +1,241 @@
+"""`puffer-jax bench`: measure the rows, a process for each side, in turns."""
+
+import datetime
+import fnmatch
+import importlib.util
+import os
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from puffer_jax.bench.rows import TORCH, Arrays, Row, rows
+from puffer_jax.bench.worker import Failed, Side, Worker, difference
+
+_INSTALL = (
+    "pip install 'torch>=2.10' gymnasium psutil && pip install --no-deps pufferlib-core==3.0.23"
+)
+_MIN_REPEATS, _MAX_REPEATS = 3, 200
+_MATMUL = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure puffer_jax beside PufferLib on torch, here and now.
+
+    Each side runs in a process of its own, and the two take turns, measurement by measurement.
+    Their outputs are compared before anything is timed. Exit code 0, or 1 when outputs differ.
+    """
+
+    rows: tuple[str, ...] = ("*",)
+    """Patterns of names, such as eval-* lstm-fwd-*; see --list."""
+    json: Path | None = None
+    """Write everything here, every sample included."""
+    plot: Path | None = None
+    """Draw the ratios here (png, pdf, svg)."""
+    seconds: float = 3.0
+    """To measure each row for, at least; three rounds are always made."""
+    threads: int | None = None
+    """Of each side. None: as many as there are cores."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Of both sides. On a GPU each row runs in float32 and in TF32."""
+    list: bool = False
+    """Print the names of the rows, and measure nothing."""
+
+    def run(self) -> int:
+        """Measure, print, and return the exit code."""
+        chosen = [
+            row
+            for row in rows()
+            if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in self.rows)
+        ]
+        if not chosen:
+            raise ValueError(f"no row is named like {' or '.join(self.rows)}; see --list")
+        if self.list:
+            for row in chosen:
+                print(f"{row.name:28} {row.work}")
+            return 0
+        return self._measure(chosen)
+
+    def _measure(self, chosen: "list[Row]") -> int:
+        from rich.console import Console
+        from rich.progress import track
+
+        from puffer_jax.bench import report
+
+        if self.seconds <= 0 or (self.threads is not None and self.threads < 1):
+            raise ValueError(
+                f"seconds is {self.seconds} and threads {self.threads}; both must be positive"
+            )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = self.threads or cores or 1
+        console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+        if missing := missing_reference():
+            console.print(
+                f"{missing} is not installed, so ours is measured alone. To compare: {_INSTALL}",
+                soft_wrap=True,
+            )
+        differs = 0
+        precisions = ("float32",) if self.device == "cpu" else ("float32", "tf32")
+        for precision in precisions:
+            with Arena(threads, self.device, precision, not missing) as arena:
+                header = arena.header()
+                console.print(*(f"{name}: {value}" for name, value in header.items()), sep="\n")
+                shown = track(chosen, "measuring", console=Console(stderr=True), transient=True)
+                results = [arena.compete(row, self.seconds) for row in shown]
+            console.print(report.table(results, header["matmul_flops"].get("jax")))
+            for line in report.problems(results):
+                console.print(line, markup=False, soft_wrap=True)
+            differs += sum(result.mismatch is not None for result in results)
+            for path, write in ((self.json, report.write_json), (self.plot, report.plot)):
+                if path is not None:
+                    extra = "" if len(precisions) == 1 else f"-{precision}"
+                    write(path.with_stem(path.stem + extra), header, results)
+        return 1 if differs else 0
+
+
+def missing_reference() -> str | None:
+    """What of the reference is not installed."""
+    for name in ("torch", "pufferlib", "gymnasium"):
+        if importlib.util.find_spec(name) is None:
+            return name
+    return None
+
+
+class Arena:
+    """The two processes, and the contests between them.
+
+    Args:
+        threads: of each.
+        device: "cpu" or "gpu".
+        precision: "float32" or "tf32".
+        reference: whether there is a torch side.
+    """
+
+    def __init__(self, threads: int, device: str, precision: str, reference: bool):
+        self._settings = threads, device, precision
+        self._sides: tuple[Side, ...] = ("jax", "torch") if reference else ("jax",)
+        self._workers: dict[Side, Worker] = {}
+
+    def __enter__(self) -> "Arena":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def _worker(self, side: Side) -> Worker:
+        """That side's process; a new one if it ended."""
+        if side in self._workers and not self._workers[side].alive:
+            self._workers.pop(side).close()
+        if side not in self._workers:
+            self._workers[side] = Worker(side, *self._settings)
+        return self._workers[side]
+
+    def header(self) -> dict[str, Any]:
+        """What is measured with what, and how fast this machine multiplies matrices."""
+        threads, device, precision = self._settings
+        about, rates = {}, {}
+        for side in self._sides:
+            worker = self._worker(side)
+            about |= {f"{side} {k}" if k == "device" else k: v for k, v in worker.about.items()}
+            worker.ask("open", "matmul", "matmul", {"size": _MATMUL})
+        samples: dict[Side, list[float]] = {side: [] for side in self._sides}
+        for _ in range(5):
+            for side in self._sides:
+                samples[side].append(self._worker(side).ask("sample", "matmul"))
+        for side in self._sides:
+            rates[side] = 2 * _MATMUL**3 / sorted(samples[side])[2]
+            self._worker(side).ask("close")
+        return {
+            "date": datetime.datetime.now().isoformat(" ", "minutes"),
+            "device": device,
+            "cpu": _cpu(),
+            "threads": threads,
+            "precision": precision,
+            "python": platform.python_version(),
+            **about,
+            "matmul_flops": rates,
+        }
+
+    def compete(self, row: Row, seconds: float) -> Any:
+        """Build a row's contestants, compare their outputs, and measure them in turns."""
+        from puffer_jax.bench.report import Measured, Result
+
+        result = Result(row)
+        outputs: dict[str, Arrays] = {}
+        with ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            for name, arguments in row.contestants.items():
+                side: Side = "torch" if name in TORCH else "jax"
+                if side not in self._sides:
+                    continue
+                measured = result.measured[name] = Measured()
+                try:
+                    worker = self._worker(side)
+                    if row.unit == "bytes":
+                        # Of a process that has done nothing else.
+                        worker = Worker(side, *self._settings)
+                        stack.callback(worker.close)
+                    answer = worker.ask("open", name, row.family, row.sizes | arguments)
+                    measured.first, found = answer
+                    workers[name] = worker
+                    if found is not None:
+                        outputs[name] = found
+                except Failed as error:
+                    measured.failed = str(error)
+            result.mismatch = _mismatch(row, outputs)
+            if result.mismatch is None:
+                self._rounds(result, workers, seconds)
+            for side in self._sides:
+                if side in self._workers and self._workers[side].alive:
+                    self._workers[side].ask("close")
+        return result
+
+    def _rounds(self, result: Any, workers: dict[str, Worker], seconds: float) -> None:
+        spent, rounds = 0.0, 0
+        method = "memory" if result.row.unit == "bytes" else "sample"
+        while workers and rounds < _MAX_REPEATS:
+            if rounds >= _MIN_REPEATS and spent > seconds:
+                return
+            for name, worker in list(workers.items()):
+                measured = result.measured[name]
+                began = time.perf_counter()
+                try:
+                    measured.samples.append(worker.ask(method, name))
+                except Failed as error:
+                    # Its samples are not as many as the others'.
+                    measured.failed, measured.samples = str(error), []
+                    del workers[name]
+                spent += time.perf_counter() - began
+            rounds += 1
+            if method == "memory":
+                return
+
+
+def _mismatch(row: Row, outputs: dict[str, Arrays]) -> str | None:
+    """How the outputs differ from the reference's, or from the first there is; None: they agree."""
+    judge = next((name for name in TORCH if name in outputs), None)
+    judge = judge or next(iter(outputs), None)
+    for name, arrays in outputs.items():
+        if judge is None or name == judge:
+            continue
+        error, array = difference(arrays, outputs[judge])
+        if not error <= row.tolerance:
+            return (
+                f"{name} and {judge} differ in {array!r} by {error:.1e} of its largest magnitude; "
+                f"allowed is {row.tolerance:.0e}"
+            )
+    return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()

@@ -1,0 +1,233 @@
+"""What the bench found: table, JSON, plot."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.bench.rows import Row
+from puffer_jax.weights import write_atomically
+
+OURS = "ours"
+# Those with a column of their own.
+_COLUMNS = {"torch": ("torch", "pufferlib"), "torch.compile": ("torch.compile",)}
+
+
+@dataclass
+class Measured:
+    """One contestant in one row.
+
+    Attributes:
+        samples: cost of a unit of work, seconds or bytes, in the order they were taken.
+        first: seconds of the first call, with all compilation.
+        failed: why there are no samples.
+    """
+
+    samples: list[float] = field(default_factory=list)
+    first: float | None = None
+    failed: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Of the samples."""
+        return float(np.median(self.samples))
+
+
+@dataclass
+class Result:
+    """A row with what was measured.
+
+    Attributes:
+        row: what was measured.
+        measured: by contestant.
+        mismatch: how the outputs of the contestants differ; then nothing was timed.
+    """
+
+    row: Row
+    measured: dict[str, Measured] = field(default_factory=dict)
+    mismatch: str | None = None
+
+    def ratio(self, other: str) -> tuple[float, float, float] | None:
+        """How many times cheaper ours is: ratio of the medians, and the quartiles of the ratios.
+
+        The samples are interleaved, so each of theirs is divided by that of ours beside it.
+        """
+        pair = self.measured.get(OURS), self.measured.get(other)
+        if not all(one and one.samples for one in pair):
+            return None
+        ours, theirs = (np.array(one.samples) for one in pair if one)
+        low, high = np.quantile(theirs / ours, (0.25, 0.75))
+        return float(np.median(theirs) / np.median(ours)), float(low), float(high)
+
+    def to_dict(self, matmul: float | None) -> dict[str, Any]:
+        """As written to JSON."""
+        contestants = {}
+        for name, one in self.measured.items():
+            contestants[name] = {"first_call_s": one.first, "failed": one.failed}
+            if one.samples:
+                low, high = np.quantile(one.samples, (0.25, 0.75))
+                contestants[name] |= {"median": one.median, "quartiles": [low, high]}
+                contestants[name] |= {"samples": one.samples}
+                if self.row.flops:
+                    contestants[name]["flop_rate"] = self.row.flops / one.median
+        others = [name for name in self.measured if name != OURS]
+        ratios = {name: ratio for name in others if (ratio := self.ratio(name))}
+        kept = {k: v for k, v in asdict(self.row).items() if k in ("work", "flops", "unit")}
+        return {
+            **kept,
+            "cost_of": "a step, in seconds" if self.row.unit == "steps/s" else self.row.unit,
+            "contestants": contestants,
+            "ratios": {n: {"median": r[0], "quartiles": list(r[1:])} for n, r in ratios.items()},
+            "mismatch": self.mismatch,
+        }
+
+
+def table(results: Iterable[Result], matmul: float | None) -> Any:
+    """A rich table; `matmul` is the operations a second of a large matrix product."""
+    from rich.table import Table
+
+    made = Table(show_lines=True)
+    for name in ("row", "ours", "torch", "torch.compile", "others"):
+        made.add_column(name, justify="left" if name == "row" else "right", no_wrap=name != "row")
+    for name in ("torch / ours", "compile / ours", "GF/s", "first call, s\nours / compile"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        row, measured = result.row, result.measured
+        named = [
+            next((name for name in names if name in measured), names[0])
+            for names in _COLUMNS.values()
+        ]
+        others = [name for name in measured if name not in (OURS, *named)]
+        ours = measured.get(OURS, Measured())
+        rate = "-"
+        if row.flops and ours.samples:
+            rate = f"{row.flops / ours.median / 1e9:.3g}"
+            rate += f"\n{row.flops / ours.median / matmul:.0%}" if matmul else ""
+        firsts = [measured.get(name, Measured()).first for name in (OURS, named[1])]
+        made.add_row(
+            f"{row.name}\n[dim]{row.work}[/dim]",
+            _cost(row, ours),
+            *(_cost(row, measured.get(name, Measured())) for name in named),
+            "\n".join(
+                f"{name} {_cost(row, measured[name])}{_times(result, name)}" for name in others
+            ),
+            *(_ratio(result, name) for name in named),
+            rate,
+            " / ".join("-" if first is None else f"{first:.2g}" for first in firsts),
+        )
+    return made
+
+
+def _cost(row: Row, measured: Measured) -> str:
+    if not measured.samples:
+        return "-"
+    cost = measured.median
+    match row.unit:
+        case "steps/s":
+            return f"{1e-3 / cost:.3g} K/s"
+        case "bytes":
+            return f"{cost / 2**20:.0f} MiB"
+    return f"{1e3 * cost:.3g} ms" if cost >= 1e-3 else f"{1e6 * cost:.3g} us"
+
+
+def _ratio(result: Result, name: str) -> str:
+    ratio = result.ratio(name)
+    return "-" if ratio is None else f"[bold]{ratio[0]:.2f}[/bold]\n{ratio[1]:.2f}-{ratio[2]:.2f}"
+
+
+def _times(result: Result, name: str) -> str:
+    ratio = result.ratio(name)
+    return "" if ratio is None else f" ({ratio[0]:.2f}x)"
+
+
+def problems(results: Iterable[Result]) -> list[str]:
+    """A line for each thing that was not measured, with its reason."""
+    lines = []
+    for result in results:
+        if result.mismatch:
+            lines.append(f"{result.row.name}: not timed: {result.mismatch}")
+        for name, one in result.measured.items():
+            if one.failed:
+                lines.append(f"{result.row.name}, {name}: {one.failed}")
+    return lines
+
+
+def write_json(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
+    """Everything, with the samples; costs are seconds (of a call or a step) or bytes."""
+    matmul = header.get("matmul_flops", {}).get("jax")
+    report = {"header": header, "rows": {r.row.name: r.to_dict(matmul) for r in results}}
+    text = json.dumps(report, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
+    """Bars of how many times faster ours is; the suffix says the format (png, pdf, svg).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is nothing to compare.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter, ScalarFormatter
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
+    results = [r for r in results if any(name != OURS and r.ratio(name) for name in r.measured)]
+    if not results:
+        raise ValueError("nothing was compared, so there is nothing to plot")
+    names = list(dict.fromkeys(n for r in results for n in r.measured if n != OURS and r.ratio(n)))
+    shown = [n for n in ("torch", "pufferlib", "torch.compile") if n in names]
+    shown += [n for n in names if n not in shown]
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(shown):
+        places, ratios, errors = [], [], []
+        for y, result in enumerate(results):
+            if ratio := result.ratio(name):
+                there = [n for n in shown if result.ratio(n)]
+                height = 0.8 / len(there)
+                places.append((y + (there.index(name) + 0.5) * height - 0.4, 0.9 * height))
+                ratios.append(ratio[0])
+                errors.append((max(0, ratio[0] - ratio[1]), max(0, ratio[2] - ratio[0])))
+        ys, heights = zip(*places, strict=True)
+        axes.barh(
+            ys,
+            np.array(ratios) - 1,
+            heights,
+            left=1,
+            xerr=np.array(errors).T,
+            error_kw={"linewidth": 0.8, "alpha": 0.6},
+            color=f"C{i}",
+            label=name,
+        )
+        for y, ratio in zip(ys, ratios, strict=True):
+            axes.annotate(
+                f"{ratio:.2f}",
+                (ratio, y),
+                (4 if ratio >= 1 else -4, 0),
+                textcoords="offset points",
+                ha="left" if ratio >= 1 else "right",
+                va="center",
+                fontsize=6,
+            )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.5) / 1.15, max(high, 2) * 1.15)
+    axes.set_xticks(
+        [x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high or x == 1]
+    )
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(results)), [r.row.name for r in results])
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.set_xlabel("times faster than (for memory: smaller than); right of 1 puffer_jax wins")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.set_title(f"{header['cpu']}, {header['threads']} threads, {header['date']}", fontsize=9)
+    out = Path(path)
+    kind = out.suffix.removeprefix(".") or "png"
+    write_atomically(out, lambda file: figure.savefig(file, format=kind, dpi=130))
