@@ -83,7 +83,8 @@ class Bench:
         for precision in precisions:
             with Arena(threads, self.device, precision, not missing) as arena:
                 header = arena.header()
-                console.print(*(f"{name}: {value}" for name, value in header.items()), sep="\n")
+                for name, value in header.items():
+                    console.print(f"{name}: {value}", soft_wrap=True)
                 shown = track(chosen, "measuring", console=Console(stderr=True), transient=True)
                 results = [arena.compete(row, self.seconds) for row in shown]
             console.print(report.table(results, header["matmul_flops"].get("jax")))
@@ -141,14 +142,15 @@ class Arena:
         about, rates = {}, {}
         for side in self._sides:
             worker = self._worker(side)
-            about |= {f"{side} {k}" if k == "device" else k: v for k, v in worker.about.items()}
+            for key, value in worker.about.items():
+                about[f"{side} {key}" if key in ("device", "advantage") else key] = value
             worker.ask("open", "matmul", "matmul", {"size": _MATMUL})
         samples: dict[Side, list[float]] = {side: [] for side in self._sides}
         for _ in range(5):
             for side in self._sides:
                 samples[side].append(self._worker(side).ask("sample", "matmul"))
         for side in self._sides:
-            rates[side] = 2 * _MATMUL**3 / sorted(samples[side])[2]
+            rates[side] = 2 * _MATMUL**3 / min(samples[side])
             self._worker(side).ask("close")
         return {
             "date": datetime.datetime.now().isoformat(" ", "minutes"),

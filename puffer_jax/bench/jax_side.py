@@ -1,18 +1,25 @@
 """The contestants on JAX: ours, and what a user would write without us."""
 
+import contextlib
+import functools
 import importlib.metadata
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 import puffer_jax
+from puffer_jax import ppo, vector
+from puffer_jax.bench import envs as bench_envs
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
+from puffer_jax.config import PuffeRLConfig
 from puffer_jax.jaxenv import Box
 from puffer_jax.spaces import Discrete
 
@@ -218,3 +225,205 @@ def _conv(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
         return _apply(params["actor"], x), _apply(params["value"], x)
 
     return params, forward
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+def advantage(segments: int, horizon: int) -> Case:
+    """`puff_advantage` of arrays on the device."""
+    stored = rows.experience(segments, horizon)
+    names = ("values", "rewards", "terminals")
+    arrays = [jnp.asarray(stored[name]) for name in names]
+    arrays.append(jnp.asarray(np.exp(stored["logprobs"])))
+    hypers = ("gamma", "gae_lambda", "vtrace_rho_clip", "vtrace_c_clip")
+    numbers = {name: rows.CONFIG[name] for name in hypers}
+    compute = jax.jit(lambda *arrays: ppo.puff_advantage(*arrays, **numbers))
+    return Case(
+        lambda: compute(*arrays).block_until_ready(), lambda x: {"advantage": np.asarray(x)}
+    )
+
+
+def update(net: str, envs: int) -> Case:
+    """One PPO update of a full batch."""
+    policy = _policy(net, (4,), 128, 2)
+    graphdef, params = puffer_jax.split(policy)
+    config = PuffeRLConfig.from_dict(rows.config_of(envs))
+    learner = ppo.make_learner(config, config.sizes(envs), policy)
+    experience = ppo.Experience(**jax.tree.map(jnp.asarray, rows.experience(envs, 64)))
+    state, key = learner.init(params), jax.random.key(0)
+    given = jax.jit(lambda s, e, i: learner.update(s, e, indices=i)[0].params)
+    learned = given(state, experience, rows.minibatches(envs))
+    run = jax.jit(lambda s, e, k: learner.update(s, e, k)[:2])
+
+    def call() -> Any:
+        nonlocal state, key
+        key, update_key = jax.random.split(key)
+        state, losses = jax.block_until_ready(run(state, experience, update_key))
+        return losses
+
+    def outputs(_: Any) -> rows.Arrays:
+        # Of the update with given minibatches.
+        arrays = puffer_jax.state_dict(puffer_jax.merge(graphdef, learned))
+        return {name: x for name, x in arrays.items() if not name.startswith("cell.")}
+
+    return Case(call, outputs)
+
+
+def trainer(net: str, envs: int, native: bool = False, plain: bool = False) -> Case:
+    """Epochs of training on CartPole: on the host, one; compiled, some in one call."""
+    policy = _policy(net, (4,), 128, 2)
+    steps = 64 * envs
+    if not (native or plain):
+        creator = functools.partial(gymnasium.make, "CartPole-v1")
+        vecenv = vector.make(creator, backend=vector.Serial, num_envs=envs)
+        train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
+
+        def epoch() -> None:
+            train.evaluate()
+            train.train()
+
+        return Case(epoch, units=steps)
+    epochs = max(1, 512 // envs)
+    env = puffer_jax.environments.make("cartpole")
+    if plain:
+        run = _purejaxrl(env, puffer_jax.state_dict(policy), envs, epochs)
+    else:
+        config = rows.config_of(envs, total_timesteps=epochs * steps, num_envs=envs)
+        run = puffer_jax.make_train(PuffeRLConfig.from_dict(config), env, policy)
+    run, key = jax.jit(run), jax.random.key(0)
+    return Case(lambda: jax.block_until_ready(run(key)), units=epochs * steps)
+
+
+def _purejaxrl(
+    env: Any, weights: rows.Arrays, envs: int, epochs: int, horizon: int = 64
+) -> Callable[..., Any]:
+    """PureJaxRL's training loop, feed-forward or recurrent, as its users write it.
+
+    Minibatches are of steps, or of whole environments where there is a state.
+    """
+    recurrent = "lstm.weight_hh_l0" in weights
+    params = _heads(weights, "policy." if recurrent else "")
+    graphdef, zeros = None, None
+    if recurrent:
+        graphdef, params["cell"] = _cell(weights, 128)
+        zeros = jnp.zeros((envs, 128)), jnp.zeros((envs, 128))
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(5e-3, eps=1e-5))
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        obs, start = x
+        hidden = nnx.gelu(_apply(params["encoder"], obs), approximate=False)
+        if recurrent:
+            state = jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
+            state, hidden = nnx.merge(graphdef, params["cell"])(state, hidden)
+        logprobs = jax.nn.log_softmax(_apply(params["decoder"], hidden))
+        return state, (logprobs, _apply(params["value"], hidden)[..., 0])
+
+    def play(carry: Any, key: Any) -> Any:
+        params, env_state, obs, start, state = carry
+        action_key, reset_key = jax.random.split(key)
+        state, (logprobs, value) = step(params, state, (obs, start))
+        action = jax.random.categorical(action_key, logprobs)
+        keys = jax.random.split(reset_key, envs)
+        new, new_state, reward, ended, cut, _ = jax.vmap(env.step)(keys, env_state, action)
+        fresh, fresh_state = jax.vmap(env.reset)(keys)
+        done = ended | cut
+        choose = lambda a, b: jnp.where(done.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+        new, new_state = jax.tree.map(choose, (fresh, fresh_state), (new, new_state))
+        logprob = jnp.take_along_axis(logprobs, action[:, None], 1)[:, 0]
+        stored = obs, start, action, logprob, value, reward, done
+        return (params, new_state, new, done, state), stored
+
+    def loss(params: Any, batch: Any) -> Any:
+        obs, start, action, logprob, value, advantage, target = batch
+        if recurrent:
+            zero = jax.tree.map(lambda z: z[: obs.shape[1]], zeros)
+            _, (logprobs, new) = jax.lax.scan(lambda s, x: step(params, s, x), zero, (obs, start))
+        else:
+            _, (logprobs, new) = step(params, None, (obs, start))
+        taken = jnp.take_along_axis(logprobs, action[..., None], -1)[..., 0]
+        ratio = jnp.exp(taken - logprob)
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        policy_loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage).mean()
+        clipped = value + jnp.clip(new - value, -0.2, 0.2)
+        value_loss = jnp.maximum((new - target) ** 2, (clipped - target) ** 2).mean() / 2
+        entropy = -(jnp.exp(logprobs) * logprobs).sum(-1).mean()
+        return policy_loss + 2 * value_loss - 0.001 * entropy
+
+    def minibatch(carry: Any, batch: Any) -> Any:
+        params, opt_state = carry
+        total, grads = jax.value_and_grad(loss)(params, batch)
+        change, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, change), opt_state), total
+
+    def epoch(carry: Any, key: Any) -> Any:
+        params, opt_state, env_state, obs, start = carry
+        play_key, shuffle_key = jax.random.split(key)
+        played = (params, env_state, obs, start, zeros)
+        played, stored = jax.lax.scan(play, played, jax.random.split(play_key, horizon))
+        _, env_state, obs, start, state = played
+        value, reward, done = stored[4:]
+        last = step(params, state, (obs, start))[1][1]
+
+        def backward(carry: Any, x: Any) -> Any:
+            advantage, after = carry
+            value, reward, done = x
+            delta = reward + 0.99 * after * (1 - done) - value
+            advantage = delta + 0.99 * 0.95 * (1 - done) * advantage
+            return (advantage, value), advantage
+
+        zero = jnp.zeros_like(last)
+        _, advantage = jax.lax.scan(backward, (zero, last), (value, reward, done), reverse=True)
+        batch = *stored[:5], advantage, advantage + value
+        axis = 1 if recurrent else 0
+        if not recurrent:
+            batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+        def shuffled(x: Any, order: Any) -> Any:
+            x = jnp.take(x, order, axis).reshape(*x.shape[:axis], 4, -1, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x, axis, 0)
+
+        def sweep(carry: Any, key: Any) -> Any:
+            order = jax.random.permutation(key, batch[0].shape[axis])
+            parts = jax.tree.map(lambda x: shuffled(x, order), batch)
+            return jax.lax.scan(minibatch, carry, parts)
+
+        keys = jax.random.split(shuffle_key, 4)
+        (params, opt_state), losses = jax.lax.scan(sweep, (params, opt_state), keys)
+        return (params, opt_state, env_state, obs, start), losses.mean()
+
+    def train(key: Any) -> Any:
+        reset_key, key = jax.random.split(key)
+        obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, envs))
+        given = jax.tree.map(jnp.asarray, params)
+        carry = given, optimizer.init(given), env_state, obs, jnp.ones(envs, bool)
+        return jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
+
+    return train
+
+
+# --- environments -------------------------------------------------------------------------------
+
+
+def vecenv(kind: str, backend: str, plain: bool = False) -> Case:
+    """Steps a second of `puffer_jax.vector`, or of `gymnasium.vector`."""
+    creator = functools.partial(bench_envs.make, kind)
+
+    def call() -> float:
+        if not plain:
+            made = vector.make(creator, backend=getattr(vector, backend), num_envs=8)
+        elif backend == "Serial":
+            made = gymnasium.vector.SyncVectorEnv([creator] * 8)
+        else:
+            # Forking a process in which JAX runs can deadlock.
+            made = gymnasium.vector.AsyncVectorEnv([creator] * 8, context="forkserver")
+        with contextlib.closing(made):
+            return vector.measure(made, rows.SECONDS)
+
+    return Case(call, rate=True)
+
+
+def emulation(kind: str) -> Case:
+    """Steps of ours' GymnasiumPufferEnv."""
+    env = puffer_jax.emulation.GymnasiumPufferEnv(bench_envs.make(kind))
+    return rows.stepping(env)

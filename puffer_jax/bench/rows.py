@@ -219,11 +219,12 @@ def _environments() -> Iterator[Row]:
                 f"vecenv-{kind}-{backend.lower()}",
                 f"{words}, 8 environments, random actions",
                 "vecenv",
-                {"ours": {}, "pufferlib": {}, "gymnasium": {"gymnasium": True}},
+                {"ours": {}, "pufferlib": {}, "gymnasium": {"plain": True}},
                 {"kind": kind, "backend": backend},
                 unit="steps/s",
             )
-    for kind in ("cartpole", "structured", "image"):
+    kinds["box"] = "four floats"
+    for kind in ("box", "structured", "image"):
         yield Row(
             f"emulation-{kind}",
             f"GymnasiumPufferEnv.step, {kinds[kind]}, the environment's own step included",
@@ -289,6 +290,22 @@ def experience(envs: int, horizon: int, seed: int = 2) -> Arrays:
     }
     arrays = {name: array.astype(np.float32) for name, array in floats.items()}
     return arrays | {"actions": random.integers(0, 2, shape)}
+
+
+# Of one measurement of a vecenv.
+SECONDS = 0.3
+
+
+def stepping(env: Any) -> Case:
+    """Steps of an emulated environment that never ends."""
+    env.reset(seed=0)
+    action = np.zeros((1, *env.single_action_space.shape), np.int32)
+
+    def call() -> None:
+        for _ in range(500):
+            env.step(action)
+
+    return Case(call, units=500)
 
 
 def minibatches(envs: int, seed: int = 3) -> np.ndarray:

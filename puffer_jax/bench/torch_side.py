@@ -3,19 +3,41 @@
 The only module here that imports torch and pufferlib; it runs in the bench's child process.
 """
 
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
 import numpy as np
+import pufferlib.emulation
 import pufferlib.models
 import pufferlib.pytorch
+import pufferlib.vector
 import torch
 
+from puffer_jax import vector
+from puffer_jax.bench import envs as bench_envs
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
 
 DEVICE = torch.device("cpu")
+# Where the reference's advantage comes from.
+EXTENSION, COMPILED = "its extension", "its loops, compiled with g++"
+try:
+    from pufferlib import _C  # noqa: F401
+
+    ADVANTAGE = EXTENSION
+except ImportError:
+    ADVANTAGE = COMPILED if shutil.which("g++") else "its formula in NumPy"
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, Any]:
@@ -27,7 +49,8 @@ def start(threads: int, device: str, precision: str) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True  # as in the reference's trainer
     name = torch.cuda.get_device_name() if device == "gpu" else "cpu"
-    return {"torch": torch.__version__, "device": name}
+    versions = {"torch": torch.__version__, "pufferlib-core": version("pufferlib-core")}
+    return {**versions, "device": name, "advantage": ADVANTAGE}
 
 
 def forget() -> None:
@@ -142,3 +165,158 @@ def train(
         return found
 
     return Case(call, _arrays)
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+def _numpy_advantage(values, rewards, terminals, ratio, gamma, decay, rho, c):
+    """What `compute_puff_advantage` computes, where there is nothing to compile it with."""
+    advantages = np.zeros_like(values)
+    running = np.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 2, -1, -1):
+        alive = 1 - terminals[:, t + 1]
+        delta = rewards[:, t + 1] + gamma * values[:, t + 1] * alive - values[:, t]
+        delta = np.minimum(ratio[:, t], rho) * delta
+        running = delta + gamma * decay * np.minimum(ratio[:, t], c) * running * alive
+        advantages[:, t] = running
+    return advantages
+
+
+def _compiled_advantage() -> Any:
+    """The reference's own loops, compiled from the source in its wheel."""
+    source = (Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp").read_text()
+    names = ("puff_advantage_row", "puff_advantage")
+    loops = [re.search(rf"void {name}\(.*?\n}}\n", source, re.DOTALL) for name in names]
+    code = "".join(match.group() for match in loops if match)
+    with tempfile.TemporaryDirectory() as folder:
+        file, library = Path(folder, "advantage.cpp"), Path(folder, "advantage.so")
+        file.write_text(f'#include <math.h>\nextern "C" {{\n{code}}}\n')
+        subprocess.run(["g++", "-O3", "-shared", "-fPIC", file, "-o", library], check=True)
+        run = ctypes.CDLL(str(library)).puff_advantage
+    pointer, number = np.ctypeslib.ndpointer(np.float32, flags="C"), ctypes.c_float
+    run.argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int] * 2
+    run.restype = None
+
+    def advantage(values, rewards, terminals, ratio, *numbers):
+        out = np.zeros_like(values)
+        run(values, rewards, terminals, ratio, out, *numbers, *values.shape)
+        return out
+
+    return advantage
+
+
+@functools.cache
+def _pufferl() -> Any:
+    """The reference's trainer, silent, and able to run where its extension cannot be loaded."""
+    import pufferlib.pufferl as pufferl
+
+    pufferl.PuffeRL.print_dashboard = lambda *args, **kwargs: None
+    pufferl.Utilization = lambda: SimpleNamespace(stop=lambda: None)
+    if ADVANTAGE != EXTENSION:
+        loops = _compiled_advantage() if ADVANTAGE == COMPILED else _numpy_advantage
+
+        def compute(values, rewards, terminals, ratio, advantages, *numbers):
+            arrays = (x.detach().cpu().numpy() for x in (values, rewards, terminals, ratio))
+            return torch.from_numpy(loops(*arrays, *numbers)).to(values.device)
+
+        pufferl._C_AVAILABLE = True
+        pufferl.compute_puff_advantage = compute
+    return pufferl
+
+
+def advantage(segments: int, horizon: int) -> Case:
+    """`compute_puff_advantage` of tensors on the device."""
+    stored = rows.experience(segments, horizon)
+    arrays = [stored[name] for name in ("values", "rewards", "terminals")]
+    arrays += [np.exp(stored["logprobs"]), np.zeros_like(stored["values"])]
+    tensors = [torch.from_numpy(x).to(DEVICE) for x in arrays]
+    hypers = ("gamma", "gae_lambda", "vtrace_rho_clip", "vtrace_c_clip")
+    numbers = [rows.CONFIG[name] for name in hypers]
+    compute = _pufferl().compute_puff_advantage
+
+    def call() -> torch.Tensor:
+        found = compute(*tensors, *numbers)
+        _wait()
+        return found
+
+    return Case(call, lambda x: _arrays({"advantage": x}))
+
+
+def _trainer(policy: torch.nn.Module, net: str, envs: int, vecenv: Any) -> Any:
+    config = rows.config_of(envs, use_rnn=net == "lstm", device=DEVICE.type)
+    config["data_dir"] = tempfile.gettempdir()
+    return _pufferl().PuffeRL(config, vecenv, policy)
+
+
+def update(net: str, envs: int) -> Case:
+    """`PuffeRL.train` on a buffer that is filled once."""
+    policy = _policy(net, (4,), 128, 2)
+    space, action = gymnasium.spaces.Box(-np.inf, np.inf, (4,)), gymnasium.spaces.Discrete(2)
+    vecenv = SimpleNamespace(
+        async_reset=lambda seed: None,
+        num_agents=envs,
+        agents_per_batch=envs,
+        single_observation_space=space,
+        single_action_space=action,
+    )
+    trainer = _trainer(policy, net, envs, vecenv)
+    for name, array in rows.experience(envs, 64).items():
+        getattr(trainer, name)[:] = torch.from_numpy(array)
+    queue, draw = list(rows.minibatches(envs)), torch.multinomial
+    torch.multinomial = lambda *_: torch.from_numpy(queue.pop(0)).to(DEVICE)
+    try:
+        trainer.train()
+    finally:
+        torch.multinomial = draw
+    # Of the update with given minibatches.
+    learned = _arrays({name: p.clone() for name, p in policy.named_parameters()})
+
+    def call() -> None:
+        trainer.train()
+        _wait()
+
+    return Case(call, lambda _: learned)
+
+
+def trainer(net: str, envs: int) -> Case:
+    """One epoch of `PuffeRL` on gymnasium's CartPole."""
+    creator = functools.partial(_emulated, "cartpole")
+    vecenv = pufferlib.vector.make(creator, backend=pufferlib.vector.Serial, num_envs=envs)
+    made = _trainer(_policy(net, (4,), 128, 2), net, envs, vecenv)
+
+    def epoch() -> None:
+        made.evaluate()
+        made.train()
+        _wait()
+
+    return Case(epoch, units=64 * envs)
+
+
+# --- environments -------------------------------------------------------------------------------
+
+
+def _emulated(kind: str, buf: Any = None, seed: int | None = None) -> Any:
+    return pufferlib.emulation.GymnasiumPufferEnv(bench_envs.make(kind), buf=buf, seed=seed)
+
+
+def vecenv(kind: str, backend: str) -> Case:
+    """Steps a second of `pufferlib.vector`."""
+    creator = functools.partial(_emulated, kind)
+    options: dict[str, Any] = {"backend": getattr(pufferlib.vector, backend), "num_envs": 8}
+    if backend == "Multiprocessing":
+        cores = len(os.sched_getaffinity(0))
+        workers = max(n for n in (1, 2, 4, 8) if n <= cores)
+        options |= {"num_workers": workers, "batch_size": 8, "overwork": True}
+
+    def call() -> float:
+        # Anew for each measurement: its workers spin also while nobody asks.
+        with contextlib.closing(pufferlib.vector.make(creator, **options)) as made:
+            return vector.measure(made, rows.SECONDS)
+
+    return Case(call, rate=True)
+
+
+def emulation(kind: str) -> Case:
+    """Steps of the reference's GymnasiumPufferEnv."""
+    return rows.stepping(_emulated(kind))
