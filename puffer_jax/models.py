@@ -333,11 +333,9 @@ class LSTMWrapper(nnx.Module):
                 raise ValueError(
                     f"done has shape {jnp.shape(done)}; expected (batch, time) = {(batch, time)}"
                 )
-            done = jnp.asarray(done).reshape(batch, time).T.astype(bool)
+            done = jnp.asarray(done).reshape(batch, time).astype(bool)
         h, c = self._carry(state, batch)
-        inputs = encoded.reshape(batch, time, -1).transpose(1, 0, 2)
-        outputs, h, c = self.lstm.scan(inputs, h, c, done)
-        hidden = outputs.transpose(1, 0, 2)
+        hidden, h, c = self.lstm.scan(encoded.reshape(batch, time, -1), h, c, done)
         logits, values = self.policy.decode_actions(hidden.reshape(batch * time, -1))
         state = {"hidden": hidden, "lstm_c": c, "lstm_h": h}
         return logits, values.reshape(batch, time), state
