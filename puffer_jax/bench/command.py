@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Bench:
             return 0
         return self._measure(chosen)
 
-    def _measure(self, chosen: "list[Row]") -> int:
+    def _measure(self, chosen: Sequence[Row]) -> int:
         from rich.console import Console
         from rich.progress import track
 
@@ -87,7 +88,7 @@ class Bench:
                     console.print(f"{name}: {value}", soft_wrap=True)
                 shown = track(chosen, "measuring", console=Console(stderr=True), transient=True)
                 results = [arena.compete(row, self.seconds) for row in shown]
-            console.print(report.table(results, header["matmul_flops"].get("jax")))
+            console.print(report.table(results, header["matmul_flops"]["jax"]))
             for line in report.problems(results):
                 console.print(line, markup=False, soft_wrap=True)
             differs += sum(result.mismatch is not None for result in results)

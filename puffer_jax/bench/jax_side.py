@@ -118,36 +118,31 @@ def train(
     """Logits and values; or a loss of them and its gradients."""
     policy = _policy(net, shape, hidden, 6 if len(shape) == 3 else 2)
     obs = jnp.asarray(rows.observations((*lead, *shape)))
-    to_torch = None
+    graphdef, params = puffer_jax.split(policy)
     if plain:
-        weights = puffer_jax.state_dict(policy)
-        params, forward = (_rnn if net == "lstm" else _conv)(weights)
+        params, forward = (_rnn if net == "lstm" else _conv)(puffer_jax.state_dict(policy))
     else:
-        graphdef, params = puffer_jax.split(policy)
         starts = jnp.asarray(np.random.default_rng(4).random(lead) < 0.05)
         options = {"done": starts} if done else {}
 
         def forward(params: Any, obs: Any) -> Any:
             return puffer_jax.merge(graphdef, params).forward(obs, **options)[:2]
 
-        def to_torch(grads: Any) -> rows.Arrays:
-            arrays = puffer_jax.state_dict(puffer_jax.merge(graphdef, grads))
-            return {f"d {n}": x for n, x in arrays.items() if not n.startswith("cell.")}
-
     def outputs(params: Any, obs: Any) -> dict[str, Any]:
         logits, values = forward(params, obs)
         return {"logits": logits, "values": values.reshape(lead)}
 
-    if not backward:
-        run = jax.jit(outputs)
-        arrays = lambda result: {n: np.asarray(x) for n, x in result.items()}  # noqa: E731
-    else:
-        run = jax.jit(jax.value_and_grad(lambda params, obs: _loss(outputs(params, obs))))
+    def arrays(result: Any) -> rows.Arrays:
+        if not backward:
+            return {name: np.asarray(x) for name, x in result.items()}
+        loss, grads = result
+        # A plain policy's gradients have other names and layouts.
+        named = {} if plain else puffer_jax.state_dict(puffer_jax.merge(graphdef, grads))
+        named = {f"d {name}": x for name, x in named.items() if not name.startswith("cell.")}
+        return {"loss": np.asarray(loss), **named}
 
-        def arrays(result: Any) -> rows.Arrays:
-            found = {"loss": np.asarray(result[0])}
-            return found | (to_torch(result[1]) if to_torch else {})
-
+    objective = jax.value_and_grad(lambda params, obs: _loss(outputs(params, obs)))
+    run = jax.jit(objective if backward else outputs)
     # With `done` it is another function, which the reference does not have.
     return Case(lambda: jax.block_until_ready(run(params, obs)), None if done else arrays)
 
@@ -190,7 +185,7 @@ def _rnn(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
 
     def forward(params: Any, obs: Any) -> Any:
         x = nnx.gelu(_apply(params["encoder"], obs), approximate=False)
-        x = nnx.RNN(nnx.merge(graphdef, params["cell"]))(x)
+        x: Any = nnx.RNN(nnx.merge(graphdef, params["cell"]))(x)
         x = x.reshape(-1, x.shape[-1])
         return _apply(params["decoder"], x), _apply(params["value"], x)
 
@@ -304,7 +299,8 @@ def _purejaxrl(
     """
     recurrent = "lstm.weight_hh_l0" in weights
     params = _heads(weights, "policy." if recurrent else "")
-    graphdef, zeros = None, None
+    graphdef: Any = None
+    zeros = None
     if recurrent:
         graphdef, params["cell"] = _cell(weights, 128)
         zeros = jnp.zeros((envs, 128)), jnp.zeros((envs, 128))

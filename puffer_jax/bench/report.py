@@ -62,9 +62,9 @@ class Result:
         low, high = np.quantile(theirs / ours, (0.25, 0.75))
         return float(np.median(theirs) / np.median(ours)), float(low), float(high)
 
-    def to_dict(self, matmul: float | None) -> dict[str, Any]:
-        """As written to JSON."""
-        contestants = {}
+    def to_dict(self, matmul: float) -> dict[str, Any]:
+        """As written to JSON; `matmul` is the operations a second of a large matrix product."""
+        contestants: dict[str, dict[str, Any]] = {}
         for name, one in self.measured.items():
             contestants[name] = {"first_call_s": one.first, "failed": one.failed}
             if one.samples:
@@ -72,7 +72,9 @@ class Result:
                 contestants[name] |= {"median": one.median, "quartiles": [low, high]}
                 contestants[name] |= {"samples": one.samples}
                 if self.row.flops:
-                    contestants[name]["flop_rate"] = self.row.flops / one.median
+                    rate = self.row.flops / one.median
+                    contestants[name] |= {"flops_per_s": rate}
+                    contestants[name] |= {"share_of_matmul": rate / matmul}
         others = [name for name in self.measured if name != OURS]
         ratios = {name: ratio for name in others if (ratio := self.ratio(name))}
         kept = {k: v for k, v in asdict(self.row).items() if k in ("work", "flops", "unit")}
@@ -85,14 +87,19 @@ class Result:
         }
 
 
-def table(results: Iterable[Result], matmul: float | None) -> Any:
+def table(results: Iterable[Result], matmul: float) -> Any:
     """A rich table; `matmul` is the operations a second of a large matrix product."""
     from rich.table import Table
 
     made = Table(show_lines=True)
     for name in ("row", "ours", "torch", "torch.compile", "others"):
         made.add_column(name, justify="left" if name == "row" else "right", no_wrap=name != "row")
-    for name in ("torch / ours", "compile / ours", "GF/s", "first call, s\nours / compile"):
+    for name in (
+        "torch / ours",
+        "compile / ours",
+        "GF/s, of\nmatmul's",
+        "first call, s\nours / compile",
+    ):
         made.add_column(name, justify="right", no_wrap=True)
     for result in results:
         row, measured = result.row, result.measured
@@ -104,8 +111,8 @@ def table(results: Iterable[Result], matmul: float | None) -> Any:
         ours = measured.get(OURS, Measured())
         rate = "-"
         if row.flops and ours.samples:
-            rate = f"{row.flops / ours.median / 1e9:.3g}"
-            rate += f"\n{row.flops / ours.median / matmul:.0%}" if matmul else ""
+            rate = row.flops / ours.median
+            rate = f"{rate / 1e9:.3g}\n{rate / matmul:.0%}"
         firsts = [measured.get(name, Measured()).first for name in (OURS, named[1])]
         made.add_row(
             f"{row.name}\n[dim]{row.work}[/dim]",
@@ -157,7 +164,7 @@ def problems(results: Iterable[Result]) -> list[str]:
 
 def write_json(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     """Everything, with the samples; costs are seconds (of a call or a step) or bytes."""
-    matmul = header.get("matmul_flops", {}).get("jax")
+    matmul = header["matmul_flops"]["jax"]
     report = {"header": header, "rows": {r.row.name: r.to_dict(matmul) for r in results}}
     text = json.dumps(report, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -172,44 +179,39 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
         from matplotlib.ticker import NullFormatter, ScalarFormatter
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    results = [r for r in results if any(name != OURS and r.ratio(name) for name in r.measured)]
-    if not results:
+    # What ours does beyond the others is not for comparing.
+    compared = [
+        (result.row.name, [(name, result.ratio(name)) for name in result.measured])
+        for result in results
+    ]
+    compared = [
+        (row, [(name, ratio) for name, ratio in bars if ratio and not name.startswith(OURS)])
+        for row, bars in compared
+    ]
+    compared = [(row, bars) for row, bars in compared if bars]
+    if not compared:
         raise ValueError("nothing was compared, so there is nothing to plot")
-    names = list(dict.fromkeys(n for r in results for n in r.measured if n != OURS and r.ratio(n)))
-    shown = [n for n in ("torch", "pufferlib", "torch.compile") if n in names]
-    shown += [n for n in names if n not in shown]
-    figure = Figure(figsize=(9, 1.6 + 0.42 * len(results)), layout="constrained")
+    names = {name: None for _, bars in compared for name, _ in bars}
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(compared)), layout="constrained")
     axes = figure.subplots()
-    for i, name in enumerate(shown):
-        places, ratios, errors = [], [], []
-        for y, result in enumerate(results):
-            if ratio := result.ratio(name):
-                there = [n for n in shown if result.ratio(n)]
-                height = 0.8 / len(there)
-                places.append((y + (there.index(name) + 0.5) * height - 0.4, 0.9 * height))
-                ratios.append(ratio[0])
-                errors.append((max(0, ratio[0] - ratio[1]), max(0, ratio[2] - ratio[0])))
-        ys, heights = zip(*places, strict=True)
-        axes.barh(
-            ys,
-            np.array(ratios) - 1,
-            heights,
-            left=1,
-            xerr=np.array(errors).T,
-            error_kw={"linewidth": 0.8, "alpha": 0.6},
-            color=f"C{i}",
-            label=name,
-        )
-        for y, ratio in zip(ys, ratios, strict=True):
+    for y, (_, bars) in enumerate(compared):
+        height = 0.8 / len(bars)
+        for i, (name, (ratio, low, high)) in enumerate(bars):
+            place = y - 0.4 + (i + 0.5) * height
+            axes.barh(place, ratio - 1, 0.9 * height, left=1, color=colors[name])
+            axes.plot((low, high), (place, place), color="black", linewidth=0.8, alpha=0.6)
+            won = ratio >= 1
             axes.annotate(
                 f"{ratio:.2f}",
-                (ratio, y),
-                (4 if ratio >= 1 else -4, 0),
+                (max(ratio, high) if won else min(ratio, low), place),
+                (4 if won else -4, 0),
                 textcoords="offset points",
-                ha="left" if ratio >= 1 else "right",
+                ha="left" if won else "right",
                 va="center",
                 fontsize=6,
             )
@@ -222,11 +224,12 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     )
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(results)), [r.row.name for r in results])
-    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.set_yticks(range(len(compared)), [row for row, _ in compared])
+    axes.set_ylim(len(compared) - 0.4, -0.6)
     axes.set_xlabel("times faster than (for memory: smaller than); right of 1 puffer_jax wins")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    patches = [Patch(color=color, label=name) for name, color in colors.items()]
+    axes.legend(handles=patches, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.set_title(f"{header['cpu']}, {header['threads']} threads, {header['date']}", fontsize=9)
     out = Path(path)
     kind = out.suffix.removeprefix(".") or "png"

@@ -77,13 +77,13 @@ def matmul(size: int) -> Case:
     x, y = (torch.from_numpy(rows.observations((size, size), seed)).to(DEVICE) for seed in (0, 1))
 
     def call() -> None:
-        x @ y
+        torch.matmul(x, y)
         _wait()
 
     return Case(call)
 
 
-def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> torch.nn.Module:
+def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
     """The reference's, with the weights that every side has."""
     kind = (0, 255, shape, np.uint8) if len(shape) == 3 else (-np.inf, np.inf, shape, np.float32)
     space, action = gymnasium.spaces.Box(*kind), gymnasium.spaces.Discrete(actions)
@@ -143,7 +143,7 @@ def train(
 ) -> Case:
     """Logits and values; or a loss of them and its gradients."""
     policy = _policy(net, shape, hidden, 6 if len(shape) == 3 else 2)
-    forward = torch.compile(policy) if compiled else policy
+    forward: Any = torch.compile(policy) if compiled else policy
     obs = torch.from_numpy(rows.observations((*lead, *shape))).to(DEVICE)
 
     def run() -> dict[str, torch.Tensor]:
@@ -157,7 +157,8 @@ def train(
                 found = run()
         else:
             policy.zero_grad()
-            loss = sum((x**2).mean() for x in run().values())
+            logits, values = run().values()
+            loss = (logits**2).mean() + (values**2).mean()
             loss.backward()
             grads = {f"d {name}": p.grad for name, p in policy.named_parameters()}
             found = {"loss": loss, **grads}
@@ -282,7 +283,8 @@ def update(net: str, envs: int) -> Case:
 def trainer(net: str, envs: int) -> Case:
     """One epoch of `PuffeRL` on gymnasium's CartPole."""
     creator = functools.partial(_emulated, "cartpole")
-    vecenv = pufferlib.vector.make(creator, backend=pufferlib.vector.Serial, num_envs=envs)
+    backend: Any = pufferlib.vector.Serial
+    vecenv = pufferlib.vector.make(creator, backend=backend, num_envs=envs)
     made = _trainer(_policy(net, (4,), 128, 2), net, envs, vecenv)
 
     def epoch() -> None:
@@ -296,7 +298,7 @@ def trainer(net: str, envs: int) -> Case:
 # --- environments -------------------------------------------------------------------------------
 
 
-def _emulated(kind: str, buf: Any = None, seed: int | None = None) -> Any:
+def _emulated(kind: str, buf: Any = None, seed: int = 0) -> Any:
     return pufferlib.emulation.GymnasiumPufferEnv(bench_envs.make(kind), buf=buf, seed=seed)
 
 
