@@ -163,7 +163,7 @@ def test_ratios():
 @pytest.mark.parametrize(
     ("net", "shape", "hidden", "actions"),
     [
-        ("default", (4,), 128, 2),
+        ("default", (256,), 128, 2),
         ("lstm", (64,), 128, 2),
         ("naturecnn", (4, 84, 84), 0, 6),
         ("resnet", (64, 64, 3), 0, 6),

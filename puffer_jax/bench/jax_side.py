@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,6 @@ from flax import nnx
 
 import puffer_jax
 from puffer_jax import ppo, vector
-from puffer_jax.bench import envs as bench_envs
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
 from puffer_jax.config import PuffeRLConfig
@@ -270,7 +268,7 @@ def trainer(net: str, envs: int, native: bool = False, plain: bool = False) -> C
     policy = _policy(net, (4,), 128, 2)
     steps = 64 * envs
     if not (native or plain):
-        creator = functools.partial(gymnasium.make, "CartPole-v1")
+        creator = functools.partial(puffer_jax.environments.make, "CartPole-v1")
         vecenv = vector.make(creator, backend=vector.Serial, num_envs=envs)
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
@@ -403,6 +401,10 @@ def _purejaxrl(
 
 def vecenv(kind: str, backend: str, plain: bool = False) -> Case:
     """Steps a second of `puffer_jax.vector`, or of `gymnasium.vector`."""
+    import gymnasium
+
+    from puffer_jax.bench import envs as bench_envs
+
     creator = functools.partial(bench_envs.make, kind)
 
     def call() -> float:
@@ -420,6 +422,8 @@ def vecenv(kind: str, backend: str, plain: bool = False) -> Case:
 
 
 def emulation(kind: str) -> Case:
-    """Steps of ours' GymnasiumPufferEnv."""
+    """Steps of our GymnasiumPufferEnv."""
+    from puffer_jax.bench import envs as bench_envs
+
     env = puffer_jax.emulation.GymnasiumPufferEnv(bench_envs.make(kind))
     return rows.stepping(env)

@@ -230,7 +230,9 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     axes.grid(axis="x", alpha=0.3)
     patches = [Patch(color=color, label=name) for name, color in colors.items()]
     axes.legend(handles=patches, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.set_title(f"{header['cpu']}, {header['threads']} threads, {header['date']}", fontsize=9)
+    where = f"{header['cpu']}, {header['threads']} threads"
+    where = where if header["device"] == "cpu" else f"{header['jax device']}, {header['precision']}"
+    axes.set_title(f"{where}, {header['date']}", fontsize=9)
     out = Path(path)
     kind = out.suffix.removeprefix(".") or "png"
     write_atomically(out, lambda file: figure.savefig(file, format=kind, dpi=130))

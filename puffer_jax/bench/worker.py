@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +49,7 @@ class Worker:
             [sys.executable, "-W", "ignore", "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("PUFFER_JAX_BENCH_LOUD") else subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             env=environment,
         )
         self.about: dict[str, Any] = self.ask("start", side, threads, device, precision)
@@ -166,7 +165,6 @@ def serve() -> None:
         try:
             answer = True, getattr(server, method)(*arguments)
         except Exception as error:
-            traceback.print_exc()
             words = " ".join(str(error).split())
             answer = False, f"{type(error).__name__}: {words[:300]}"
         pickle.dump(answer, answers)
