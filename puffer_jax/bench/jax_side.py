@@ -268,7 +268,7 @@ def trainer(net: str, envs: int, native: bool = False, plain: bool = False) -> C
     policy = _policy(net, (4,), 128, 2)
     steps = 64 * envs
     if not (native or plain):
-        creator = functools.partial(puffer_jax.environments.make, "CartPole-v1")
+        creator = puffer_jax.environments.env_creator("CartPole-v1")
         vecenv = vector.make(creator, backend=vector.Serial, num_envs=envs)
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
