@@ -214,10 +214,12 @@ def _environments() -> Iterator[Row]:
         "slow": "steps of 1 ms",
     }
     for backend in ("Serial", "Multiprocessing"):
+        several = backend == "Multiprocessing"
+        leaving = "; PufferLib leaves the parent a core to spin on" if several else ""
         for kind, words in kinds.items():
             yield Row(
                 f"vecenv-{kind}-{backend.lower()}",
-                f"{words}, 8 environments, random actions",
+                f"{words}, 8 environments, random actions{leaving}",
                 "vecenv",
                 {"ours": {}, "pufferlib": {}, "gymnasium": {"plain": True}},
                 {"kind": kind, "backend": backend},
