@@ -4,7 +4,7 @@ BIN = .venv/bin
 # The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, and compiled
+# A Ray cluster of two nodes wants both cores for itself. What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, and compiled
 # as for users: the first half saves LLVM's optimiser where it can.
 MODULES = test_models test_golden test_weights test_check test_cleanrl test_parity
 
@@ -14,7 +14,8 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore parity_tests/test_ray.py
+	$(BIN)/python -m pytest parity_tests/test_ray.py
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 \
 	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
 

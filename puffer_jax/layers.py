@@ -133,6 +133,129 @@ def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
+# Patches of so many bytes stay in a core's cache between being gathered and being multiplied.
+_CHUNK = 2**21
+
+
+def convolution(
+    x: Float[Array, "batch height width inputs"],
+    kernel: Float[Array, "window_height window_width inputs_of_group outputs"],
+    strides: Any,
+    padding: Any,
+    **options: Any,
+) -> Float[Array, "batch out_height out_width outputs"]:
+    """`jax.lax.conv_general_dilated` for images, fast on CPUs, too; pass it to `nnx.Conv`.
+
+    On a CPU it gathers patches of a few images at a time and multiplies them with the kernel:
+    XLA's own convolution is slow there for few channels, for kernel gradients and, by a factor
+    of ten and more, inside loops such as a trainer's. Elsewhere, and for options that the
+    policies do not use (dilation, groups, other layouts), it is XLA's convolution.
+    """
+    plain = partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
+    dilated = any(d != 1 for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ())
+    images = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    if (
+        x.ndim != 4
+        or dilated
+        or options.get("feature_group_count", 1) != 1
+        or options.get("dimension_numbers") not in (images, ("NHWC", "HWIO", "NHWC"))
+    ):
+        return plain(x, kernel, padding=padding)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return _convolution(tuple(strides), options.get("precision"), padded, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolution(strides: tuple[int, int], precision: Any, x: Array, kernel: Array) -> Array:
+    def in_chunks(x: Array, kernel: Array) -> Array:
+        x, kernel = _unit_strides(strides, x, kernel)
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        gather, chunks = _patches(x, kernel)
+        out = jax.lax.map(
+            lambda part: jnp.matmul(gather(part), matrix, precision=precision), chunks
+        )
+        return out.reshape(x.shape[0], *out.shape[2:])
+
+    by_xla = partial(_xla_convolution, strides, precision)
+    # With strides of 1, XLA's is the faster one forward; its gradients are not.
+    cpu = by_xla if strides == (1, 1) else in_chunks
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=by_xla)
+
+
+def _xla_convolution(strides: Any, precision: Any, x: Array, kernel: Array) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, "VALID", dimension_numbers=layout, precision=precision
+    )
+
+
+def _convolution_forward(strides: Any, precision: Any, x: Array, kernel: Array) -> tuple[Any, Any]:
+    return _convolution(strides, precision, x, kernel), (x, kernel)
+
+
+def _convolution_backward(strides: Any, precision: Any, residuals: Any, d_out: Array) -> Any:
+    def in_chunks(x: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
+        (x, kernel), undo = jax.vjp(partial(_unit_strides, strides), x, kernel)
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        gather, chunks = _patches(x, kernel)
+
+        def step(d_matrix: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            part, d_part = inputs
+            patches, scatter = jax.vjp(gather, part)
+            rows = d_part.reshape(-1, matrix.shape[1])
+            flat = patches.reshape(-1, matrix.shape[0])
+            d_matrix += jnp.matmul(flat.T, rows, precision=precision)
+            d_patches = jnp.matmul(rows, matrix.T, precision=precision).reshape(patches.shape)
+            return d_matrix, scatter(d_patches)[0]
+
+        d_chunks = d_out.reshape(*chunks.shape[:2], *d_out.shape[1:])
+        d_matrix, dx = jax.lax.scan(step, jnp.zeros_like(matrix), (chunks, d_chunks))
+        return undo((dx.reshape(x.shape), d_matrix.reshape(kernel.shape)))
+
+    def by_xla(x: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
+        return jax.vjp(partial(_xla_convolution, strides, precision), x, kernel)[1](d_out)
+
+    return jax.lax.platform_dependent(*residuals, d_out, cpu=in_chunks, default=by_xla)
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def _unit_strides(strides: tuple[int, int], x: Array, kernel: Array) -> tuple[Array, Array]:
+    """The same convolution with strides of 1: blocks of pixels become channels."""
+    (batch, *image, channels), (*window, _, outputs) = x.shape, kernel.shape
+    blocks = [-(-side // stride) for side, stride in zip(window, strides, strict=True)]
+    sides = [
+        (side - size) // stride + count
+        for side, size, stride, count in zip(image, window, strides, blocks, strict=True)
+    ]
+    (bh, bw), (sh, sw), (h, w) = blocks, strides, sides
+    # Windows that are no whole number of blocks are filled up with zeros, images likewise.
+    x = x[:, : h * sh, : w * sw]
+    x = jnp.pad(x, ((0, 0), (0, h * sh - x.shape[1]), (0, w * sw - x.shape[2]), (0, 0)))
+    kernel = jnp.pad(kernel, ((0, bh * sh - window[0]), (0, bw * sw - window[1]), (0, 0), (0, 0)))
+    x = x.reshape(batch, h, sh, w, sw, channels).transpose(0, 1, 3, 2, 4, 5)
+    kernel = kernel.reshape(bh, sh, bw, sw, channels, outputs).transpose(0, 2, 1, 3, 4, 5)
+    return x.reshape(batch, h, w, -1), kernel.reshape(bh, bw, -1, outputs)
+
+
+def _patches(x: Array, kernel: Array) -> tuple[Any, Array]:
+    """A function from images to patches (images, h, w, numbers), and `x` in chunks for it."""
+    (batch, height, width, _), (*window, channels, _) = x.shape, kernel.shape
+    h, w = height - window[0] + 1, width - window[1] + 1
+    size = h * w * math.prod(window) * channels * x.dtype.itemsize
+    fits = max(1, _CHUNK // max(size, 1))
+    images = max(n for n in range(1, min(batch, fits) + 1) if batch % n == 0) if batch else 1
+
+    def gather(part: Array) -> Array:
+        corners = [(i, j) for i in range(window[0]) for j in range(window[1])]
+        return jnp.concatenate([part[:, i : i + h, j : j + w] for i, j in corners], axis=-1)
+
+    return gather, x.reshape(-1, images, *x.shape[1:])
+
+
 class LSTM(nnx.Module):
     """One LSTM layer with torch's parameters, gate order (i, f, g, o) and initialisation.
 

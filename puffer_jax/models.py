@@ -22,6 +22,7 @@ from puffer_jax import spaces
 from puffer_jax.distributions import Normal
 from puffer_jax.layers import (
     LSTM,
+    convolution,
     flatten_channels_first,
     gelu,
     layer_init,
@@ -481,6 +482,7 @@ class Convolutional(_Policy):
             stride,
             padding="VALID",
             kernel_init=_zeros,
+            conv_general_dilated=convolution,
             rngs=rngs,
             **self._dtypes(),
         )
@@ -671,6 +673,7 @@ def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype:
         (3, 3),
         padding=1,
         kernel_init=_zeros,
+        conv_general_dilated=convolution,
         rngs=rngs,
         dtype=dtype,
         param_dtype=param_dtype,
