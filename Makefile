@@ -4,8 +4,9 @@ BIN = .venv/bin
 # The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# A Ray cluster of two nodes wants both cores for itself. What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, and compiled
-# as for users: the first half saves LLVM's optimiser where it can.
+# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, and compiled
+# as for users: the first half saves LLVM's optimiser where it can. A Ray cluster of two nodes wants
+# both cores for itself.
 MODULES = test_models test_golden test_weights test_check test_cleanrl test_parity
 
 .PHONY: demo test lint table clean

@@ -205,8 +205,6 @@ def test_pufferlib_and_gymnasium_give_the_same_experience():
         gymnasium.make_vec("CartPole-v1", 4, "sync"),
         pufferlib.vector.make(cartpole, backend=pufferlib.vector.Serial, num_envs=4),
     ):
-        if hasattr(envs, "async_reset"):
-            envs.async_reset = lambda seed, envs=envs: reset_in_order(envs, seed)
         space = getattr(envs, "driver_env", envs)
         policy = default(space, hidden_size=8)
         config = small_config(bptt_horizon=32, **RIGHT)
@@ -218,14 +216,6 @@ def test_pufferlib_and_gymnasium_give_the_same_experience():
         envs.close()
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert not results[0].mask.all()  # an episode ended
-
-
-def reset_in_order(vecenv, seed):
-    """As gymnasium does it; the reference's Serial adds an info to the seed, not a number."""
-    vecenv.flag = pufferlib.vector.RECV
-    vecenv.infos = []
-    for i, env in enumerate(vecenv.envs):
-        env.reset(seed=seed + i)
 
 
 @pytest.mark.parametrize("batch", [4, 2], ids=["synchronous", "asynchronous"])
