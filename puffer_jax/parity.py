@@ -524,10 +524,10 @@ def _recording(function: Callable[..., Any], record: Callable[[Any], None]) -> C
 def _recording_class(cls: type) -> type:
     """A subclass whose instances hand every output to their `_record`."""
 
-    def recording(method: Callable[..., Any], time_first: bool = False) -> Callable[..., Any]:
+    def recording(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             output = method(self, *args, **kwargs)
-            self._record(output[0].swapaxes(0, 1) if time_first else output)
+            self._record(output)
             return output
 
         return call
@@ -536,7 +536,7 @@ def _recording_class(cls: type) -> type:
     if any("__call__" in vars(base) for base in cls.__mro__):
         methods["__call__"] = recording(cls.__call__)
     if issubclass(cls, LSTM):
-        methods |= {"step": recording(cls.step), "scan": recording(cls.scan, time_first=True)}
+        methods |= {"step": recording(cls.step), "scan": recording(cls.scan)}
     return type(cls.__name__, (cls,), methods)
 
 
