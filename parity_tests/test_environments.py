@@ -272,7 +272,7 @@ def test_train_and_play_from_the_command_line(tmp_path, capsys):
 
 
 def test_atari_example(tmp_path):
-    small = "--steps 320 --num-envs 4 --horizon 16 --update-epochs 1 --hidden-size 16 --frames 20"
+    small = "--steps 800 --num-envs 4 --horizon 16 --update-epochs 1 --hidden-size 16 --frames 20"
     result = subprocess.run(
         [
             sys.executable,
