@@ -521,6 +521,8 @@ def test_independent_agents_keep_the_order_of_the_batch():
     same_weights(policy, twin)
     logits = np.asarray(forward(policy, x)["logits"])
     order = np.random.default_rng(0).permutation(ROWS)
+    assert abs(logits[order] - logits).max() > 0.1
+    # A row's sums may run in another order where it stands elsewhere in the batch.
     np.testing.assert_allclose(
         forward(policy, x[order])["logits"], logits[order], rtol=1e-12, equal_nan=False
     )
@@ -573,6 +575,8 @@ def test_normalization_is_exact_under_batching(cuts):
         # Relative to the std where the mean is near zero.
         scale = np.maximum(abs(x.mean(0)), x.std(0))
         assert (abs(found["mean"] - x.mean(0)) <= 1e-12 * scale).all()
+        assert x.var(0).min() > 1e-7
+        # Sums of a thousand numbers in another order.
         np.testing.assert_allclose(found["var"], x.var(0), rtol=1e-12, equal_nan=False)
 
 

@@ -188,6 +188,7 @@ def test_accumulated_gradients_add_up():
     assert len(summed) == len(mean) == 6  # three layers, weight and bias
     for s, m in zip(summed, mean, strict=True):
         assert np.abs(s).max() > 0
+        # Two minibatches' gradients: summed and scaled, or the other way round.
         np.testing.assert_allclose(m, s / 2, rtol=1e-12, equal_nan=False)
 
 
