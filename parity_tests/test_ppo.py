@@ -13,10 +13,11 @@ import torch
 from bars import relative_error, stub_env
 from flax import nnx
 from reference import torch_names, torch_precision, twin
-from trainer import CONFIG, Reference, numpy_advantage, original_advantage
+from trainer import CONFIG, Reference, numpy_advantage
 
 import puffer_jax
 from puffer_jax import ppo
+from puffer_jax.bench.torch_side import compiled_advantage
 from puffer_jax.config import PuffeRLConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -193,7 +194,7 @@ def test_accumulated_gradients_add_up():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_advantage_is_the_original_loop(dtype, tmp_path):
+def test_advantage_is_the_original_loop(dtype):
     rng = np.random.default_rng(0)
     shape = (6, 11)
     values, rewards = rng.standard_normal((2, *shape)).astype(dtype)
@@ -205,7 +206,7 @@ def test_advantage_is_the_original_loop(dtype, tmp_path):
         values, rewards, terminals, ratio, **dict(zip(names, numbers, strict=True))
     )
     if dtype == "float32":
-        expected = original_advantage(tmp_path)(values, rewards, terminals, ratio, *numbers)
+        expected = compiled_advantage()(values, rewards, terminals, ratio, *numbers)
     else:
         expected = numpy_advantage(values, rewards, terminals, ratio, *numbers)
     assert relative_error(ours, expected) <= {"float64": 1e-14, "float32": 1e-6}[dtype]

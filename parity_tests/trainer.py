@@ -1,12 +1,8 @@
 """The reference's trainer on a given buffer, in either precision, beside ours."""
 
-import ctypes
-import re
 import signal
-import subprocess
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,31 +70,6 @@ def numpy_advantage(values, rewards, terminals, ratio, gamma, gae_lambda, rho_cl
         running = delta + gamma * gae_lambda * np.minimum(ratio[:, t], c_clip) * running * alive
         advantages[:, t] = running
     return advantages
-
-
-def original_advantage(folder: Path):
-    """The reference's own float32 loops, compiled from the source in its wheel."""
-    wheel = (Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp").read_text()
-    names = ("puff_advantage_row", "puff_advantage")
-    found = [re.search(rf"void {name}\(.*?\n}}\n", wheel, re.DOTALL) for name in names]
-    assert all(found), names
-    source = folder / "advantage.cpp"
-    code = "".join(match.group() for match in found if match)
-    source.write_text(f'#include <math.h>\nextern "C" {{\n{code}}}\n')
-    library = folder / "advantage.so"
-    subprocess.run(["g++", "-O3", "-shared", "-fPIC", source, "-o", library], check=True)
-    pointer, number = np.ctypeslib.ndpointer(np.float32, flags="C"), ctypes.c_float
-    loops = ctypes.CDLL(str(library)).puff_advantage
-    loops.argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int] * 2
-    loops.restype = None
-
-    def advantage(values, rewards, terminals, ratio, gamma, gae_lambda, rho_clip, c_clip):
-        out = np.zeros_like(values)
-        arrays = (values, rewards, terminals, ratio, out)
-        loops(*arrays, gamma, gae_lambda, rho_clip, c_clip, *values.shape)
-        return out
-
-    return advantage
 
 
 def torch_advantage(advantage):

@@ -184,7 +184,7 @@ def _numpy_advantage(values, rewards, terminals, ratio, gamma, decay, rho, c):
     return advantages
 
 
-def _compiled_advantage() -> Any:
+def compiled_advantage() -> Any:
     """The reference's own loops, compiled from the source in its wheel."""
     source = (Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp").read_text()
     names = ("puff_advantage_row", "puff_advantage")
@@ -215,7 +215,7 @@ def _pufferl() -> Any:
     pufferl.PuffeRL.print_dashboard = lambda *args, **kwargs: None
     pufferl.Utilization = lambda: SimpleNamespace(stop=lambda: None)
     if ADVANTAGE != EXTENSION:
-        loops = _compiled_advantage() if ADVANTAGE == COMPILED else _numpy_advantage
+        loops = compiled_advantage() if ADVANTAGE == COMPILED else _numpy_advantage
 
         def compute(values, rewards, terminals, ratio, advantages, *numbers):
             arrays = (x.detach().cpu().numpy() for x in (values, rewards, terminals, ratio))
