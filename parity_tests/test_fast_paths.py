@@ -1,9 +1,12 @@
 """What is faster than the plain formula is the same function: values and gradients in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from puffer_jax import layers
 
@@ -78,6 +81,33 @@ def test_dilation_and_groups_are_left_to_xla():
             layers.convolution(*arguments, **options),
             jax.lax.conv_general_dilated(*arguments, **options),
         )
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (7, 10), (1, 3)])
+def test_max_pool(height, width):
+    # Few different numbers: of equal ones in a window the first takes the gradient.
+    x = jnp.round(2 * draw(0, 3, height, width, 4))
+
+    def both(function):
+        out, backward = jax.vjp(function, x)
+        return out, backward(draw(1, *out.shape))
+
+    plain = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    # Up to four gradients are added, in another order.
+    agree(both(layers.max_pool), both(plain), bar=1e-15)
+
+
+def test_gelu():
+    x = jnp.concatenate([jnp.linspace(-9.0, 9.0, 1001), draw(0, 100)])
+
+    def plain(x):
+        return jax.nn.gelu(x, approximate=False)
+
+    for function in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))):
+        ours, theirs = (jax.vmap(function(f))(x) for f in (layers.gelu, plain))
+        # Ours takes the difference 1 + erf, which rounds where it is small; torch's, too.
+        assert float(jnp.abs(ours - theirs).max()) < 2e-15
+    assert float(jax.jvp(layers.gelu, (x,), (x,))[1][0]) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("inputs, with_done", [(4, False), (4, True), (3, True)])

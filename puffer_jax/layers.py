@@ -116,10 +116,20 @@ def reset_orthogonal(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
             _set(parameter, _orthogonal(parameter, rngs))
 
 
+@jax.custom_jvp
 def gelu(x: Array) -> Array:
     """The exact (erf) GELU, torch's default; JAX's default is the tanh approximation."""
     # jax.nn.gelu's exact form asks for erfc, twice the time of erf on CPUs.
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    # Fewer passes over the array than JAX's own derivative makes.
+    below = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return x * below, (below + x * density) * dx
 
 
 def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Array:
@@ -127,14 +137,56 @@ def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Ar
     return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
 
 
+@jax.custom_vjp
 def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
-    """Torch's `max_pool2d(x, kernel_size=3, stride=2, padding=1)`: pads with -inf on all sides."""
+    """Torch's `max_pool2d(x, kernel_size=3, stride=2, padding=1)`: pads with -inf on all sides.
+
+    Of equal numbers in a window the first one takes the gradient, as in torch.
+    """
     padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows only its string forms
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
+def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    out = max_pool(x)
+    return out, (x, out)
+
+
+def _max_pool_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array]:
+    # XLA's own gradient scatters, number by number; this one only compares and adds.
+    x, out = residuals
+    (batch, height, width, channels), (h, w) = x.shape, out.shape[1:3]
+    borders = (0, 0), (1, 2 * h - height), (1, 2 * w - width), (0, 0)
+    padded = jnp.pad(x, borders, constant_values=-jnp.inf)
+    taps = [(i, j) for i in range(3) for j in range(3)]
+    chosen = jnp.full(out.shape, len(taps), jnp.int8)
+    for number, (i, j) in reversed(list(enumerate(taps))):
+        tap = padded[:, i : i + 2 * h - 1 : 2, j : j + 2 * w - 1 : 2]
+        chosen = jnp.where(tap == out, jnp.int8(number), chosen)
+    chosen = jax.lax.optimization_barrier(chosen)
+
+    def part(i: int, j: int) -> Array:
+        """What tap (i, j) takes; the first taps of a window belong to the pixels before it."""
+        taken = jnp.where(chosen == taps.index((i, j)), d_out, 0)
+        down, right = int(i == 0), int(j == 0)
+        return jnp.pad(taken, ((0, 0), (0, down), (0, right), (0, 0)))[:, down:, right:]
+
+    def plane(rows: tuple[int, ...], columns: tuple[int, ...]) -> Array:
+        return sum(part(i, j) for i in rows for j in columns)  # type: ignore[return-value]
+
+    # A pixel of an even row is in the middle of one window, one of an odd row on the edges of two.
+    even, odd = (1,), (2, 0)
+    dx = jnp.stack([jnp.stack([plane(r, c) for c in (even, odd)], 3) for r in (even, odd)], 2)
+    return (dx.reshape(batch, 2 * h, 2 * w, channels)[:, :height, :width],)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
 # Patches of so many bytes stay in a core's cache between being gathered and being multiplied.
 _CHUNK = 2**21
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def convolution(
@@ -146,78 +198,85 @@ def convolution(
 ) -> Float[Array, "batch out_height out_width outputs"]:
     """`jax.lax.conv_general_dilated` for images, fast on CPUs, too; pass it to `nnx.Conv`.
 
-    On a CPU it gathers patches of a few images at a time and multiplies them with the kernel:
-    XLA's own convolution is slow there for few channels, for kernel gradients and, by a factor
-    of ten and more, inside loops such as a trainer's. Elsewhere, and for options that the
-    policies do not use (dilation, groups, other layouts), it is XLA's convolution.
+    XLA has two convolutions for CPUs, and takes the slower one wherever it can; the gradients that
+    it derives are ten times and more slower still in loops such as a trainer's. On a CPU this is
+    the faster one, forward and for the gradient of the images, and products with gathered patches
+    for that of the kernel. Elsewhere, and for options that the policies do not use (dilation,
+    groups, other layouts), it is XLA's convolution as it is.
     """
     plain = partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
     dilated = any(d != 1 for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ())
-    images = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    images = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
     if (
         x.ndim != 4
         or dilated
         or options.get("feature_group_count", 1) != 1
-        or options.get("dimension_numbers") not in (images, ("NHWC", "HWIO", "NHWC"))
+        or options.get("dimension_numbers") not in (images, _LAYOUT)
     ):
         return plain(x, kernel, padding=padding)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return _convolution(tuple(strides), options.get("precision"), padded, kernel)
+    pads = tuple(map(tuple, padding))
+
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        if tuple(strides) == (1, 1):
+            return _convolution(pads, options.get("precision"), x, kernel)
+        x, kernel = _unit_strides(tuple(strides), jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
+        return _convolution(((0, 0), (0, 0)), options.get("precision"), x, kernel)
+
+    by_xla = partial(plain, padding=padding)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
+
+
+def _by_eigen(x: Array, kernel: Array, pads: _Pads, precision: Any) -> Array:
+    """The convolution with strides of 1, by Eigen."""
+    (low, high), columns = pads
+    size = kernel.shape[0]
+    # XLA leaves to Eigen what has more rows than the images, so one is added and dropped.
+    out = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        ((low, max(high, size - low)), columns),
+        dimension_numbers=_LAYOUT,
+        precision=precision,
+    )
+    return out[:, : x.shape[1] + low + high - size + 1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _convolution(strides: tuple[int, int], precision: Any, x: Array, kernel: Array) -> Array:
-    def in_chunks(x: Array, kernel: Array) -> Array:
-        x, kernel = _unit_strides(strides, x, kernel)
-        matrix = kernel.reshape(-1, kernel.shape[-1])
-        gather, chunks = _patches(x, kernel)
-        out = jax.lax.map(
-            lambda part: jnp.matmul(gather(part), matrix, precision=precision), chunks
-        )
-        return out.reshape(x.shape[0], *out.shape[2:])
-
-    by_xla = partial(_xla_convolution, strides, precision)
-    # With strides of 1, XLA's is the faster one forward; its gradients are not.
-    cpu = by_xla if strides == (1, 1) else in_chunks
-    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=by_xla)
+def _convolution(pads: _Pads, precision: Any, x: Array, kernel: Array) -> Array:
+    return _by_eigen(x, kernel, pads, precision)
 
 
-def _xla_convolution(strides: Any, precision: Any, x: Array, kernel: Array) -> Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, "VALID", dimension_numbers=layout, precision=precision
+def _convolution_forward(pads: _Pads, precision: Any, x: Array, kernel: Array) -> tuple[Any, Any]:
+    return _by_eigen(x, kernel, pads, precision), (x, kernel)
+
+
+def _convolution_backward(pads: _Pads, precision: Any, residuals: Any, d_out: Array) -> Any:
+    x, kernel = residuals
+    # XLA would undo the reversal within its convolution, the slow way.
+    reverse = jax.lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    rows, columns = (
+        (n - 1 - low, n - 1 - high) for n, (low, high) in zip(kernel.shape[:2], pads, strict=True)
     )
+    dx = _by_eigen(d_out, reverse, (rows, columns), precision)
 
+    gather, chunks = _patches(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
+    outputs = kernel.shape[-1]
 
-def _convolution_forward(strides: Any, precision: Any, x: Array, kernel: Array) -> tuple[Any, Any]:
-    return _convolution(strides, precision, x, kernel), (x, kernel)
+    def step(d_matrix: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        part, d_part = inputs
+        patches = gather(part)
+        patches = patches.reshape(-1, patches.shape[-1])
+        # With the smaller side first the product takes half the time.
+        product = jnp.matmul(d_part.reshape(-1, outputs).T, patches, precision=precision)
+        return d_matrix + product, None
 
-
-def _convolution_backward(strides: Any, precision: Any, residuals: Any, d_out: Array) -> Any:
-    def in_chunks(x: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
-        (x, kernel), undo = jax.vjp(partial(_unit_strides, strides), x, kernel)
-        matrix = kernel.reshape(-1, kernel.shape[-1])
-        gather, chunks = _patches(x, kernel)
-
-        def step(d_matrix: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            part, d_part = inputs
-            patches, scatter = jax.vjp(gather, part)
-            rows = d_part.reshape(-1, matrix.shape[1])
-            flat = patches.reshape(-1, matrix.shape[0])
-            d_matrix += jnp.matmul(flat.T, rows, precision=precision)
-            d_patches = jnp.matmul(rows, matrix.T, precision=precision).reshape(patches.shape)
-            return d_matrix, scatter(d_patches)[0]
-
-        d_chunks = d_out.reshape(*chunks.shape[:2], *d_out.shape[1:])
-        d_matrix, dx = jax.lax.scan(step, jnp.zeros_like(matrix), (chunks, d_chunks))
-        return undo((dx.reshape(x.shape), d_matrix.reshape(kernel.shape)))
-
-    def by_xla(x: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
-        return jax.vjp(partial(_xla_convolution, strides, precision), x, kernel)[1](d_out)
-
-    return jax.lax.platform_dependent(*residuals, d_out, cpu=in_chunks, default=by_xla)
+    zeros = jnp.zeros((outputs, kernel.size // outputs), kernel.dtype)
+    d_chunks = d_out.reshape(*chunks.shape[:2], *d_out.shape[1:])
+    d_matrix, _ = jax.lax.scan(step, zeros, (chunks, d_chunks))
+    return dx, d_matrix.T.reshape(kernel.shape)
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)
