@@ -195,6 +195,10 @@ def test_autoreset_modes_agree_on_every_played_step():
     assert following[0, 2] == pytest.approx(3 - 2, rel=1e-6)
 
 
+def gymnasium_cartpole():
+    return gymnasium.make("CartPole-v1")
+
+
 def cartpole(buf=None, seed=None):
     return pufferlib.emulation.GymnasiumPufferEnv(gymnasium.make("CartPole-v1"), buf=buf, seed=seed)
 
@@ -250,6 +254,34 @@ def test_pufferlib_multiprocessing(batch, tmp_path):
     theirs.load_state_dict(weights, strict=True)
     ours = puffer_jax.state_dict(trainer.policy)
     assert all(np.array_equal(ours[name], theirs.state_dict()[name]) for name in ours)
+
+
+def programs_run(function, folder):
+    """How many programs the device is given by a call."""
+    with jax.profiler.trace(folder):
+        function()
+    (file,) = Path(folder).rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(file))
+    events = (e.name for plane in data.planes for line in plane.lines for e in line.events)
+    return sum(name.endswith("::ExecuteHelperOnSingleDevice") for name in events)
+
+
+def test_a_step_is_one_dispatch_and_nothing_retraces(tmp_path):
+    double = jax.jit(lambda x: 2 * x)
+    x = double(jnp.ones(3))
+    assert programs_run(lambda: [double(x) for _ in range(5)], tmp_path / "five") == 5
+    counts = []
+    for rounds in (1, 3):
+        vecenv = puffer_jax.vector.make(gymnasium_cartpole, num_envs=2)
+        policy = recurrent(vecenv.driver_env, 4, jnp.float32)
+        config = small_config(data_dir=str(tmp_path), batch_size=16 * rounds, bptt_horizon=8)
+        with PuffeRL(config, vecenv, policy) as trainer:
+            for _ in range(2):
+                trainer.evaluate()
+                trainer.train()
+            counts.append(programs_run(trainer.evaluate, tmp_path / f"{rounds}"))
+            assert trainer._source._step._cache_size() == trainer._update._cache_size() == 1
+    assert counts[1] - counts[0] == 2 * 8  # two rounds more of eight steps
 
 
 def test_bootstrap_last_needs_one_batch():

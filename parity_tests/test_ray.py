@@ -68,6 +68,13 @@ def test_failures(cluster, tmp_path):
         vector.make([Tick] * 4, env_kwargs=made, **POOL)
 
 
+def test_a_full_cluster(cluster, monkeypatch):
+    monkeypatch.setattr(vector, "_PATIENCE", 2.0)
+    with vector.make(Tick, **POOL):
+        with pytest.raises(WorkerError, match=r"worker \d .* did not start within 2 s"):
+            vector.make(Tick, **POOL)
+
+
 def test_a_lost_node(cluster):
     """The last test: it takes a node away."""
     cluster, second = cluster

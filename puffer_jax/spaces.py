@@ -18,8 +18,10 @@ def kind_of(space: Any) -> Kind:
     """Which kind of space this is, by its attributes `spaces`, `nvec`, `n`, `low`/`shape`.
 
     Raises:
-        TypeError: it has none of them.
+        TypeError: it has none of them, or is a gymnasium OneOf, whose samples are of one part only.
     """
+    if type(space).__name__ == "OneOf":
+        raise TypeError(f"unsupported space {space!r}: its samples have no fixed layout")
     if getattr(space, "spaces", None) is not None:
         return "dict" if isinstance(space.spaces, Mapping) else "tuple"
     if hasattr(space, "nvec"):

@@ -44,6 +44,7 @@ from puffer_jax.workers import (
 
 Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
 _STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
+_PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a place for it
 _CLOSING = 2.0  # seconds the workers have to close their environments
 
 
@@ -294,7 +295,7 @@ class _Pool(VecEnv):
         overwork: allow more workers than cores.
         seed: see `make`.
         timeout: seconds that a worker may take for one order; by default, for ever. (A minute more
-            to start.)
+            to start; by default, ten.)
         restart_failed: see `make`.
 
     Raises:
@@ -338,6 +339,7 @@ class _Pool(VecEnv):
         self._batch: list[int] = []
 
         self._timeout = math.inf if timeout is None else timeout
+        self._start_limit = _PATIENCE if timeout is None else timeout + _STARTING
         self._restart_failed = restart_failed
         self._busy: dict[int, tuple[bytes, Any]] = {}  # worker -> what it does
         self._due = [math.inf] * num_workers
@@ -361,7 +363,7 @@ class _Pool(VecEnv):
         for worker in range(self._num_workers):
             self._start(worker)
         for worker in range(self._num_workers):
-            self._order(worker, Order.READY, extra=_STARTING)
+            self._order(worker, Order.READY, limit=self._start_limit)
         while self._busy:
             self._wait()
 
@@ -435,17 +437,17 @@ class _Pool(VecEnv):
 
     # --- waiting for workers ---
 
-    def _order(self, worker: int, order: bytes, argument: Any = None, extra: float = 0.0) -> None:
+    def _order(
+        self, worker: int, order: bytes, argument: Any = None, limit: float | None = None
+    ) -> None:
         self._busy[worker] = order, argument
-        self._due[worker] = time.monotonic() + self._timeout + extra
+        self._due[worker] = time.monotonic() + (self._timeout if limit is None else limit)
         self._give(worker, order, argument)
 
     def _wait(self) -> None:
         """Wait until a worker has done what it was told, or has failed or hung."""
-        due, timeout = math.inf, None
-        if self._timeout < math.inf:
-            due = min(self._due[worker] for worker in self._busy)
-            timeout = max(0.0, due - time.monotonic())
+        due = min(self._due[worker] for worker in self._busy)
+        timeout = max(0.0, due - time.monotonic()) if due < math.inf else None
         for worker, reply in self._replies(timeout):
             due = math.inf
             if isinstance(reply, Failure):
@@ -466,7 +468,8 @@ class _Pool(VecEnv):
                 self._kill(worker)
                 order, _ = self._busy[worker]
                 what = {Order.STEP: "step", Order.RESET: "reset"}.get(order, "start")
-                reason = f"did not {what} within timeout={self._timeout} s and was killed"
+                limit = f"timeout={self._timeout}" if what != "start" else f"{self._start_limit:g}"
+                reason = f"did not {what} within {limit} s and was killed"
                 self._lose(worker, Failure(reason, lost=True))
 
     def _lose(self, worker: int, failure: Failure) -> None:
@@ -484,7 +487,7 @@ class _Pool(VecEnv):
         self._infos[worker].append({"restarts": self._envs_per_worker})
         self._start(worker)
         order = Order.RESET if order == Order.RESET else Order.RESTART
-        self._order(worker, order, argument, extra=_STARTING)
+        self._order(worker, order, argument, limit=self._start_limit)
 
     # --- the protocol ---
 
