@@ -428,9 +428,9 @@ def lstm_scan(
 ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
     """`lstm_cell` over time; the state is zeroed before steps where `done` is set.
 
-    Its gradient is written out (`jax.custom_vjp`): the gates are kept, and one backward loop
-    does two matmuls a step. Autodiff keeps twice as much and is slower on CPUs. The price: no
-    forward-mode derivatives (`jax.jvp`, `jax.hessian`) through the loop.
+    Its gradient is written out (`jax.custom_vjp`): the gates are kept, the backward loop does one
+    matmul a step, and those for weights and inputs follow it. Autodiff keeps twice as much and is
+    slower on CPUs. The price: no forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
     return _lstm_scan(dtype, weight, bias, x, h, c, done)
 
@@ -495,42 +495,42 @@ def _lstm_scan_forward(
 def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     weight, x, h, c, done, outputs, (cs, *gates) = residuals
     d_outputs, dh_last, dc_last = cotangents
-    matrix = weight if dtype is None else weight.astype(dtype)
+    inputs, dtype = x.shape[2], weight.dtype if dtype is None else dtype
+    of_x, of_h = jnp.split(weight.astype(dtype), (inputs,), axis=1)
 
-    def step(carry: tuple[Array, ...], inputs: Any):
-        dh, dc, d_weight, d_bias, c_t, dx = carry
-        t, (i, f, g, o) = inputs
-        d_h, x_t, done_t = _at(t, (d_outputs, x, done))
-        before = jnp.maximum(t - 1, 0)
-        h_before = jnp.where(t > 0, _at(before, outputs), h)
-        c_before = jnp.where(t > 0, cs[before], c)
-        h_kept, c_kept = _keep((h_before, c_before), done_t)
+    def step(carry: tuple[Array, ...], row: Any):
+        dh, dc, c_t, d_gates = carry
+        t, (i, f, g, o) = row
+        d_h, done_t = _at(t, (d_outputs, done))
+        c_before = jnp.where(t > 0, cs[jnp.maximum(t - 1, 0)], c)
+        (c_kept,) = _keep((c_before,), done_t)
         tanh_c = jnp.tanh(c_t)
         dh = dh + d_h
         dc = dc + dh * o * (1 - tanh_c * tanh_c)
-        d_gates = [
+        parts = [
             dc * g * i * (1 - i),
             dc * c_kept * f * (1 - f),
             dc * i * (1 - g * g),
             dh * tanh_c * o * (1 - o),
         ]
-        d_gates = jax.lax.optimization_barrier(jnp.concatenate(d_gates, axis=1))
-        rounded, joined = d_gates, _join(x_t, h_kept)
-        if dtype is not None:
-            rounded, joined = d_gates.astype(dtype), joined.astype(dtype)
-        d_joined = (rounded @ matrix).astype(h.dtype)
-        d_weight += (rounded.T @ joined).astype(weight.dtype)
-        d_bias += d_gates.sum(0)
-        dx = _put(dx, t, d_joined[:, : x.shape[2]].astype(x.dtype))
-        dh, dc = _keep((d_joined[:, x.shape[2] :], dc * f), done_t)
-        return (dh, dc, d_weight, d_bias, c_before, dx), None
+        now = jax.lax.optimization_barrier(jnp.concatenate(parts, axis=1).astype(dtype))
+        dh, dc = _keep(((now @ of_h).astype(h.dtype), dc * f), done_t)
+        return (dh, dc, c_before, _put(d_gates, t, now)), None
 
-    zeros = jnp.zeros_like(weight), jnp.zeros(weight.shape[:1], h.dtype)
-    carry = dh_last, dc_last, *zeros, cs[-1], jax.lax.empty(x.shape, x.dtype)
-    (dh, dc, d_weight, d_bias, _, dx), _ = jax.lax.scan(
-        step, carry, (jnp.arange(x.shape[1]), gates), reverse=True
+    d_gates = jax.lax.empty((*x.shape[:2], weight.shape[0]), dtype)
+    steps = jnp.arange(x.shape[1]), gates
+    (dh, dc, _, d_gates), _ = jax.lax.scan(
+        step, (dh_last, dc_last, cs[-1], d_gates), steps, reverse=True
     )
-    return d_weight, d_bias, dx, dh, dc, None
+    # The rest needs no loop.
+    h_before = jnp.concatenate([h[:, None], outputs[:, :-1]], axis=1)
+    if done is not None:
+        h_before = jnp.where(done[..., None], 0, h_before)
+    joined = jnp.concatenate([x.astype(dtype), h_before.astype(dtype)], axis=2)
+    flat, joined = (rows.reshape(-1, rows.shape[2]) for rows in (d_gates, joined))
+    d_weight = jnp.matmul(flat.T, joined, preferred_element_type=weight.dtype)
+    dx = (flat @ of_x).astype(x.dtype).reshape(x.shape)
+    return d_weight, flat.sum(0, dtype=h.dtype), dx, dh, dc, None
 
 
 _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)

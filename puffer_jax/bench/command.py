@@ -73,7 +73,7 @@ class Bench:
             )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = self.threads or cores or 1
-        console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+        console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
         if missing := missing_reference():
             console.print(
                 f"{missing} is not installed, so ours is measured alone. To compare: {_INSTALL}",
