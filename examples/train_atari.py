@@ -20,12 +20,12 @@ from puffer_jax.plot import plot_runs
 @dataclass(frozen=True)
 class Args:
     env: str = "ALE/Breakout-v5"
-    steps: int = 2_000_000
+    steps: int = 1_000_000
     num_envs: int = 16
     horizon: int = 64
     update_epochs: int = 2
     hidden_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 6e-4
     frames: int = 1000  # of the GIF, at most
     seed: int = 0
     folder: Path = Path("atari")
