@@ -39,14 +39,12 @@ from puffer_jax.workers import (
     Memory,
     Order,
     Process,
-    awaken,
     pack,
 )
 
 Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
 _STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
 _PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a place for it
-_AWAKE = 1e-4  # seconds that who waits stays awake for
 _CLOSING = 2.0  # seconds the workers have to close their environments
 
 
@@ -554,9 +552,8 @@ class _Pool(VecEnv):
 class Multiprocessing(_Pool):
     """Environments in several processes that write into one block of shared memory.
 
-    Workers are fresh interpreters, asleep while they have nothing to do (but for the first tenth
-    of a millisecond, where there are cores to spare), and end with this process, however it ends;
-    see `puffer_jax.workers`. The arguments are `_Pool`'s.
+    Workers are fresh interpreters, asleep while they have nothing to do, and end with this
+    process, however it ends; see `puffer_jax.workers`. The arguments are `_Pool`'s.
     """
 
     def _open(self, layout: Layout) -> dict[str, np.ndarray]:
@@ -564,13 +561,11 @@ class Multiprocessing(_Pool):
         self._processes: dict[int, Process] = {}
         self._worker_of: dict[int, int] = {}  # by its file descriptor
         self._poll = select.poll()
-        # Nobody else needs the core of one who waits, if there is one for each and for this process.
-        self._awake = _AWAKE if self._num_workers < self._cores() else 0.0
         self._end = weakref.finalize(self, _end, self._processes, self._memory, os.getpid())
         return layout.buffers(self.num_agents, self._memory.map)
 
     def _start(self, worker: int) -> None:
-        process = self._processes[worker] = Process(self._memory.fd, self._awake)
+        process = self._processes[worker] = Process(self._memory.fd)
         self._poll.register(process.fd, select.POLLIN)
         self._worker_of[process.fd] = worker
         process.order(Order.START, self._payload(worker, self.num_agents, self._rows[worker]))
@@ -580,9 +575,7 @@ class Multiprocessing(_Pool):
         self._processes[worker].order(order, message)
 
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
-        ready = awaken(self._poll, self._awake) if self._awake else []
-        ready = ready or self._poll.poll(None if timeout is None else math.ceil(timeout * 1000))
-        for fd, _ in ready:
+        for fd, _ in self._poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
             worker = self._worker_of[fd]
             reply = self._processes[worker].reply()
             if isinstance(reply, Failure):

@@ -13,7 +13,6 @@ import math
 import mmap
 import os
 import pickle
-import select
 import signal
 import socket
 import subprocess
@@ -42,7 +41,7 @@ class Order:
 _DONE, _INFOS, _ERROR = b".", b"i", b"!"
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from puffer_jax.workers import main; main(*map(int, sys.argv[2:4]), float(sys.argv[4]))"
+    "from puffer_jax.workers import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 # One process a core: no thread pools beside it, and no accelerator.
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -410,17 +409,6 @@ class Memory:
         self._file.close()
 
 
-def awaken(poll: Any, seconds: float) -> list[tuple[int, int]]:
-    """What of `poll` is ready within some microseconds, without sleeping.
-
-    To fall asleep and be woken takes as long as a step of a cheap environment.
-    """
-    until = time.perf_counter() + seconds
-    while not (ready := poll.poll(0)) and time.perf_counter() < until:
-        pass
-    return ready
-
-
 class Process:
     """The parent's end of a worker process.
 
@@ -429,20 +417,16 @@ class Process:
 
     Args:
         memory: the block to share.
-        awake: seconds that the worker waits for an order before it falls asleep.
     """
 
-    def __init__(self, memory: int, awake: float = 0.0):
+    def __init__(self, memory: int):
         ours, theirs = socket.socketpair()
         with theirs:
             channel = theirs.fileno()
             # A process group of its own: Ctrl-C is for the parent, and to kill the worker is to
             # kill what its environments started.
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", _BOOT, json.dumps(sys.path)),
-                    *map(str, (channel, memory, awake)),
-                ],
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(channel), str(memory)],
                 stdin=subprocess.PIPE,
                 pass_fds=(channel, memory),
                 process_group=0,
@@ -538,13 +522,12 @@ class Actor:
         return infos, {name: self._envs.buf[name] for name in GIVEN}
 
 
-def main(channel: int, memory: int, awake: float = 0.0) -> None:
+def main(channel: int, memory: int) -> None:
     """A worker process: obey the orders that come down a socket, asleep between them.
 
     Args:
         channel: file descriptor of the socket.
         memory: of the block in which the buffers lie.
-        awake: seconds that it waits for an order before it falls asleep.
     """
     import fcntl
 
@@ -555,16 +538,12 @@ def main(channel: int, memory: int, awake: float = 0.0) -> None:
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
     connection = Connection(channel)
     with contextlib.suppress(ConnectionError, EOFError):
-        _serve(connection, memory, awake)
+        _serve(connection, memory)
 
 
-def _serve(connection: Connection, memory: int, awake: float) -> None:
+def _serve(connection: Connection, memory: int) -> None:
     channel, envs = connection.fileno(), None
-    poll = select.poll()
-    poll.register(channel, select.POLLIN)
     while True:
-        if awake:
-            awaken(poll, awake)
         order, argument = os.read(channel, 1), None
         try:
             if order == Order.START:
