@@ -141,7 +141,8 @@ def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Ar
 def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
     """Torch's `max_pool2d(x, kernel_size=3, stride=2, padding=1)`: pads with -inf on all sides.
 
-    Of equal numbers in a window the first one takes the gradient, as in torch.
+    Of equal numbers in a window the first one takes the gradient, as in torch. No forward-mode
+    derivatives (`jax.jvp`).
     """
     padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows only its string forms
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
@@ -202,7 +203,7 @@ def convolution(
     it derives are ten times and more slower still in loops such as a trainer's. On a CPU this is
     the faster one, forward and for the gradient of the images, and products with gathered patches
     for that of the kernel. Elsewhere, and for options that the policies do not use (dilation,
-    groups, other layouts), it is XLA's convolution as it is.
+    groups, other layouts), it is XLA's convolution as it is. No forward-mode derivatives.
     """
     plain = partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
     dilated = any(d != 1 for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ())
