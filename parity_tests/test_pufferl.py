@@ -195,10 +195,6 @@ def test_autoreset_modes_agree_on_every_played_step():
     assert following[0, 2] == pytest.approx(3 - 2, rel=1e-6)
 
 
-def gymnasium_cartpole():
-    return gymnasium.make("CartPole-v1")
-
-
 def cartpole(buf=None, seed=None):
     return pufferlib.emulation.GymnasiumPufferEnv(gymnasium.make("CartPole-v1"), buf=buf, seed=seed)
 
@@ -272,7 +268,7 @@ def test_a_step_is_one_dispatch_and_nothing_retraces(tmp_path):
     assert programs_run(lambda: [double(x) for _ in range(5)], tmp_path / "five") == 5
     counts = []
     for rounds in (1, 3):
-        vecenv = puffer_jax.vector.make(gymnasium_cartpole, num_envs=2)
+        vecenv = puffer_jax.vector.make("CartPole-v1", num_envs=2)
         policy = recurrent(vecenv.driver_env, 4, jnp.float32)
         config = small_config(data_dir=str(tmp_path), batch_size=16 * rounds, bptt_horizon=8)
         with PuffeRL(config, vecenv, policy) as trainer:

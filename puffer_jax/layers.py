@@ -196,14 +196,15 @@ def convolution(
     strides: Any,
     padding: Any,
     **options: Any,
-) -> Float[Array, "batch out_height out_width outputs"]:
+) -> Float[Array, "out_batch out_height out_width outputs"]:
     """`jax.lax.conv_general_dilated` for images, fast on CPUs, too; pass it to `nnx.Conv`.
 
     XLA has two convolutions for CPUs, and takes the slower one wherever it can; the gradients that
     it derives are ten times and more slower still in loops such as a trainer's. On a CPU this is
     the faster one, forward and for the gradient of the images, and products with gathered patches
     for that of the kernel. Elsewhere, and for options that the policies do not use (dilation,
-    groups, other layouts), it is XLA's convolution as it is. No forward-mode derivatives.
+    groups, other layouts and result types, borders cut off), it is XLA's convolution as it is. No
+    forward-mode derivatives.
     """
     plain = partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
     dilated = any(d != 1 for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ())
@@ -211,13 +212,16 @@ def convolution(
     if (
         x.ndim != 4
         or dilated
-        or options.get("feature_group_count", 1) != 1
+        or any(options.get(f"{name}_group_count", 1) != 1 for name in ("feature", "batch"))
+        or options.get("preferred_element_type") is not None
         or options.get("dimension_numbers") not in (images, _LAYOUT)
     ):
         return plain(x, kernel, padding=padding)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple(map(tuple, padding))
+    if min(map(min, pads)) < 0:
+        return plain(x, kernel, padding=padding)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         if tuple(strides) == (1, 1):
