@@ -69,8 +69,8 @@ def test_failures(cluster, tmp_path):
 
 
 def test_a_full_cluster(cluster, monkeypatch):
-    monkeypatch.setattr(vector, "_PATIENCE", 2.0)
     with vector.make(Tick, **POOL):
+        monkeypatch.setattr(vector, "_PATIENCE", 2.0)
         with pytest.raises(WorkerError, match=r"worker \d .* did not start within 2 s"):
             vector.make(Tick, **POOL)
 
