@@ -33,7 +33,7 @@ def agree(ours, plain, bar=1e-13):
 @pytest.mark.parametrize(
     "image, window, channels, stride, padding",
     [
-        ((5, 20, 20), 8, (4, 6), 4, "VALID"),  # NatureCNN's first layer, several chunks
+        ((5, 20, 20), 8, (4, 6), 4, "VALID"),  # NatureCNN's first layer
         ((3, 9, 10), 4, (3, 5), 2, "VALID"),  # a row is left over
         ((2, 7, 8), 3, (4, 4), 1, ((1, 1), (1, 1))),  # the ResNet's
         ((2, 6, 5), 3, (3, 2), 1, ((4, 0), (1, 3))),  # borders wider than the window
@@ -41,8 +41,7 @@ def agree(ours, plain, bar=1e-13):
         ((1, 4, 4), 2, (2, 3), 3, "VALID"),  # the stride passes over pixels
     ],
 )
-def test_convolution(monkeypatch, image, window, channels, stride, padding):
-    monkeypatch.setattr(layers, "_CHUNK", 2**17)
+def test_convolution(image, window, channels, stride, padding):
     x = draw(0, *image, channels[0])
     kernel = draw(1, window, window, *channels)
     options = {"dimension_numbers": LAYOUT, "precision": jax.lax.Precision.HIGHEST}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from puffer_jax import native
 from puffer_jax.modules import TorchParameter, torch_parameters
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -184,10 +185,7 @@ def _max_pool_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Ar
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-# Patches of so many bytes stay in a core's cache between being gathered and being multiplied.
-_CHUNK = 2**21
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-_Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def convolution(
@@ -199,125 +197,35 @@ def convolution(
 ) -> Float[Array, "out_batch out_height out_width outputs"]:
     """`jax.lax.conv_general_dilated` for images, fast on CPUs, too; pass it to `nnx.Conv`.
 
-    XLA has two convolutions for CPUs, and takes the slower one wherever it can; the gradients that
-    it derives are ten times and more slower still in loops such as a trainer's. On a CPU this is
-    the faster one, forward and for the gradient of the images, and products with gathered patches
-    for that of the kernel. Elsewhere, and for options that the policies do not use (dilation,
-    groups, other layouts and result types, borders cut off), it is XLA's convolution as it is. No
-    forward-mode derivatives.
+    On a CPU it is `puffer_jax.native.convolution`, where that can be built. Elsewhere, and for
+    options that the policies do not use (dilation, groups, other layouts and result types, borders
+    cut off, half precision), it is XLA's convolution as it is. No forward-mode derivatives.
     """
-    plain = partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
-    dilated = any(d != 1 for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ())
-    images = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
-    if (
-        x.ndim != 4
-        or dilated
-        or any(options.get(f"{name}_group_count", 1) != 1 for name in ("feature", "batch"))
-        or options.get("preferred_element_type") is not None
-        or options.get("dimension_numbers") not in (images, _LAYOUT)
-    ):
-        return plain(x, kernel, padding=padding)
+    by_xla = partial(
+        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
+    )
+    if x.ndim != 4 or not _usual(x, kernel, options) or not native.serves(x, kernel):
+        return by_xla(x, kernel)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple(map(tuple, padding))
-    if min(map(min, pads)) < 0:
-        return plain(x, kernel, padding=padding)
-
-    def on_cpu(x: Array, kernel: Array) -> Array:
-        if tuple(strides) == (1, 1):
-            return _convolution(pads, options.get("precision"), x, kernel)
-        x, kernel = _unit_strides(tuple(strides), jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
-        return _convolution(((0, 0), (0, 0)), options.get("precision"), x, kernel)
-
-    by_xla = partial(plain, padding=padding)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=by_xla)
+    sides = zip(x.shape[1:3], kernel.shape, pads, strict=False)
+    if min(map(min, pads)) < 0 or any(side + sum(pad) < size for side, size, pad in sides):
+        return by_xla(x, kernel)
+    by_us = partial(native.convolution, tuple(strides), pads)
+    return jax.lax.platform_dependent(x, kernel, cpu=by_us, default=by_xla)
 
 
-def _by_eigen(x: Array, kernel: Array, pads: _Pads, precision: Any) -> Array:
-    """The convolution with strides of 1, by Eigen."""
-    (low, high), columns = pads
-    size = kernel.shape[0]
-    # XLA leaves to Eigen what has more rows than the images, so one is added and dropped.
-    out = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (1, 1),
-        ((low, max(high, size - low)), columns),
-        dimension_numbers=_LAYOUT,
-        precision=precision,
+def _usual(x: Array, kernel: Array, options: dict[str, Any]) -> bool:
+    """Whether the options of `jax.lax.conv_general_dilated` say nothing but "a convolution"."""
+    images = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
+    dilations = [d for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ()]
+    groups = [options.get(f"{name}_group_count", 1) for name in ("feature", "batch")]
+    return (
+        set(dilations) | set(groups) == {1}
+        and options.get("preferred_element_type") is None
+        and options.get("dimension_numbers") in (images, _LAYOUT)
     )
-    return out[:, : x.shape[1] + low + high - size + 1]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _convolution(pads: _Pads, precision: Any, x: Array, kernel: Array) -> Array:
-    return _by_eigen(x, kernel, pads, precision)
-
-
-def _convolution_forward(pads: _Pads, precision: Any, x: Array, kernel: Array) -> tuple[Any, Any]:
-    return _by_eigen(x, kernel, pads, precision), (x, kernel)
-
-
-def _convolution_backward(pads: _Pads, precision: Any, residuals: Any, d_out: Array) -> Any:
-    x, kernel = residuals
-    # XLA would undo the reversal within its convolution, the slow way.
-    reverse = jax.lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
-    rows, columns = (
-        (n - 1 - low, n - 1 - high) for n, (low, high) in zip(kernel.shape[:2], pads, strict=True)
-    )
-    dx = _by_eigen(d_out, reverse, (rows, columns), precision)
-
-    gather, chunks = _patches(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
-    outputs = kernel.shape[-1]
-
-    def step(d_matrix: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
-        part, d_part = inputs
-        patches = gather(part)
-        patches = patches.reshape(-1, patches.shape[-1])
-        # With the smaller side first the product takes half the time.
-        product = jnp.matmul(d_part.reshape(-1, outputs).T, patches, precision=precision)
-        return d_matrix + product, None
-
-    zeros = jnp.zeros((outputs, kernel.size // outputs), kernel.dtype)
-    d_chunks = d_out.reshape(*chunks.shape[:2], *d_out.shape[1:])
-    d_matrix, _ = jax.lax.scan(step, zeros, (chunks, d_chunks))
-    return dx, d_matrix.T.reshape(kernel.shape)
-
-
-_convolution.defvjp(_convolution_forward, _convolution_backward)
-
-
-def _unit_strides(strides: tuple[int, int], x: Array, kernel: Array) -> tuple[Array, Array]:
-    """The same convolution with strides of 1: blocks of pixels become channels."""
-    (batch, *image, channels), (*window, _, outputs) = x.shape, kernel.shape
-    blocks = [-(-side // stride) for side, stride in zip(window, strides, strict=True)]
-    sides = [
-        (side - size) // stride + count
-        for side, size, stride, count in zip(image, window, strides, blocks, strict=True)
-    ]
-    (bh, bw), (sh, sw), (h, w) = blocks, strides, sides
-    # Windows that are no whole number of blocks are filled up with zeros, images likewise.
-    x = x[:, : h * sh, : w * sw]
-    x = jnp.pad(x, ((0, 0), (0, h * sh - x.shape[1]), (0, w * sw - x.shape[2]), (0, 0)))
-    kernel = jnp.pad(kernel, ((0, bh * sh - window[0]), (0, bw * sw - window[1]), (0, 0), (0, 0)))
-    x = x.reshape(batch, h, sh, w, sw, channels).transpose(0, 1, 3, 2, 4, 5)
-    kernel = kernel.reshape(bh, sh, bw, sw, channels, outputs).transpose(0, 2, 1, 3, 4, 5)
-    return x.reshape(batch, h, w, -1), kernel.reshape(bh, bw, -1, outputs)
-
-
-def _patches(x: Array, kernel: Array) -> tuple[Any, Array]:
-    """A function from images to patches (images, h, w, numbers), and `x` in chunks for it."""
-    (batch, height, width, _), (*window, channels, _) = x.shape, kernel.shape
-    h, w = height - window[0] + 1, width - window[1] + 1
-    size = h * w * math.prod(window) * channels * x.dtype.itemsize
-    fits = max(1, _CHUNK // max(size, 1))
-    images = max(n for n in range(1, min(batch, fits) + 1) if batch % n == 0) if batch else 1
-
-    def gather(part: Array) -> Array:
-        corners = [(i, j) for i in range(window[0]) for j in range(window[1])]
-        return jnp.concatenate([part[:, i : i + h, j : j + w] for i, j in corners], axis=-1)
-
-    return gather, x.reshape(-1, images, *x.shape[1:])
 
 
 class LSTM(nnx.Module):
@@ -433,11 +341,20 @@ def lstm_scan(
 ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
     """`lstm_cell` over time; the state is zeroed before steps where `done` is set.
 
-    Its gradient is written out (`jax.custom_vjp`): the gates are kept, the backward loop does one
-    matmul a step, and those for weights and inputs follow it. Autodiff keeps twice as much and is
-    slower on CPUs. The price: no forward-mode derivatives (`jax.jvp`, `jax.hessian`).
+    On a CPU it is `puffer_jax.native.lstm`, where that can be built. Elsewhere its gradient is
+    written out (`jax.custom_vjp`): the gates are kept, the backward loop does one matmul a step,
+    and those for weights and inputs follow it; autodiff keeps twice as much. The price: no
+    forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
-    return _lstm_scan(dtype, weight, bias, x, h, c, done)
+    by_xla = partial(_lstm_scan, dtype)
+    if dtype not in (None, weight.dtype) or not native.serves(weight, bias, h, c) or not x.size:
+        return by_xla(weight, bias, x, h, c, done)
+
+    def by_us(weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None):
+        done = jnp.zeros(x.shape[:2], bool) if done is None else done
+        return native.lstm(weight, bias, x.astype(h.dtype), h, c, done)
+
+    return jax.lax.platform_dependent(weight, bias, x, h, c, done, cpu=by_us, default=by_xla)
 
 
 def _at(t: Array, sequences: Any) -> Any:

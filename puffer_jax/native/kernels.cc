@@ -1,0 +1,839 @@
+// Products, convolutions and the LSTM for CPUs, as XLA custom calls.
+//
+// All of them are one small matrix product (`tile`): rows of A read in place, where they lie in an
+// image, a sequence or a matrix; a panel of B; the sums in registers. What XLA:CPU lacks is the
+// choice of where the rows lie: it copies patches, states and transposes through memory.
+//
+// Work is split by shapes and the number of threads only, so results do not vary between calls.
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using Index = std::ptrdiff_t;
+
+namespace {
+
+// --- vectors ---------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+constexpr int kTileRows[] = {0, 8, 8, 8, 6};  // by panel width; 32 registers
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+constexpr int kTileRows[] = {0, 8, 6, 4, 2};  // 16 registers
+#else
+constexpr int kBytes = 16;
+constexpr int kTileRows[] = {0, 8, 6, 4, 4};
+#endif
+constexpr int kWidest = 4;
+
+template <typename T>
+constexpr int kLanes = kBytes / sizeof(T);
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+template <typename T>
+inline void store(T* p, Vector<T> v, Index count = kLanes<T>) {
+  if (count >= kLanes<T>) {
+    *reinterpret_cast<Vector<T>*>(p) = v;
+  } else {
+    for (Index i = 0; i < count; ++i) p[i] = v[i];
+  }
+}
+
+template <typename T>
+inline Vector<T> load(const T* p, Index count) {
+  if (count >= kLanes<T>) return load(p);
+  Vector<T> v{};
+  for (Index i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <typename T>
+inline Vector<T> clamp(Vector<T> x, T limit) {  // NaN passes
+  x = x > limit ? limit + Vector<T>{} : x;
+  return x < -limit ? -limit + Vector<T>{} : x;
+}
+
+// exp(x) = power * (1 + rest), |rest| small: what exp and expm1 both follow from.
+template <typename T>
+inline void split_exponential(Vector<T> x, Vector<T>& power, Vector<T>& rest) {
+  using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int mantissa = single ? 23 : 52;
+  constexpr Bits bias = single ? 127 : 1023;
+  // Adding it rounds to an integer, which is then in the lowest bits.
+  constexpr T magic = T(1.5) * T(Bits(1) << mantissa);
+  constexpr T ln2_high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T ln2_low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  const Vector<T> shifted = x * T(1.44269504088896340736) + magic;
+  const Vector<T> n = shifted - magic;
+  const Vector<T> r = (x - n * ln2_high) - n * ln2_low;
+  // Taylor's series; |r| <= ln(2)/2.
+  constexpr int terms = single ? 8 : 14;
+  T factorials[terms + 1] = {1};
+  for (int i = 1; i <= terms; ++i) factorials[i] = factorials[i - 1] * i;
+  Vector<T> sum = Vector<T>{} + 1 / factorials[terms - 1];
+#pragma GCC unroll 16
+  for (int i = terms - 2; i >= 1; --i) sum = sum * r + 1 / factorials[i];
+  rest = sum * r;
+  typedef Bits Integers __attribute__((vector_size(kBytes)));
+  const Integers exponent = (std::bit_cast<Integers>(shifted) + bias) << mantissa;
+  power = std::bit_cast<Vector<T>>(exponent);
+}
+
+template <typename T>
+inline Vector<T> sigmoid(Vector<T> x) {
+  Vector<T> power, rest;
+  split_exponential<T>(clamp<T>(-x, sizeof(T) == 4 ? 87 : 708), power, rest);
+  return 1 / (1 + (power * rest + power));
+}
+
+template <typename T>
+inline Vector<T> tanh(Vector<T> x) {
+  Vector<T> power, rest;
+  split_exponential<T>(clamp<T>(2 * x, sizeof(T) == 4 ? 20 : 40), power, rest);
+  const Vector<T> expm1 = power * rest + (power - 1);
+  return expm1 / (expm1 + 2);
+}
+
+// --- threads ---------------------------------------------------------------------------------
+
+// Runs body(0) ... body(tasks - 1) on XLA's pool. The caller works, too, and waits only for what
+// has begun, so a pool that is busy with other work cannot deadlock it.
+template <typename Body>
+void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body) {
+  struct Shared {
+    std::atomic<Index> next{0}, finished{0};
+  };
+  const auto shared = std::make_shared<Shared>();
+  const auto work = [shared, tasks, &body] {
+    for (Index i; (i = shared->next.fetch_add(1)) < tasks;) {
+      body(i);
+      shared->finished.fetch_add(1);
+      shared->finished.notify_one();
+    }
+  };
+  const Index helpers = std::min<Index>(tasks, pool.num_threads()) - 1;
+  for (Index i = 0; i < helpers; ++i) pool.Schedule(std::remove_const_t<decltype(work)>(work));
+  work();
+  for (Index done; (done = shared->finished.load()) < tasks;) shared->finished.wait(done);
+}
+
+// Where task `i` of `tasks` begins when `size` items are dealt out in whole groups.
+inline Index share(Index size, Index group, Index i, Index tasks) {
+  const Index groups = (size + group - 1) / group;
+  return std::min(size, groups * i / tasks * group);
+}
+
+// Memory for one purpose, kept by the thread: fresh pages cost as much as the arithmetic on them.
+template <typename T, int purpose>
+T* scratch(Index size) {
+  struct Memory {
+    T* data = nullptr;
+    Index size = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory memory;
+  if (memory.size < size) {
+    std::free(memory.data);
+    const std::size_t bytes = (size * sizeof(T) + kBytes - 1) / kBytes * kBytes;
+    memory.data = static_cast<T*>(std::aligned_alloc(kBytes, bytes));
+    memory.size = size;
+    if (memory.data == nullptr) throw std::bad_alloc();
+  }
+  return memory.data;
+}
+
+// Asks for large pages for a result that is about to be written. XLA's buffers are fresh memory in
+// every call, and its first touch, page by page, can cost more than the arithmetic.
+inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t page = 1 << 12, large = 1 << 21;
+  if (bytes < 2 * large) return;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// --- the product -----------------------------------------------------------------------------
+
+// A product as rows of A meet a panel of B:
+//   sums[m][:] = sum over s, k of row(m)[s * segment + k * step] * panel[s * length + k][:].
+template <typename T>
+struct Product {
+  Index segments, segment, length, step;
+  const T* panel;
+  Index panel_step;
+};
+
+// A function of its own, since within others compilers run out of registers.
+template <typename T, int width, int rows>
+__attribute__((noinline)) void tile(const Product<T>& product, const T* const* row, T* out) {
+  Vector<T> sums[rows][width] = {};
+  const T* b = product.panel;
+  const Index step = product.step, b_step = product.panel_step, end = product.length * step;
+  for (Index s = 0; s < product.segments; ++s) {
+    const T* a[rows];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) a[m] = row[m] + s * product.segment;
+    for (Index k = 0; k < end; k += step) {
+      Vector<T> column[width];
+#pragma GCC unroll 4
+      for (int v = 0; v < width; ++v) column[v] = load(b + v * kLanes<T>);
+      b += b_step;
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < width; ++v) sums[m][v] += a[m][k] * column[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < width; ++v) store(out + (m * width + v) * kLanes<T>, sums[m][v]);
+  }
+}
+
+// The tile of `count` rows from `first` on: whole, or half of it where no more is left.
+template <typename T, int width, typename From>
+Index next_tile(const Product<T>& product, Index first, Index count, const From& from, T* out) {
+  constexpr int rows = kTileRows[width];
+  const T* row[rows];
+  for (int m = 0; m < rows; ++m) row[m] = from(std::min(first + m, count - 1));
+  if (count - first > rows / 2) {
+    tile<T, width, rows>(product, row, out);
+  } else {
+    tile<T, width, rows / 2>(product, row, out);
+  }
+  return std::min<Index>(rows, count - first);
+}
+
+// to(m)[0:columns] = (or +=) the sums of rows [0, count), which begin at from(m); of the columns
+// no more than the panel has.
+template <typename T, int width, typename From, typename To>
+void multiply(const Product<T>& product, Index count, Index columns, bool add, const From& from,
+              const To& to) {
+  constexpr int rows = kTileRows[width], lanes = width * kLanes<T>;
+  columns = std::min<Index>(columns, lanes);
+  for (Index first = 0; first < count; first += rows) {
+    alignas(kBytes) T sums[rows * lanes];
+    const Index valid = next_tile<T, width>(product, first, count, from, sums);
+    for (Index m = 0; m < valid; ++m) {
+      T* out = to(first + m);
+      const T* sum = sums + m * lanes;
+      for (Index v = 0; v < columns; v += kLanes<T>) {
+        const Index left = columns - v;
+        store(out + v, add ? load(out + v, left) + load(sum + v) : load(sum + v), left);
+      }
+    }
+  }
+}
+
+// Vectors a panel is wide, so that `columns` fill panels as evenly as they can.
+template <typename T>
+int panel_width(Index columns) {
+  const Index vectors = std::max<Index>(1, (columns + kLanes<T> - 1) / kLanes<T>);
+  const Index panels = (vectors + kWidest - 1) / kWidest;
+  return int((vectors + panels - 1) / panels);
+}
+
+template <typename Body>
+void with_width(int width, const Body& body) {
+  switch (width) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    default: return body(std::integral_constant<int, 4>());
+  }
+}
+
+// One panel: out[k][0:lanes] = matrix[k * row_step + (0:columns) * column_step], then zeros.
+template <typename T>
+void pack(const T* matrix, Index row_step, Index column_step, Index rows, Index columns,
+          Index lanes, T* out) {
+  if (column_step == 1) {
+    for (Index k = 0; k < rows; ++k, out += lanes) {
+      std::copy_n(matrix + k * row_step, columns, out);
+      std::fill(out + columns, out + lanes, T(0));
+    }
+    return;
+  }
+  for (Index n = 0; n < lanes; ++n) {
+    for (Index k = 0; k < rows; ++k) {
+      out[k * lanes + n] = n < columns ? matrix[k * row_step + n * column_step] : T(0);
+    }
+  }
+}
+
+// --- buffers ---------------------------------------------------------------------------------
+
+template <typename T>
+const T* in(const ffi::AnyBuffer& buffer) {
+  return static_cast<const T*>(buffer.untyped_data());
+}
+
+template <typename T>
+T* out(ffi::Result<ffi::AnyBuffer>& buffer) {
+  prefer_large_pages(buffer->untyped_data(), buffer->size_bytes());
+  return static_cast<T*>(buffer->untyped_data());
+}
+
+template <typename Body>
+ffi::Error with_type(ffi::DataType type, const Body& body) {
+  if (type == ffi::DataType::F32) {
+    body(float());
+  } else if (type == ffi::DataType::F64) {
+    body(double());
+  } else {
+    return ffi::Error::InvalidArgument("expected float32 or float64");
+  }
+  return ffi::Error::Success();
+}
+
+using In = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+// --- LSTM ------------------------------------------------------------------------------------
+
+// A block of so many sequences: its inputs stay in cache while the weights pass by.
+constexpr Index kBlock = 96;
+
+struct Shape {
+  Index batch, time, inputs, hidden;
+  Index parts, blocks;  // of the batch: parts run side by side, each some blocks long
+
+  Shape(const In& x, const In& h, ffi::ThreadPool& pool)
+      : batch(x.dimensions()[0]),
+        time(x.dimensions()[1]),
+        inputs(x.dimensions()[2]),
+        hidden(h.dimensions()[1]) {
+    parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, batch / 6));
+    blocks = parts * std::max<Index>(1, (batch + parts * kBlock - 1) / (parts * kBlock));
+  }
+
+  Index joined() const { return inputs + hidden; }
+  Index begin(Index block) const { return share(batch, 2, block, blocks); }
+  // Rows a little longer than a power of two do not all fall into the same lines of a cache.
+  template <typename T>
+  static Index stride(Index columns) {
+    return (columns / kLanes<T> + 2) * kLanes<T>;
+  }
+};
+
+// Rows [x_t, h_{t-1}] of the sequences [first, last); h is zero where an episode begins.
+template <typename T>
+void join(const Shape& shape, Index t, Index first, Index last, const T* x, const T* start,
+          const T* hidden, const bool* done, T* rows, Index stride) {
+  for (Index r = first; r < last; ++r, rows += stride) {
+    const Index at = r * shape.time + t;
+    std::copy_n(x + at * shape.inputs, shape.inputs, rows);
+    const T* before = t == 0 ? start + r * shape.hidden : hidden + (at - 1) * shape.hidden;
+    if (done[at]) {
+      std::fill_n(rows + shape.inputs, shape.hidden, T(0));
+    } else {
+      std::copy_n(before, shape.hidden, rows + shape.inputs);
+    }
+  }
+}
+
+// kept (time, batch, 5, hidden), if any: the gates i, f, g, o and the cell, for the gradient.
+template <typename T>
+void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, const T* bias,
+                  const T* x, const T* h, const T* c, const bool* done, T* outputs, T* h_last,
+                  T* c_last, T* kept) {
+  const Index hidden = shape.hidden, joined = shape.joined(), time = shape.time;
+  constexpr Index lanes = kLanes<T>;
+  const Index panels = (hidden + lanes - 1) / lanes;
+  T* packed = scratch<T, 0>(panels * 4 * lanes * (joined + 1));
+  T* biases = packed + panels * 4 * lanes * joined;
+  // A panel holds the four gates of as many units as a vector has lanes.
+  parallel(pool, panels, [&](Index p) {
+    const Index units = std::min(lanes, hidden - p * lanes);
+    T* panel = packed + p * 4 * lanes * joined;
+    for (Index n = 0; n < 4 * lanes; ++n) {
+      const Index unit = n % lanes, row = n / lanes * hidden + p * lanes + unit;
+      biases[p * 4 * lanes + n] = unit < units ? bias[row] : 0;
+      for (Index k = 0; k < joined; ++k) {
+        panel[k * 4 * lanes + n] = unit < units ? weight[row * joined + k] : 0;
+      }
+    }
+  });
+  const auto block = [&](Index first, Index last) {
+    const Index rows = last - first, stride = Shape::stride<T>(joined);
+    constexpr int tile_rows = kTileRows[4];
+    T* row = scratch<T, 1>(rows * stride);
+    T* cells = c_last + first * hidden;
+    std::copy_n(c + first * hidden, rows * hidden, cells);
+    for (Index t = 0; t < time; ++t) {
+      join(shape, t, first, last, x, h, outputs, done, row, stride);
+      for (Index p = 0; p < panels; ++p) {
+        const Index units = std::min(lanes, hidden - p * lanes);
+        const Product<T> product{1, 0, joined, 1, packed + p * 4 * lanes * joined, 4 * lanes};
+        const T* b = biases + p * 4 * lanes;
+        for (Index m = 0; m < rows; m += tile_rows) {
+          alignas(kBytes) T sums[tile_rows * 4 * lanes];
+          const auto from = [&](Index i) { return row + i * stride; };
+          const Index valid = next_tile<T, 4>(product, m, rows, from, sums);
+          for (Index i = 0; i < valid; ++i) {
+            const T* gates = sums + i * 4 * lanes;
+            const Index at = (first + m + i) * time + t;
+            T* cell = cells + (m + i) * hidden + p * lanes;
+            const Vector<T> input = sigmoid<T>(load(gates) + load(b));
+            const Vector<T> forget = sigmoid<T>(load(gates + lanes) + load(b + lanes));
+            const Vector<T> candidate = tanh<T>(load(gates + 2 * lanes) + load(b + 2 * lanes));
+            const Vector<T> output = sigmoid<T>(load(gates + 3 * lanes) + load(b + 3 * lanes));
+            const Vector<T> before = done[at] ? Vector<T>{} : load(cell, units);
+            const Vector<T> after = forget * before + input * candidate;
+            store(cell, after, units);
+            store(outputs + at * hidden + p * lanes, output * tanh<T>(after), units);
+            if (kept != nullptr) {
+              T* keep = kept + ((t * shape.batch + first + m + i) * 5) * hidden + p * lanes;
+              store(keep, input, units);
+              store(keep + hidden, forget, units);
+              store(keep + 2 * hidden, candidate, units);
+              store(keep + 3 * hidden, output, units);
+              store(keep + 4 * hidden, after, units);
+            }
+          }
+        }
+      }
+    }
+    for (Index r = first; r < last; ++r) {
+      const T* from = time ? outputs + (r * time + time - 1) * hidden : h + r * hidden;
+      std::copy_n(from, hidden, h_last + r * hidden);
+    }
+  };
+  parallel(pool, shape.blocks, [&](Index i) { block(shape.begin(i), shape.begin(i + 1)); });
+}
+
+ffi::Error LstmForward(ffi::ThreadPool pool, In weight, In bias, In x, In h, In c, In done,
+                       Out outputs, Out h_last, Out c_last, Out kept) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T* keep = kept->element_count() ? out<T>(kept) : nullptr;
+    lstm_forward<T>(pool, Shape(x, h, pool), in<T>(weight), in<T>(bias), in<T>(x), in<T>(h),
+                    in<T>(c), in<bool>(done), out<T>(outputs), out<T>(h_last), out<T>(c_last),
+                    keep);
+  });
+}
+
+template <typename T>
+void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, const T* x,
+                   const T* h, const T* c, const bool* done, const T* outputs, const T* kept,
+                   const T* d_outputs, const T* dh_last, const T* dc_last, T* d_weight,
+                   T* d_bias, T* dx, T* dh, T* dc) {
+  const Index hidden = shape.hidden, joined = shape.joined(), time = shape.time;
+  const Index gates = 4 * hidden, inputs = shape.inputs;
+  constexpr Index lanes = kLanes<T>, wide = 4 * lanes;
+  // [dx, dh] = d_gates @ weight: panels of the columns that belong to x, then to h.
+  const Index of_x = (inputs + wide - 1) / wide, of_h = (hidden + wide - 1) / wide;
+  T* packed = scratch<T, 0>((of_x + of_h) * wide * gates);
+  parallel(pool, of_x + of_h, [&](Index p) {
+    const Index column = p < of_x ? p * wide : inputs + (p - of_x) * wide;
+    const Index columns = std::min(wide, (p < of_x ? inputs : joined) - column);
+    pack(weight + column, joined, 1, gates, columns, wide, packed + p * wide * gates);
+  });
+  // Gradients of the weights, one sum a part; the first where the result goes.
+  const Index size = gates * joined;
+  std::unique_ptr<T[]> others(new T[(shape.parts - 1) * (size + gates)]);
+  const auto sum_of = [&](Index part) {
+    return part ? others.get() + (part - 1) * (size + gates) : d_weight;
+  };
+  const auto bias_of = [&](Index part) { return part ? sum_of(part) + size : d_bias; };
+
+  const auto block = [&](Index first, Index last, T* d_w, T* d_b) {
+    const Index rows = last - first;
+    const Index stride = Shape::stride<T>(joined), d_stride = Shape::stride<T>(gates);
+    // Small blocks collect some steps before they add to the weights' gradient, more of them if it
+    // is too large for a core's cache.
+    const Index enough = size * sizeof(T) > (1 << 20) ? 3 * kBlock : kBlock;
+    const Index slots = std::max<Index>(1, enough / std::max<Index>(1, rows));
+    T* inputs_rows = scratch<T, 1>(slots * rows * stride);
+    T* d_rows = scratch<T, 2>(slots * rows * d_stride);
+    std::fill_n(inputs_rows, slots * rows * stride, T(0));
+    std::copy_n(dh_last + first * hidden, rows * hidden, dh + first * hidden);
+    std::copy_n(dc_last + first * hidden, rows * hidden, dc + first * hidden);
+    Index slot = 0;
+    for (Index t = time - 1; t >= 0; --t) {
+      T* d_now = d_rows + slot * rows * d_stride;
+      join(shape, t, first, last, x, h, outputs, done, inputs_rows + slot * rows * stride, stride);
+      for (Index r = 0; r < rows; ++r) {
+        const Index at = (first + r) * time + t;
+        const T* keep = kept + (t * shape.batch + first + r) * 5 * hidden;
+        const T* before = t ? keep - shape.batch * 5 * hidden + 4 * hidden : c + (first + r) * hidden;
+        T* d_row = d_now + r * d_stride;
+        for (Index j = 0; j < hidden; j += lanes) {
+          const Index units = std::min(lanes, hidden - j);
+          const Vector<T> i = load(keep + j, units), f = load(keep + hidden + j, units);
+          const Vector<T> g = load(keep + 2 * hidden + j, units);
+          const Vector<T> o = load(keep + 3 * hidden + j, units);
+          const Vector<T> tanh_c = tanh<T>(load(keep + 4 * hidden + j, units));
+          const Vector<T> c_before = done[at] ? Vector<T>{} : load(before + j, units);
+          T* dh_at = dh + (first + r) * hidden + j;
+          T* dc_at = dc + (first + r) * hidden + j;
+          const Vector<T> d_h = load(dh_at, units) + load(d_outputs + at * hidden + j, units);
+          const Vector<T> d_c = load(dc_at, units) + d_h * o * (1 - tanh_c * tanh_c);
+          const Vector<T> parts[] = {d_c * g * i * (1 - i), d_c * c_before * f * (1 - f),
+                                     d_c * i * (1 - g * g), d_h * tanh_c * o * (1 - o)};
+          for (int gate = 0; gate < 4; ++gate) {
+            store(d_row + gate * hidden + j, parts[gate], units);
+            T* sum = d_b + gate * hidden + j;
+            store(sum, load(sum, units) + parts[gate], units);
+          }
+          store(dc_at, done[at] ? Vector<T>{} : d_c * f, units);
+        }
+      }
+      for (Index p = 0; p < of_x + of_h; ++p) {
+        const Product<T> product{1, 0, gates, 1, packed + p * wide * gates, wide};
+        const auto from = [&](Index r) { return d_now + r * d_stride; };
+        if (p < of_x) {
+          multiply<T, 4>(product, rows, inputs - p * wide, false, from, [&](Index r) {
+            return dx + ((first + r) * time + t) * inputs + p * wide;
+          });
+        } else {
+          const Index q = p - of_x;
+          multiply<T, 4>(product, rows, hidden - q * wide, false, from,
+                         [&](Index r) { return dh + (first + r) * hidden + q * wide; });
+        }
+      }
+      for (Index r = first; r < last; ++r) {
+        if (done[r * time + t]) std::fill_n(dh + r * hidden, hidden, T(0));
+      }
+      if (++slot < slots && t > 0) continue;
+      for (Index n = 0; n < joined; n += wide) {
+        const Product<T> product{1, 0, slot * rows, d_stride, inputs_rows + n, stride};
+        multiply<T, 4>(
+            product, gates, joined - n, true, [&](Index m) { return d_rows + m; },
+            [&](Index m) { return d_w + m * joined + n; });
+      }
+      slot = 0;
+    }
+  };
+  parallel(pool, shape.parts, [&](Index part) {
+    std::fill_n(sum_of(part), size, T(0));
+    std::fill_n(bias_of(part), gates, T(0));
+    const Index each = shape.blocks / shape.parts;
+    for (Index i = part * each; i < (part + 1) * each; ++i) {
+      block(shape.begin(i), shape.begin(i + 1), sum_of(part), bias_of(part));
+    }
+  });
+  parallel(pool, shape.parts, [&](Index piece) {
+    const Index begin = size * piece / shape.parts, end = size * (piece + 1) / shape.parts;
+    for (Index part = 1; part < shape.parts; ++part) {
+      const T* other = sum_of(part);
+      for (Index i = begin; i < end; ++i) d_weight[i] += other[i];
+    }
+  });
+  for (Index part = 1; part < shape.parts; ++part) {
+    for (Index i = 0; i < gates; ++i) d_bias[i] += bias_of(part)[i];
+  }
+}
+
+ffi::Error LstmBackward(ffi::ThreadPool pool, In weight, In x, In h, In c, In done, In outputs,
+                        In kept, In d_outputs, In dh_last, In dc_last, Out d_weight, Out d_bias,
+                        Out dx, Out dh, Out dc) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    lstm_backward<T>(pool, Shape(x, h, pool), in<T>(weight), in<T>(x), in<T>(h), in<T>(c),
+                     in<bool>(done), in<T>(outputs), in<T>(kept), in<T>(d_outputs),
+                     in<T>(dh_last), in<T>(dc_last), out<T>(d_weight), out<T>(d_bias), out<T>(dx),
+                     out<T>(dh), out<T>(dc));
+  });
+}
+
+// --- convolution -----------------------------------------------------------------------------
+
+// Images (batch, height, width, channels) and windows over them, channels last throughout.
+struct Images {
+  Index batch, height, width, channels;
+  explicit Images(ffi::AnyBuffer::Dimensions d)
+      : batch(d[0]), height(d[1]), width(d[2]), channels(d[3]) {}
+  Index size() const { return height * width * channels; }
+};
+
+struct Pair {
+  Index rows, columns;
+};
+
+struct Windows {
+  Images x, out;
+  Pair size, stride, pad;  // pad: rows above and columns to the left
+  Pair sides;              // of an image with all its borders
+
+  Windows(ffi::AnyBuffer::Dimensions x, ffi::AnyBuffer::Dimensions kernel,
+          ffi::AnyBuffer::Dimensions out, Pair stride, Pair pad)
+      : x(x),
+        out(out),
+        size{kernel[0], kernel[1]},
+        stride(stride),
+        pad(pad),
+        sides{(this->out.height - 1) * stride.rows + size.rows,
+              (this->out.width - 1) * stride.columns + size.columns} {}
+
+  Index numbers() const { return size.rows * size.columns * x.channels; }
+};
+
+// An image within borders of zeros; what lies beyond `sides` is cut off.
+template <typename T>
+void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair sides, T* out) {
+  const Index row = sides.columns * channels;
+  const Index rows = std::clamp<Index>(sides.rows - corner.rows, 0, image_sides.rows);
+  const Index left = corner.columns * channels;
+  const Index count = std::clamp<Index>(row - left, 0, image_sides.columns * channels);
+  std::fill_n(out, corner.rows * row, T(0));
+  for (Index y = 0; y < rows; ++y) {
+    T* to = out + (corner.rows + y) * row;
+    std::fill_n(to, left, T(0));
+    std::copy_n(image + y * image_sides.columns * channels, count, to + left);
+    std::fill_n(to + left + count, row - left - count, T(0));
+  }
+  std::fill_n(out + (corner.rows + rows) * row, (sides.rows - corner.rows - rows) * row, T(0));
+}
+
+// The image that the windows slide over: itself if it needs no border.
+template <typename T>
+const T* bordered(const Windows& w, const T* image) {
+  if (w.pad.rows == 0 && w.pad.columns == 0 && w.sides.columns == w.x.width &&
+      w.sides.rows <= w.x.height) {
+    return image;
+  }
+  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * w.x.channels);
+  place(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, copy);
+  return copy;
+}
+
+template <typename T>
+void convolve(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* kernel, T* out) {
+  const Index outputs = w.out.channels, numbers = w.numbers();
+  with_width(panel_width<T>(outputs), [&](auto width) {
+    constexpr Index lanes = width * kLanes<T>;
+    const Index panels = (outputs + lanes - 1) / lanes;
+    T* packed = scratch<T, 0>(panels * numbers * lanes);
+    for (Index p = 0; p < panels; ++p) {
+      pack(kernel + p * lanes, outputs, 1, numbers, std::min(lanes, outputs - p * lanes), lanes,
+           packed + p * numbers * lanes);
+    }
+    const Index row = w.sides.columns * w.x.channels, pixels = w.out.height * w.out.width;
+    Index* starts = scratch<Index, 2>(pixels);
+    for (Index i = 0; i < pixels; ++i) {
+      starts[i] = i / w.out.width * w.stride.rows * row +
+                  i % w.out.width * w.stride.columns * w.x.channels;
+    }
+    parallel(pool, w.x.batch, [&](Index n) {
+      const T* image = bordered(w, x + n * w.x.size());
+      for (Index p = 0; p < panels; ++p) {
+        T* to = out + n * w.out.size() + p * lanes;
+        multiply<T, width>(
+            {w.size.rows, row, w.size.columns * w.x.channels, 1, packed + p * numbers * lanes,
+             lanes},
+            pixels, outputs - p * lanes, false, [&](Index i) { return image + starts[i]; },
+            [&](Index i) { return to + i * outputs; });
+      }
+    });
+  });
+}
+
+// The pixels that one number of the windows meets are `stride` apart, so each of the stride's
+// phases is a convolution of d_out with every stride-th number of the reversed windows.
+template <typename T>
+void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* kernel,
+                              const T* d_out, T* dx) {
+  const Index outputs = w.out.channels, channels = w.x.channels;
+  const auto taps = [](Index size, Index stride, Index phase) {
+    return phase < size ? (size - phase + stride - 1) / stride : 0;
+  };
+  const Pair most{taps(w.size.rows, w.stride.rows, 0), taps(w.size.columns, w.stride.columns, 0)};
+  const Pair corner{most.rows - 1, most.columns - 1};
+  const Pair sides{(w.x.height - 1 + w.pad.rows) / w.stride.rows + most.rows,
+                   (w.x.width - 1 + w.pad.columns) / w.stride.columns + most.columns};
+  const Index row = sides.columns * outputs;
+  with_width(panel_width<T>(channels), [&](auto width) {
+    constexpr Index lanes = width * kLanes<T>;
+    const Index panels = (channels + lanes - 1) / lanes;
+    const Index panel_size = most.rows * most.columns * outputs * lanes;
+    const Index phases = w.stride.rows * w.stride.columns;
+    T* packed = scratch<T, 0>(phases * panels * panel_size);
+    for (Index phase = 0; phase < phases; ++phase) {
+      const Pair at{phase / w.stride.columns, phase % w.stride.columns};
+      const Pair count{taps(w.size.rows, w.stride.rows, at.rows),
+                       taps(w.size.columns, w.stride.columns, at.columns)};
+      for (Index p = 0; p < panels; ++p) {
+        T* to = packed + (phase * panels + p) * panel_size;
+        const Index columns = std::min(lanes, channels - p * lanes);
+        for (Index i = count.rows - 1; i >= 0; --i) {
+          for (Index j = count.columns - 1; j >= 0; --j, to += outputs * lanes) {
+            const Index tap = (at.rows + i * w.stride.rows) * w.size.columns + at.columns +
+                              j * w.stride.columns;
+            pack(kernel + (tap * channels + p * lanes) * outputs, 1, outputs, outputs, columns,
+                 lanes, to);
+          }
+        }
+      }
+    }
+    parallel(pool, w.x.batch, [&](Index n) {
+      T* image = scratch<T, 1>(sides.rows * row);
+      place(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, image);
+      for (Index phase = 0; phase < phases; ++phase) {
+        const Pair at{phase / w.stride.columns, phase % w.stride.columns};
+        const Pair count{taps(w.size.rows, w.stride.rows, at.rows),
+                         taps(w.size.columns, w.stride.columns, at.columns)};
+        // The pixels (y, x) of this phase: y + pad = stride * q + phase.
+        const Pair q{(std::max<Index>(0, w.pad.rows - at.rows) + w.stride.rows - 1) / w.stride.rows,
+                     (std::max<Index>(0, w.pad.columns - at.columns) + w.stride.columns - 1) /
+                         w.stride.columns};
+        const Pair first{q.rows * w.stride.rows + at.rows - w.pad.rows,
+                         q.columns * w.stride.columns + at.columns - w.pad.columns};
+        const Pair pixels{(w.x.height - first.rows + w.stride.rows - 1) / w.stride.rows,
+                          (w.x.width - first.columns + w.stride.columns - 1) / w.stride.columns};
+        if (pixels.rows <= 0 || pixels.columns <= 0) continue;
+        const T* from = image + (q.rows + corner.rows - count.rows + 1) * row +
+                        (q.columns + corner.columns - count.columns + 1) * outputs;
+        const Index length = count.columns * outputs;
+        for (Index p = 0; p < panels; ++p) {
+          const Product<T> product{count.rows, row, length, 1,
+                                   packed + (phase * panels + p) * panel_size, lanes};
+          T* to = dx + n * w.x.size() + (first.rows * w.x.width + first.columns) * channels +
+                  p * lanes;
+          multiply<T, width>(
+              product, pixels.rows * pixels.columns, channels - p * lanes, false,
+              [&](Index i) {
+                return from + i / pixels.columns * row + i % pixels.columns * outputs;
+              },
+              [&](Index i) {
+                return to + (i / pixels.columns * w.stride.rows * w.x.width +
+                             i % pixels.columns * w.stride.columns) *
+                                channels;
+              });
+        }
+      }
+    });
+  });
+}
+
+template <typename T>
+void convolve_kernel_gradient(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* d_out,
+                              T* d_kernel) {
+  const Index outputs = w.out.channels, numbers = w.numbers();
+  const Index row = w.sides.columns * w.x.channels, window_row = w.size.columns * w.x.channels;
+  const Index pixels = w.out.height * w.out.width, size = numbers * outputs;
+  const Index parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, w.x.batch));
+  std::unique_ptr<T[]> others(new T[(parts - 1) * size]);
+  const auto sum_of = [&](Index part) {
+    return part ? others.get() + (part - 1) * size : d_kernel;
+  };
+  parallel(pool, parts, [&](Index part) {
+    T* sum = sum_of(part);
+    std::fill_n(sum, size, T(0));
+    for (Index n = share(w.x.batch, 1, part, parts); n < share(w.x.batch, 1, part + 1, parts);
+         ++n) {
+      const T* image = bordered(w, x + n * w.x.size());
+      with_width(panel_width<T>(outputs), [&](auto width) {
+        constexpr Index lanes = width * kLanes<T>;
+        for (Index p = 0; p < outputs; p += lanes) {
+          const T* panel = d_out + n * w.out.size() + p;
+          Index panel_step = outputs;
+          if (outputs - p < lanes) {
+            T* packed = scratch<T, 2>(pixels * lanes);
+            pack(panel, outputs, 1, pixels, outputs - p, lanes, packed);
+            panel = packed;
+            panel_step = lanes;
+          }
+          const Product<T> product{w.out.height,
+                                   w.stride.rows * row,
+                                   w.out.width,
+                                   w.stride.columns * w.x.channels,
+                                   panel,
+                                   panel_step};
+          multiply<T, width>(
+              product, numbers, outputs - p, true,
+              [&](Index i) { return image + i / window_row * row + i % window_row; },
+              [&](Index i) { return sum + i * outputs + p; });
+        }
+      });
+    }
+  });
+  for (Index part = 1; part < parts; ++part) {
+    for (Index i = 0; i < size; ++i) d_kernel[i] += sum_of(part)[i];
+  }
+}
+
+ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, Out result, Index stride_rows,
+                    Index stride_columns, Index pad_rows, Index pad_columns) {
+  const Windows windows(x.dimensions(), kernel.dimensions(), result->dimensions(),
+                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    convolve<T>(pool, windows, in<T>(x), in<T>(kernel), out<T>(result));
+  });
+}
+
+ffi::Error ConvolveImagesGradient(ffi::ThreadPool pool, In kernel, In d_out, Out dx,
+                                  Index stride_rows, Index stride_columns, Index pad_rows,
+                                  Index pad_columns) {
+  const Windows windows(dx->dimensions(), kernel.dimensions(), d_out.dimensions(),
+                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
+  return with_type(kernel.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    convolve_images_gradient<T>(pool, windows, in<T>(kernel), in<T>(d_out), out<T>(dx));
+  });
+}
+
+ffi::Error ConvolveKernelGradient(ffi::ThreadPool pool, In x, In d_out, Out d_kernel,
+                                  Index stride_rows, Index stride_columns, Index pad_rows,
+                                  Index pad_columns) {
+  const Windows windows(x.dimensions(), d_kernel->dimensions(), d_out.dimensions(),
+                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    convolve_kernel_gradient<T>(pool, windows, in<T>(x), in<T>(d_out), out<T>(d_kernel));
+  });
+}
+
+}  // namespace
+
+#define ARG .Arg<In>()
+#define RET .Ret<ffi::AnyBuffer>()
+#define WINDOWS                                                                  \
+  .Attr<std::int64_t>("stride_rows").Attr<std::int64_t>("stride_columns")        \
+      .Attr<std::int64_t>("pad_rows").Attr<std::int64_t>("pad_columns")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve, Convolve,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_images_gradient, ConvolveImagesGradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_kernel_gradient, ConvolveKernelGradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_forward, LstmForward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG ARG ARG ARG RET RET RET RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_backward, LstmBackward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG RET RET RET RET RET);
