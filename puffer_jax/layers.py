@@ -138,94 +138,105 @@ def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Ar
     return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
 
 
-@jax.custom_vjp
 def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
     """Torch's `max_pool2d(x, kernel_size=3, stride=2, padding=1)`: pads with -inf on all sides.
 
     Of equal numbers in a window the first one takes the gradient, as in torch. No forward-mode
-    derivatives (`jax.jvp`).
+    derivatives (`jax.jvp`) on CPUs.
     """
     padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows only its string forms
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+    by_xla = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=padding)
+    if not native.serves(x):
+        return by_xla(x)
+    return jax.lax.platform_dependent(x, cpu=native.max_pool, default=by_xla)
 
 
-def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    out = max_pool(x)
-    return out, (x, out)
+class Conv2d(nnx.Conv):
+    """Torch's `Conv2d` for square windows, images (batch, H, W, channels), fast on CPUs, too.
 
+    Starts with zeros; `layer_init` and `torch_init` know it.
 
-def _max_pool_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array]:
-    # XLA's own gradient scatters, number by number; this one only compares and adds.
-    x, out = residuals
-    (batch, height, width, channels), (h, w) = x.shape, out.shape[1:3]
-    borders = (0, 0), (1, 2 * h - height), (1, 2 * w - width), (0, 0)
-    padded = jnp.pad(x, borders, constant_values=-jnp.inf)
-    taps = [(i, j) for i in range(3) for j in range(3)]
-    chosen = jnp.full(out.shape, len(taps), jnp.int8)
-    for number, (i, j) in reversed(list(enumerate(taps))):
-        tap = padded[:, i : i + 2 * h - 1 : 2, j : j + 2 * w - 1 : 2]
-        chosen = jnp.where(tap == out, jnp.int8(number), chosen)
-    chosen = jax.lax.optimization_barrier(chosen)
+    Args:
+        in_features: channels that come in.
+        out_features: channels that go out.
+        window: rows and columns of the kernel.
+        stride: of both.
+        padding: rows and columns of zeros on all sides.
+        channels_first: images come in as (batch, channels, H, W), as many environments give them.
+        rngs: not drawn from.
+        dtype: of the computation (None: that of the parameters).
+        param_dtype: of the parameters.
+    """
 
-    def part(i: int, j: int) -> Array:
-        """What tap (i, j) takes; the first taps of a window belong to the pixels before it."""
-        taken = jnp.where(chosen == taps.index((i, j)), d_out, 0)
-        down, right = int(i == 0), int(j == 0)
-        return jnp.pad(taken, ((0, 0), (0, down), (0, right), (0, 0)))[:, down:, right:]
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        window: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        channels_first: bool = False,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            (window, window),
+            stride,
+            padding=padding,
+            kernel_init=jax.nn.initializers.zeros,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        self.channels_first = channels_first
 
-    def plane(rows: tuple[int, ...], columns: tuple[int, ...]) -> Array:
-        return sum(part(i, j) for i in rows for j in columns)  # type: ignore[return-value]
-
-    # A pixel of an even row is in the middle of one window, one of an odd row on the edges of two.
-    even, odd = (1,), (2, 0)
-    dx = jnp.stack([jnp.stack([plane(r, c) for c in (even, odd)], 3) for r in (even, odd)], 2)
-    return (dx.reshape(batch, 2 * h, 2 * w, channels)[:, :height, :width],)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+    def __call__(self, images: Array, out_sharding: Any = None) -> Array:
+        """Images (batch, H', W', channels), see `convolution`."""
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        assert self.bias is not None
+        kernel, bias = self.kernel[...].astype(dtype), self.bias[...].astype(dtype)
+        stride: Any = self.strides
+        padding: Any = self.padding
+        return convolution(images, kernel, bias, stride, padding, self.channels_first)
 
 
 def convolution(
-    x: Float[Array, "batch height width inputs"],
-    kernel: Float[Array, "window_height window_width inputs_of_group outputs"],
-    strides: Any,
-    padding: Any,
-    **options: Any,
-) -> Float[Array, "out_batch out_height out_width outputs"]:
-    """`jax.lax.conv_general_dilated` for images, fast on CPUs, too; pass it to `nnx.Conv`.
+    x: Array,
+    kernel: Float[Array, "window_height window_width inputs outputs"],
+    bias: Float[Array, "outputs"],
+    stride: int = 1,
+    padding: int = 0,
+    channels_first: bool = False,
+) -> Float[Array, "batch out_height out_width outputs"]:
+    """Torch's `conv2d` of images (batch, H, W, inputs), or (batch, inputs, H, W).
 
-    On a CPU it is `puffer_jax.native.convolution`, where that can be built. Elsewhere, and for
-    options that the policies do not use (dilation, groups, other layouts and result types, borders
-    cut off, half precision), it is XLA's convolution as it is. No forward-mode derivatives.
+    Images of bytes (uint8) stand for numbers from 0 to 1: they are divided by 255.
+
+    On a CPU, in float32 and float64, it is `puffer_jax.native.convolution`, where that can be
+    built, and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
     """
-    by_xla = partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
-    )
-    if x.ndim != 4 or not _usual(x, kernel, options) or not native.serves(x, kernel):
-        return by_xla(x, kernel)
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    pads = tuple(map(tuple, padding))
-    sides = zip(x.shape[1:3], kernel.shape, pads, strict=False)
-    if min(map(min, pads)) < 0 or any(side + sum(pad) < size for side, size, pad in sides):
-        return by_xla(x, kernel)
-    by_us = partial(native.convolution, tuple(strides), pads)
-    return jax.lax.platform_dependent(x, kernel, cpu=by_us, default=by_xla)
 
+    def by_xla(x: Array, kernel: Array, bias: Array) -> Array:
+        x = x.astype(kernel.dtype) / 255.0 if x.dtype == jnp.uint8 else x.astype(kernel.dtype)
+        layout = ("NCHW" if channels_first else "NHWC", "HWIO", "NHWC")
+        return bias + jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=layout
+        )
 
-def _usual(x: Array, kernel: Array, options: dict[str, Any]) -> bool:
-    """Whether the options of `jax.lax.conv_general_dilated` say nothing but "a convolution"."""
-    images = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
-    dilations = [d for name in ("lhs", "rhs") for d in options.get(f"{name}_dilation") or ()]
-    groups = [options.get(f"{name}_group_count", 1) for name in ("feature", "batch")]
-    return (
-        set(dilations) | set(groups) == {1}
-        and options.get("preferred_element_type") is None
-        and options.get("dimension_numbers") in (images, _LAYOUT)
+    fits = min(x.shape[2:] if channels_first else x.shape[1:3]) + 2 * padding >= max(
+        kernel.shape[:2]
     )
+    if not (x.size and fits and native.serves(kernel, bias)):
+        return by_xla(x, kernel, bias)
+    if x.dtype != jnp.uint8:
+        x = (x.transpose(0, 2, 3, 1) if channels_first else x).astype(kernel.dtype)
+        channels_first = False
+    by_us = partial(native.convolution, (stride, stride), (padding, padding), channels_first)
+    return jax.lax.platform_dependent(x, kernel, bias, cpu=by_us, default=by_xla)
 
 
 class LSTM(nnx.Module):

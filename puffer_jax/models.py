@@ -22,7 +22,7 @@ from puffer_jax import spaces
 from puffer_jax.distributions import Normal
 from puffer_jax.layers import (
     LSTM,
-    convolution,
+    Conv2d,
     flatten_channels_first,
     gelu,
     layer_init,
@@ -102,7 +102,11 @@ class _Policy(nnx.Module):
         return shape
 
     def _scaled_images(self, images: Any) -> Array:
-        return jnp.asarray(images).astype(self._compute_dtype) / 255.0
+        """Numbers 0..255 as 0..1, except for bytes, which `Conv2d` scales."""
+        images = jnp.asarray(images)
+        if images.dtype == jnp.uint8:
+            return images
+        return images.astype(self._compute_dtype) / 255.0
 
 
 class Default(_Policy):
@@ -459,7 +463,7 @@ class Convolutional(_Policy):
         self._check_image()
 
         self.network = nnx.Sequential(
-            self._conv(framestack, 32, 8, 4, rngs=rngs),
+            self._conv(framestack, 32, 8, 4, channels_first=not channels_last, rngs=rngs),
             jax.nn.relu,
             self._conv(32, 64, 4, 2, rngs=rngs),
             jax.nn.relu,
@@ -472,21 +476,8 @@ class Convolutional(_Policy):
         self.actor = self._linear(hidden_size, self._discrete_actions(), 0.01, rngs=rngs)
         self.value_fn = self._linear(output_size, 1, 1.0, rngs=rngs)
 
-    def _conv(
-        self, inputs: int, outputs: int, window: int, stride: int, *, rngs: nnx.Rngs
-    ) -> nnx.Conv:
-        layer = nnx.Conv(
-            inputs,
-            outputs,
-            (window, window),
-            stride,
-            padding="VALID",
-            kernel_init=_zeros,
-            conv_general_dilated=convolution,
-            rngs=rngs,
-            **self._dtypes(),
-        )
-        return layer_init(layer, rngs=rngs)
+    def _conv(self, *sizes: int, rngs: nnx.Rngs, **options: Any) -> Conv2d:
+        return layer_init(Conv2d(*sizes, rngs=rngs, **options, **self._dtypes()), rngs=rngs)
 
     def _check_image(self) -> None:
         shape = self._image_shape()
@@ -519,9 +510,8 @@ class Convolutional(_Policy):
     ) -> Float[Array, "batch hidden"]:
         """Hidden vectors (batch, hidden_size); no time axis."""
         images = self._scaled_images(observations)
-        if not self.channels_last:
-            images = images.transpose(0, 2, 3, 1)
-        return self.network(images[:, :: self.downsample, :: self.downsample])
+        pixels = (..., *[slice(None, None, self.downsample)] * 2)
+        return self.network(images[*pixels, :] if self.channels_last else images[pixels])
 
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Array, Array]:
         """Logits (batch, n) and values (batch, 1)."""
@@ -666,16 +656,6 @@ class ProcgenResnet(_Policy):
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
 
 
-def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> nnx.Conv:
-    layer = nnx.Conv(
-        inputs,
-        outputs,
-        (3, 3),
-        padding=1,
-        kernel_init=_zeros,
-        conv_general_dilated=convolution,
-        rngs=rngs,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> Conv2d:
+    layer = Conv2d(inputs, outputs, 3, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     return torch_init(layer, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The LSTM and convolutions on CPUs, by kernels of our own (kernels.cc, XLA custom calls).
+"""The LSTM, convolutions and pooling on CPUs, by kernels of our own (kernels.cc, XLA custom calls).
 
 A compiler that is at hand builds them where they run, for the processor they run on, once: the
 library is kept in the user's cache. Without a compiler, or with PUFFER_JAX_NATIVE=0 in the
@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 _logger = logging.getLogger(__name__)
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
@@ -32,7 +32,9 @@ _NAMES = (
     "puffer_jax_lstm_backward",
     "puffer_jax_convolve",
     "puffer_jax_convolve_images_gradient",
-    "puffer_jax_convolve_kernel_gradient",
+    "puffer_jax_convolve_weights_gradient",
+    "puffer_jax_max_pool",
+    "puffer_jax_max_pool_gradient",
 )
 
 # --- the library ---------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def _load() -> bool:
 
 def _built(compiler: str) -> Path:
     """The shared library, from the cache or compiled now."""
-    source = files(__package__) / "kernels.cc"
+    source = files("puffer_jax.native") / "kernels.cc"
     code = source.read_bytes()
     # What the compiler predefines tells its version and the processor's instructions.
     asked = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
@@ -102,9 +104,8 @@ def _built(compiler: str) -> Path:
     return library
 
 
-def _call(name: str, results: Any, *arrays: Array, **attributes: int) -> Any:
-    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-    return call(*arrays, **{key: np.int64(value) for key, value in attributes.items()})
+def _call(name: str, results: Any, *arrays: Array, **attributes: Any) -> Any:
+    return jax.ffi.ffi_call(name, results, vmap_method="sequential")(*arrays, **attributes)
 
 
 def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -151,52 +152,99 @@ def _lstm_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 
 lstm.defvjp(_lstm_forward, _lstm_backward)
 
-# --- convolution ---------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------
 
-_Pads = tuple[tuple[int, int], tuple[int, int]]
+Pair = tuple[int, int]  # of the rows and of the columns
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def convolution(
-    strides: tuple[int, int],
-    pads: _Pads,
-    x: Float[Array, "batch height width inputs"],
+    strides: Pair,
+    pads: Pair,
+    channels_first: bool,
+    x: Float[Array, "batch height width inputs"] | UInt8[Array, "batch _ _ _"],
     kernel: Float[Array, "window_height window_width inputs outputs"],
+    bias: Float[Array, "outputs"],
 ) -> Float[Array, "batch out_height out_width outputs"]:
-    """A convolution of images; `pads` are zeros before and after rows and columns, none negative.
+    """A convolution of images.
 
-    The windows must fit into the images with their borders.
+    Args:
+        strides: of the windows.
+        pads: zeros before and after the rows, before and after the columns.
+        channels_first: whether images of bytes are (batch, inputs, height, width).
+        x: the images; bytes stand for numbers from 0 to 1, each is divided by 255.
+        kernel: must fit into the images with their borders.
+        bias: is added.
     """
-    sides = zip(x.shape[1:3], kernel.shape, strides, pads, strict=False)
-    height, width = ((side + sum(pad) - size) // stride + 1 for side, size, stride, pad in sides)
-    result = jax.ShapeDtypeStruct((x.shape[0], height, width, kernel.shape[3]), x.dtype)
-    return _call("puffer_jax_convolve", result, x, kernel, **_windows(strides, pads))
+    shape = (x.shape[0], *x.shape[2:]) if channels_first else x.shape
+    sides = zip(shape[1:], kernel.shape, strides, pads, strict=False)
+    height, width = ((side + 2 * pad - size) // stride + 1 for side, size, stride, pad in sides)
+    result = jax.ShapeDtypeStruct((x.shape[0], height, width, kernel.shape[3]), kernel.dtype)
+    windows = _windows(strides, pads) | {"channels_first": channels_first}
+    return _call("puffer_jax_convolve", result, x, kernel, bias, **windows)
 
 
-def _windows(strides: tuple[int, int], pads: _Pads) -> dict[str, int]:
+def _windows(strides: Pair, pads: Pair) -> dict[str, Any]:
     return {
-        "stride_rows": strides[0],
-        "stride_columns": strides[1],
-        "pad_rows": pads[0][0],
-        "pad_columns": pads[1][0],
+        "stride_rows": np.int64(strides[0]),
+        "stride_columns": np.int64(strides[1]),
+        "pad_rows": np.int64(pads[0]),
+        "pad_columns": np.int64(pads[1]),
     }
 
 
 def _convolution_forward(
-    strides: tuple[int, int], pads: _Pads, x: Array, kernel: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return convolution(strides, pads, x, kernel), (x, kernel)
+    strides: Pair, pads: Pair, channels_first: bool, *arrays: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return convolution(strides, pads, channels_first, *arrays), arrays
 
 
 def _convolution_backward(
-    strides: tuple[int, int], pads: _Pads, residuals: tuple[Array, Array], d_out: Array
-) -> tuple[Array, Array]:
-    x, kernel = residuals
+    strides: Pair,
+    pads: Pair,
+    channels_first: bool,
+    residuals: tuple[Array, ...],
+    d_out: Array,
+) -> tuple[Array | None, ...]:
+    x, *weights = residuals
     windows = _windows(strides, pads)
     # Two calls, so that the images' gradient is not computed where nobody asks for it.
-    (dx,) = _call("puffer_jax_convolve_images_gradient", _like(x), kernel, d_out, **windows)
-    (d_kernel,) = _call("puffer_jax_convolve_kernel_gradient", _like(kernel), x, d_out, **windows)
-    return dx, d_kernel
+    dx = None
+    if x.dtype == d_out.dtype:
+        (dx,) = _call("puffer_jax_convolve_images_gradient", _like(x), weights[0], d_out, **windows)
+    windows["channels_first"] = channels_first
+    given = _like(*weights)
+    return dx, *_call("puffer_jax_convolve_weights_gradient", given, x, d_out, **windows)
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+@jax.custom_vjp
+def max_pool(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch half_height half_width channels"]:
+    """`puffer_jax.layers.max_pool`."""
+    return _max_pool(x, False)[0]
+
+
+def _max_pool(x: Array, keep: bool) -> tuple[Array, Array]:
+    batch, height, width, channels = x.shape
+    shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
+    taken = jax.ShapeDtypeStruct(shape if keep else (0,), np.int8)
+    return _call("puffer_jax_max_pool", (jax.ShapeDtypeStruct(shape, x.dtype), taken), x)
+
+
+def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    out, taken = _max_pool(x, True)
+    # An empty array that tells the shape.
+    return out, (taken, jax.lax.empty((0, *x.shape), x.dtype))
+
+
+def _max_pool_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array]:
+    taken, like = residuals
+    dx = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
+    return (_call("puffer_jax_max_pool_gradient", dx, taken, d_out),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -43,7 +44,7 @@ constexpr int kTileRows[] = {0, 8, 6, 4, 4};
 constexpr int kWidest = 4;
 
 template <typename T>
-constexpr int kLanes = kBytes / sizeof(T);
+constexpr Index kLanes = kBytes / sizeof(T);
 
 template <typename T>
 struct VectorOf {
@@ -193,9 +194,11 @@ struct Product {
   Index panel_step;
 };
 
+// out[m][:] = start[m][:] + the sums of rows row[m], for so many rows; without `start` from zero.
 // A function of its own, since within others compilers run out of registers.
 template <typename T, int width, int rows>
-__attribute__((noinline)) void tile(const Product<T>& product, const T* const* row, T* out) {
+__attribute__((noinline)) void tile(const Product<T>& product, const T* const* row,
+                                    const T* const* start, T* const* out) {
   Vector<T> sums[rows][width] = {};
   const T* b = product.panel;
   const Index step = product.step, b_step = product.panel_step, end = product.length * step;
@@ -218,43 +221,50 @@ __attribute__((noinline)) void tile(const Product<T>& product, const T* const* r
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < width; ++v) store(out + (m * width + v) * kLanes<T>, sums[m][v]);
-  }
-}
-
-// The tile of `count` rows from `first` on: whole, or half of it where no more is left.
-template <typename T, int width, typename From>
-Index next_tile(const Product<T>& product, Index first, Index count, const From& from, T* out) {
-  constexpr int rows = kTileRows[width];
-  const T* row[rows];
-  for (int m = 0; m < rows; ++m) row[m] = from(std::min(first + m, count - 1));
-  if (count - first > rows / 2) {
-    tile<T, width, rows>(product, row, out);
-  } else {
-    tile<T, width, rows / 2>(product, row, out);
-  }
-  return std::min<Index>(rows, count - first);
-}
-
-// to(m)[0:columns] = (or +=) the sums of rows [0, count), which begin at from(m); of the columns
-// no more than the panel has.
-template <typename T, int width, typename From, typename To>
-void multiply(const Product<T>& product, Index count, Index columns, bool add, const From& from,
-              const To& to) {
-  constexpr int rows = kTileRows[width], lanes = width * kLanes<T>;
-  columns = std::min<Index>(columns, lanes);
-  for (Index first = 0; first < count; first += rows) {
-    alignas(kBytes) T sums[rows * lanes];
-    const Index valid = next_tile<T, width>(product, first, count, from, sums);
-    for (Index m = 0; m < valid; ++m) {
-      T* out = to(first + m);
-      const T* sum = sums + m * lanes;
-      for (Index v = 0; v < columns; v += kLanes<T>) {
-        const Index left = columns - v;
-        store(out + v, add ? load(out + v, left) + load(sum + v) : load(sum + v), left);
-      }
+    for (int v = 0; v < width; ++v) {
+      const Index at = v * kLanes<T>;
+      store(out[m] + at, start ? load(start[m] + at) + sums[m][v] : sums[m][v]);
     }
   }
+}
+
+// to(m)[0:columns] = start(m)[0:columns] + the sums of rows [0, count), which begin at from(m); of
+// the columns no more than the panel has; `start` may be `nothing`.
+template <typename T, int width, typename From, typename Start, typename To>
+void multiply(const Product<T>& product, Index count, Index columns, const From& from,
+              const Start& start, const To& to) {
+  constexpr int rows = kTileRows[width], lanes = width * kLanes<T>;
+  constexpr bool from_zero = std::is_same_v<Start, const T*(Index)>;
+  const bool whole = columns >= lanes;
+  alignas(kBytes) T spare[rows * lanes];
+  const T* row[rows];
+  const T* begin[rows];
+  T* out[rows];
+  for (Index first = 0; first < count; first += rows) {
+    const Index valid = std::min<Index>(rows, count - first);
+    for (Index m = 0; m < rows; ++m) {
+      const Index at = first + std::min(m, valid - 1);
+      row[m] = from(at);
+      begin[m] = start(at);
+      out[m] = whole && m < valid ? to(at) : spare + m * lanes;
+    }
+    const T* const* add = from_zero || !whole ? nullptr : begin;
+    if (valid > rows / 2) {
+      tile<T, width, rows>(product, row, add, out);
+    } else {
+      tile<T, width, rows / 2>(product, row, add, out);
+    }
+    if (whole) continue;
+    for (Index m = 0; m < valid; ++m) {
+      T* final = to(first + m);
+      for (Index i = 0; i < columns; ++i) final[i] = out[m][i] + (from_zero ? 0 : begin[m][i]);
+    }
+  }
+}
+
+template <typename T>
+const T* nothing(Index) {
+  return nullptr;
 }
 
 // Vectors a panel is wide, so that `columns` fill panels as evenly as they can.
@@ -397,19 +407,21 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, co
       for (Index p = 0; p < panels; ++p) {
         const Index units = std::min(lanes, hidden - p * lanes);
         const Product<T> product{1, 0, joined, 1, packed + p * 4 * lanes * joined, 4 * lanes};
-        const T* b = biases + p * 4 * lanes;
+        alignas(kBytes) T sums[tile_rows * 4 * lanes];
         for (Index m = 0; m < rows; m += tile_rows) {
-          alignas(kBytes) T sums[tile_rows * 4 * lanes];
-          const auto from = [&](Index i) { return row + i * stride; };
-          const Index valid = next_tile<T, 4>(product, m, rows, from, sums);
+          const Index valid = std::min<Index>(tile_rows, rows - m);
+          multiply<T, 4>(
+              product, valid, 4 * lanes, [&](Index i) { return row + (m + i) * stride; },
+              [&](Index) { return biases + p * 4 * lanes; },
+              [&](Index i) { return sums + i * 4 * lanes; });
           for (Index i = 0; i < valid; ++i) {
             const T* gates = sums + i * 4 * lanes;
             const Index at = (first + m + i) * time + t;
             T* cell = cells + (m + i) * hidden + p * lanes;
-            const Vector<T> input = sigmoid<T>(load(gates) + load(b));
-            const Vector<T> forget = sigmoid<T>(load(gates + lanes) + load(b + lanes));
-            const Vector<T> candidate = tanh<T>(load(gates + 2 * lanes) + load(b + 2 * lanes));
-            const Vector<T> output = sigmoid<T>(load(gates + 3 * lanes) + load(b + 3 * lanes));
+            const Vector<T> input = sigmoid<T>(load(gates));
+            const Vector<T> forget = sigmoid<T>(load(gates + lanes));
+            const Vector<T> candidate = tanh<T>(load(gates + 2 * lanes));
+            const Vector<T> output = sigmoid<T>(load(gates + 3 * lanes));
             const Vector<T> before = done[at] ? Vector<T>{} : load(cell, units);
             const Vector<T> after = forget * before + input * candidate;
             store(cell, after, units);
@@ -515,12 +527,12 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, c
         const Product<T> product{1, 0, gates, 1, packed + p * wide * gates, wide};
         const auto from = [&](Index r) { return d_now + r * d_stride; };
         if (p < of_x) {
-          multiply<T, 4>(product, rows, inputs - p * wide, false, from, [&](Index r) {
+          multiply<T, 4>(product, rows, inputs - p * wide, from, nothing<T>, [&](Index r) {
             return dx + ((first + r) * time + t) * inputs + p * wide;
           });
         } else {
           const Index q = p - of_x;
-          multiply<T, 4>(product, rows, hidden - q * wide, false, from,
+          multiply<T, 4>(product, rows, hidden - q * wide, from, nothing<T>,
                          [&](Index r) { return dh + (first + r) * hidden + q * wide; });
         }
       }
@@ -530,9 +542,8 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, c
       if (++slot < slots && t > 0) continue;
       for (Index n = 0; n < joined; n += wide) {
         const Product<T> product{1, 0, slot * rows, d_stride, inputs_rows + n, stride};
-        multiply<T, 4>(
-            product, gates, joined - n, true, [&](Index m) { return d_rows + m; },
-            [&](Index m) { return d_w + m * joined + n; });
+        const auto sum = [&](Index m) { return d_w + m * joined + n; };
+        multiply<T, 4>(product, gates, joined - n, [&](Index m) { return d_rows + m; }, sum, sum);
       }
       slot = 0;
     }
@@ -571,11 +582,12 @@ ffi::Error LstmBackward(ffi::ThreadPool pool, In weight, In x, In h, In c, In do
 
 // --- convolution -----------------------------------------------------------------------------
 
-// Images (batch, height, width, channels) and windows over them, channels last throughout.
+// Images (batch, height, width, channels) and windows over them. The images of bytes that an
+// environment gives may have their channels first; everything else has them last.
 struct Images {
   Index batch, height, width, channels;
-  explicit Images(ffi::AnyBuffer::Dimensions d)
-      : batch(d[0]), height(d[1]), width(d[2]), channels(d[3]) {}
+  explicit Images(ffi::AnyBuffer::Dimensions d, bool first = false)
+      : batch(d[0]), height(d[first ? 2 : 1]), width(d[first ? 3 : 2]), channels(d[first ? 1 : 3]) {}
   Index size() const { return height * width * channels; }
 };
 
@@ -588,15 +600,14 @@ struct Windows {
   Pair size, stride, pad;  // pad: rows above and columns to the left
   Pair sides;              // of an image with all its borders
 
-  Windows(ffi::AnyBuffer::Dimensions x, ffi::AnyBuffer::Dimensions kernel,
-          ffi::AnyBuffer::Dimensions out, Pair stride, Pair pad)
+  Windows(Images x, ffi::AnyBuffer::Dimensions kernel, Images out, Pair stride, Pair pad)
       : x(x),
         out(out),
         size{kernel[0], kernel[1]},
         stride(stride),
         pad(pad),
-        sides{(this->out.height - 1) * stride.rows + size.rows,
-              (this->out.width - 1) * stride.columns + size.columns} {}
+        sides{(out.height - 1) * stride.rows + size.rows,
+              (out.width - 1) * stride.columns + size.columns} {}
 
   Index numbers() const { return size.rows * size.columns * x.channels; }
 };
@@ -620,7 +631,8 @@ void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair s
 
 // The image that the windows slide over: itself if it needs no border.
 template <typename T>
-const T* bordered(const Windows& w, const T* image) {
+const T* bordered(const Windows& w, const T* x, Index n) {
+  const T* image = x + n * w.x.size();
   if (w.pad.rows == 0 && w.pad.columns == 0 && w.sides.columns == w.x.width &&
       w.sides.rows <= w.x.height) {
     return image;
@@ -630,8 +642,61 @@ const T* bordered(const Windows& w, const T* image) {
   return copy;
 }
 
+// Images of bytes, 0 to 255, stand for numbers from 0 to 1.
+struct Bytes {
+  const std::uint8_t* data;
+  bool channels_first;
+};
+
+// One row of pixels as numbers; with a constant for `channels` twice as fast.
+template <typename T, typename Channels>
+void to_numbers(const T* number, const std::uint8_t* row, Index step, Index plane, Index count,
+                Channels channels, T* out) {
+  for (Index i = 0; i < count; ++i) {
+    for (Index c = 0; c < channels; ++c) out[i * channels + c] = number[row[i * step + c * plane]];
+  }
+}
+
 template <typename T>
-void convolve(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* kernel, T* out) {
+const T* bordered(const Windows& w, const Bytes& x, Index n) {
+  struct Table {
+    T of[256];
+    Table() {
+      for (int i = 0; i < 256; ++i) of[i] = T(i) / T(255);
+    }
+  };
+  static const Table number;
+  const Index channels = w.x.channels;
+  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * channels);
+  if (w.pad.rows || w.pad.columns) {
+    std::fill_n(copy, w.sides.rows * w.sides.columns * channels, T(0));
+  }
+  const Index rows = std::min(w.sides.rows - w.pad.rows, w.x.height);
+  const Index columns = std::min(w.sides.columns - w.pad.columns, w.x.width);
+  const Pair step = x.channels_first ? Pair{w.x.width, 1} : Pair{w.x.width * channels, channels};
+  const Index plane = x.channels_first ? w.x.height * w.x.width : 1;
+  for (Index y = 0; y < rows; ++y) {
+    const std::uint8_t* row = x.data + n * w.x.size() + y * step.rows;
+    T* to = copy + ((w.pad.rows + y) * w.sides.columns + w.pad.columns) * channels;
+    const auto convert = [&](auto known) {
+      to_numbers(number.of, row, step.columns, plane, columns, known, to);
+    };
+    if (channels == 1) {
+      convert(std::integral_constant<Index, 1>());
+    } else if (channels == 3) {
+      convert(std::integral_constant<Index, 3>());
+    } else if (channels == 4) {
+      convert(std::integral_constant<Index, 4>());
+    } else {
+      convert(channels);
+    }
+  }
+  return copy;
+}
+
+template <typename T, typename X>
+void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kernel, const T* bias,
+              T* out) {
   const Index outputs = w.out.channels, numbers = w.numbers();
   with_width(panel_width<T>(outputs), [&](auto width) {
     constexpr Index lanes = width * kLanes<T>;
@@ -648,14 +713,14 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* kern
                   i % w.out.width * w.stride.columns * w.x.channels;
     }
     parallel(pool, w.x.batch, [&](Index n) {
-      const T* image = bordered(w, x + n * w.x.size());
+      const T* image = bordered<T>(w, x, n);
       for (Index p = 0; p < panels; ++p) {
         T* to = out + n * w.out.size() + p * lanes;
         multiply<T, width>(
             {w.size.rows, row, w.size.columns * w.x.channels, 1, packed + p * numbers * lanes,
              lanes},
-            pixels, outputs - p * lanes, false, [&](Index i) { return image + starts[i]; },
-            [&](Index i) { return to + i * outputs; });
+            pixels, outputs - p * lanes, [&](Index i) { return image + starts[i]; },
+            [&](Index) { return bias + p * lanes; }, [&](Index i) { return to + i * outputs; });
       }
     });
   });
@@ -723,10 +788,11 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
           T* to = dx + n * w.x.size() + (first.rows * w.x.width + first.columns) * channels +
                   p * lanes;
           multiply<T, width>(
-              product, pixels.rows * pixels.columns, channels - p * lanes, false,
+              product, pixels.rows * pixels.columns, channels - p * lanes,
               [&](Index i) {
                 return from + i / pixels.columns * row + i % pixels.columns * outputs;
               },
+              nothing<T>,
               [&](Index i) {
                 return to + (i / pixels.columns * w.stride.rows * w.x.width +
                              i % pixels.columns * w.stride.columns) *
@@ -738,23 +804,38 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
   });
 }
 
+// sum[0:columns] += the sum of so many rows.
 template <typename T>
-void convolve_kernel_gradient(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* d_out,
-                              T* d_kernel) {
+void add_rows(const T* data, Index rows, Index columns, T* sum) {
+  for (Index j = 0; j < columns; j += kLanes<T>) {
+    const Index left = columns - j;
+    Vector<T> total = load(sum + j, left);
+    for (Index i = 0; i < rows; ++i) total += load(data + i * columns + j, left);
+    store(sum + j, total, left);
+  }
+}
+
+template <typename T, typename X>
+void convolve_weights_gradient(ffi::ThreadPool& pool, const Windows& w, const X& x,
+                               const T* d_out, T* d_kernel, T* d_bias) {
   const Index outputs = w.out.channels, numbers = w.numbers();
   const Index row = w.sides.columns * w.x.channels, window_row = w.size.columns * w.x.channels;
   const Index pixels = w.out.height * w.out.width, size = numbers * outputs;
   const Index parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, w.x.batch));
-  std::unique_ptr<T[]> others(new T[(parts - 1) * size]);
+  // One sum a part; the first where the result goes.
+  std::unique_ptr<T[]> others(new T[(parts - 1) * (size + outputs)]);
   const auto sum_of = [&](Index part) {
-    return part ? others.get() + (part - 1) * size : d_kernel;
+    return part ? others.get() + (part - 1) * (size + outputs) : d_kernel;
   };
+  const auto bias_of = [&](Index part) { return part ? sum_of(part) + size : d_bias; };
   parallel(pool, parts, [&](Index part) {
     T* sum = sum_of(part);
     std::fill_n(sum, size, T(0));
+    std::fill_n(bias_of(part), outputs, T(0));
     for (Index n = share(w.x.batch, 1, part, parts); n < share(w.x.batch, 1, part + 1, parts);
          ++n) {
-      const T* image = bordered(w, x + n * w.x.size());
+      const T* image = bordered<T>(w, x, n);
+      add_rows(d_out + n * w.out.size(), pixels, outputs, bias_of(part));
       with_width(panel_width<T>(outputs), [&](auto width) {
         constexpr Index lanes = width * kLanes<T>;
         for (Index p = 0; p < outputs; p += lanes) {
@@ -772,33 +853,46 @@ void convolve_kernel_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
                                    w.stride.columns * w.x.channels,
                                    panel,
                                    panel_step};
+          const auto to = [&](Index i) { return sum + i * outputs + p; };
           multiply<T, width>(
-              product, numbers, outputs - p, true,
-              [&](Index i) { return image + i / window_row * row + i % window_row; },
-              [&](Index i) { return sum + i * outputs + p; });
+              product, numbers, outputs - p,
+              [&](Index i) { return image + i / window_row * row + i % window_row; }, to, to);
         }
       });
     }
   });
   for (Index part = 1; part < parts; ++part) {
     for (Index i = 0; i < size; ++i) d_kernel[i] += sum_of(part)[i];
+    for (Index i = 0; i < outputs; ++i) d_bias[i] += bias_of(part)[i];
   }
 }
 
-ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, Out result, Index stride_rows,
-                    Index stride_columns, Index pad_rows, Index pad_columns) {
-  const Windows windows(x.dimensions(), kernel.dimensions(), result->dimensions(),
-                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
-  return with_type(x.element_type(), [&](auto zero) {
+template <typename T, typename Body>
+void with_images(const In& x, bool channels_first, const Body& body) {
+  if (x.element_type() == ffi::DataType::U8) {
+    body(Bytes{in<std::uint8_t>(x), channels_first});
+  } else {
+    body(in<T>(x));
+  }
+}
+
+ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, bool channels_first,
+                    Index stride_rows, Index stride_columns, Index pad_rows, Index pad_columns) {
+  const Windows windows(Images(x.dimensions(), channels_first), kernel.dimensions(),
+                        Images(result->dimensions()), {stride_rows, stride_columns},
+                        {pad_rows, pad_columns});
+  return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    convolve<T>(pool, windows, in<T>(x), in<T>(kernel), out<T>(result));
+    with_images<T>(x, channels_first, [&](const auto& images) {
+      convolve<T>(pool, windows, images, in<T>(kernel), in<T>(bias), out<T>(result));
+    });
   });
 }
 
 ffi::Error ConvolveImagesGradient(ffi::ThreadPool pool, In kernel, In d_out, Out dx,
                                   Index stride_rows, Index stride_columns, Index pad_rows,
                                   Index pad_columns) {
-  const Windows windows(dx->dimensions(), kernel.dimensions(), d_out.dimensions(),
+  const Windows windows(Images(dx->dimensions()), kernel.dimensions(), Images(d_out.dimensions()),
                         {stride_rows, stride_columns}, {pad_rows, pad_columns});
   return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -806,14 +900,100 @@ ffi::Error ConvolveImagesGradient(ffi::ThreadPool pool, In kernel, In d_out, Out
   });
 }
 
-ffi::Error ConvolveKernelGradient(ffi::ThreadPool pool, In x, In d_out, Out d_kernel,
-                                  Index stride_rows, Index stride_columns, Index pad_rows,
-                                  Index pad_columns) {
-  const Windows windows(x.dimensions(), d_kernel->dimensions(), d_out.dimensions(),
-                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
+ffi::Error ConvolveWeightsGradient(ffi::ThreadPool pool, In x, In d_out, Out d_kernel, Out d_bias,
+                                   bool channels_first, Index stride_rows, Index stride_columns,
+                                   Index pad_rows, Index pad_columns) {
+  const Windows windows(Images(x.dimensions(), channels_first), d_kernel->dimensions(),
+                        Images(d_out.dimensions()), {stride_rows, stride_columns},
+                        {pad_rows, pad_columns});
+  return with_type(d_out.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    with_images<T>(x, channels_first, [&](const auto& images) {
+      convolve_weights_gradient<T>(pool, windows, images, in<T>(d_out), out<T>(d_kernel),
+                                   out<T>(d_bias));
+    });
+  });
+}
+
+// --- pooling ---------------------------------------------------------------------------------
+
+// The largest number of windows of 3x3, 2 apart, borders of 1; `taken`, if any, tells which of the
+// nine it was, the first of equal ones. NaN is larger than any number.
+template <typename T>
+void max_pool(ffi::ThreadPool& pool, const Images& x, const Images& out, const T* data, T* result,
+              std::int8_t* taken) {
+  using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Bits Integers __attribute__((vector_size(kBytes)));
+  typedef std::int8_t Small __attribute__((vector_size(kLanes<T>), aligned(1), may_alias));
+  const Index channels = x.channels;
+  parallel(pool, x.batch, [&](Index n) {
+    for (Index i = 0; i < out.height; ++i) {
+      // Rows and columns of the window from its last to its first.
+      const Index top = i ? 0 : 1, bottom = std::min<Index>(2, x.height - 2 * i);
+      for (Index j = 0; j < out.width; ++j) {
+        const Index left = j ? 0 : 1, right = std::min<Index>(2, x.width - 2 * j);
+        const T* corner = data + n * x.size() + ((2 * i - 1) * x.width + 2 * j - 1) * channels;
+        const Index at = n * out.size() + (i * out.width + j) * channels;
+        for (Index c = 0; c < channels; c += kLanes<T>) {
+          const Index count = std::min(channels - c, kLanes<T>);
+          Vector<T> best = Vector<T>{} - std::numeric_limits<T>::infinity();
+          Integers which = {};
+          for (Index row = bottom; row >= top; --row) {
+            for (Index column = right; column >= left; --column) {
+              const T* from = corner + (row * x.width + column) * channels + c;
+              const Vector<T> value = load(from, count);
+              const auto more = (value >= best) | (value != value);
+              best = more ? value : best;
+              which = more ? Integers{} + Bits(3 * row + column) : which;
+            }
+          }
+          store(result + at + c, best, count);
+          if (taken == nullptr) continue;
+          if (count == kLanes<T>) {
+            *reinterpret_cast<Small*>(taken + at + c) = __builtin_convertvector(which, Small);
+          } else {
+            for (Index k = 0; k < count; ++k) taken[at + c + k] = which[k];
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void max_pool_gradient(ffi::ThreadPool& pool, const Images& x, const Images& out,
+                       const std::int8_t* taken, const T* d_out, T* dx) {
+  const Index channels = x.channels;
+  parallel(pool, x.batch, [&](Index n) {
+    T* image = dx + n * x.size();
+    std::fill_n(image, x.size(), T(0));
+    for (Index i = 0; i < out.height; ++i) {
+      for (Index j = 0; j < out.width; ++j) {
+        T* corner = image + ((2 * i - 1) * x.width + 2 * j - 1) * channels;
+        const Index at = n * out.size() + (i * out.width + j) * channels;
+        for (Index c = 0; c < channels; ++c) {
+          const int tap = taken[at + c];
+          corner[(tap / 3 * x.width + tap % 3) * channels + c] += d_out[at + c];
+        }
+      }
+    }
+  });
+}
+
+ffi::Error MaxPool(ffi::ThreadPool pool, In x, Out result, Out taken) {
+  const Images images(x.dimensions()), pooled(result->dimensions());
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    convolve_kernel_gradient<T>(pool, windows, in<T>(x), in<T>(d_out), out<T>(d_kernel));
+    std::int8_t* where = taken->element_count() ? out<std::int8_t>(taken) : nullptr;
+    max_pool<T>(pool, images, pooled, in<T>(x), out<T>(result), where);
+  });
+}
+
+ffi::Error MaxPoolGradient(ffi::ThreadPool pool, In taken, In d_out, Out dx) {
+  const Images images(dx->dimensions()), pooled(d_out.dimensions());
+  return with_type(d_out.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    max_pool_gradient<T>(pool, images, pooled, in<std::int8_t>(taken), in<T>(d_out), out<T>(dx));
   });
 }
 
@@ -825,12 +1005,20 @@ ffi::Error ConvolveKernelGradient(ffi::ThreadPool pool, In x, In d_out, Out d_ke
   .Attr<std::int64_t>("stride_rows").Attr<std::int64_t>("stride_columns")        \
       .Attr<std::int64_t>("pad_rows").Attr<std::int64_t>("pad_columns")
 
+#define LAYOUT .Attr<bool>("channels_first")
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve, Convolve,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG RET LAYOUT WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_images_gradient, ConvolveImagesGradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_kernel_gradient, ConvolveKernelGradient,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_weights_gradient, ConvolveWeightsGradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET RET LAYOUT
+                              WINDOWS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_max_pool, MaxPool,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG RET RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_max_pool_gradient, MaxPoolGradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_forward, LstmForward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG ARG RET RET RET RET);
