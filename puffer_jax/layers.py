@@ -192,50 +192,59 @@ class Conv2d(nnx.Conv):
             dtype=dtype,
             param_dtype=param_dtype,
         )
+        self.stride = stride
+        self.pad = padding
         self.channels_first = channels_first
 
-    def __call__(self, images: Array, out_sharding: Any = None) -> Array:
+    def __call__(
+        self, images: Array, out_sharding: Any = None, *, rectify: bool = False
+    ) -> Float[Array, "batch out_height out_width channels"]:
         """Images (batch, H', W', channels), see `convolution`."""
         dtype = self.param_dtype if self.dtype is None else self.dtype
         assert self.bias is not None
-        kernel, bias = self.kernel[...].astype(dtype), self.bias[...].astype(dtype)
-        stride: Any = self.strides
-        padding: Any = self.padding
-        return convolution(images, kernel, bias, stride, padding, self.channels_first)
+        kernel, bias = (jnp.asarray(p[...], dtype) for p in (self.kernel, self.bias))
+        windows = native.Windows(
+            (self.stride, self.stride), (self.pad, self.pad), self.channels_first, rectify
+        )
+        return convolution(images, kernel, bias, windows)
 
 
 def convolution(
     x: Array,
     kernel: Float[Array, "window_height window_width inputs outputs"],
     bias: Float[Array, "outputs"],
-    stride: int = 1,
-    padding: int = 0,
-    channels_first: bool = False,
+    windows: native.Windows,
 ) -> Float[Array, "batch out_height out_width outputs"]:
     """Torch's `conv2d` of images (batch, H, W, inputs), or (batch, inputs, H, W).
 
-    Images of bytes (uint8) stand for numbers from 0 to 1: they are divided by 255.
+    Images of bytes (uint8) stand for numbers from 0 to 1: they are divided by 255. With
+    `windows.rectify` a ReLU comes first.
 
     On a CPU, in float32 and float64, it is `puffer_jax.native.convolution`, where that can be
     built, and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
     """
+    as_bytes = x.dtype == jnp.uint8
+    if windows.channels_first and not as_bytes:
+        x, windows = x.transpose(0, 2, 3, 1), windows._replace(channels_first=False)
 
     def by_xla(x: Array, kernel: Array, bias: Array) -> Array:
-        x = x.astype(kernel.dtype) / 255.0 if x.dtype == jnp.uint8 else x.astype(kernel.dtype)
-        layout = ("NCHW" if channels_first else "NHWC", "HWIO", "NHWC")
-        return bias + jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=layout
-        )
+        x = x.astype(kernel.dtype)
+        x = x / 255.0 if as_bytes else x
+        x = jax.nn.relu(x) if windows.rectify else x
+        layout = ("NCHW" if windows.channels_first else "NHWC", "HWIO", "NHWC")
+        pads = [(pad, pad) for pad in windows.pads]
+        convolve = partial(jax.lax.conv_general_dilated, dimension_numbers=layout)
+        return convolve(x, kernel, windows.strides, pads) + bias
 
-    fits = min(x.shape[2:] if channels_first else x.shape[1:3]) + 2 * padding >= max(
-        kernel.shape[:2]
+    sides = x.shape[2:] if windows.channels_first else x.shape[1:3]
+    fits = all(
+        side + 2 * pad >= size
+        for side, pad, size in zip(sides, windows.pads, kernel.shape, strict=False)
     )
     if not (x.size and fits and native.serves(kernel, bias)):
         return by_xla(x, kernel, bias)
-    if x.dtype != jnp.uint8:
-        x = (x.transpose(0, 2, 3, 1) if channels_first else x).astype(kernel.dtype)
-        channels_first = False
-    by_us = partial(native.convolution, (stride, stride), (padding, padding), channels_first)
+    x = x if as_bytes else x.astype(kernel.dtype)
+    by_us = partial(native.convolution, windows)
     return jax.lax.platform_dependent(x, kernel, bias, cpu=by_us, default=by_xla)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from puffer_jax import spaces
 from puffer_jax.distributions import Normal
@@ -537,7 +537,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Images of the same shape."""
-        return self.conv1(jax.nn.relu(self.conv0(jax.nn.relu(x)))) + x
+        return self.conv1(self.conv0(x, rectify=True), rectify=True) + x
 
 
 class ConvSequence(nnx.Module):
@@ -573,8 +573,8 @@ class ConvSequence(nnx.Module):
         self.res_block0 = ResidualBlock(out_channels, rngs=rngs, **dtypes)
         self.res_block1 = ResidualBlock(out_channels, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
-        """Images (batch, H, W, C) -> (batch, H', W', C')."""
+    def __call__(self, x: Shaped[Array, "batch height width channels"]) -> Array:
+        """Images (batch, H, W, C) -> (batch, H', W', C'); bytes are scaled to 0..1."""
         return self.res_block1(self.res_block0(max_pool(self.conv(x))))
 
     def get_output_shape(self) -> tuple[int, int, int]:

@@ -19,14 +19,15 @@ from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 _logger = logging.getLogger(__name__)
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
 _NAMES = (
     "puffer_jax_lstm_forward",
     "puffer_jax_lstm_backward",
@@ -157,11 +158,35 @@ lstm.defvjp(_lstm_forward, _lstm_backward)
 Pair = tuple[int, int]  # of the rows and of the columns
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+class Windows(NamedTuple):
+    """How the windows of a convolution lie on its images."""
+
+    strides: Pair = (1, 1)
+    pads: Pair = (0, 0)
+    """Zeros before and after the rows, before and after the columns."""
+    channels_first: bool = False
+    """Of images of bytes: they are (batch, inputs, height, width)."""
+    rectify: bool = False
+    """Of other images: a ReLU comes first."""
+
+    def attributes(self) -> dict[str, Any]:
+        """What every kernel is told."""
+        return {
+            "stride_rows": np.int64(self.strides[0]),
+            "stride_columns": np.int64(self.strides[1]),
+            "pad_rows": np.int64(self.pads[0]),
+            "pad_columns": np.int64(self.pads[1]),
+        }
+
+    def of_images(self) -> dict[str, Any]:
+        """What those are told that read the images."""
+        own = {"channels_first": self.channels_first, "rectify": self.rectify}
+        return self.attributes() | own
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolution(
-    strides: Pair,
-    pads: Pair,
-    channels_first: bool,
+    windows: Windows,
     x: Float[Array, "batch height width inputs"] | UInt8[Array, "batch _ _ _"],
     kernel: Float[Array, "window_height window_width inputs outputs"],
     bias: Float[Array, "outputs"],
@@ -169,52 +194,34 @@ def convolution(
     """A convolution of images.
 
     Args:
-        strides: of the windows.
-        pads: zeros before and after the rows, before and after the columns.
-        channels_first: whether images of bytes are (batch, inputs, height, width).
+        windows: where they lie; they must fit into the images with their borders.
         x: the images; bytes stand for numbers from 0 to 1, each is divided by 255.
-        kernel: must fit into the images with their borders.
+        kernel: the weights.
         bias: is added.
     """
-    shape = (x.shape[0], *x.shape[2:]) if channels_first else x.shape
-    sides = zip(shape[1:], kernel.shape, strides, pads, strict=False)
+    shape = (x.shape[0], *x.shape[2:]) if windows.channels_first else x.shape
+    sides = zip(shape[1:], kernel.shape, windows.strides, windows.pads, strict=False)
     height, width = ((side + 2 * pad - size) // stride + 1 for side, size, stride, pad in sides)
     result = jax.ShapeDtypeStruct((x.shape[0], height, width, kernel.shape[3]), kernel.dtype)
-    windows = _windows(strides, pads) | {"channels_first": channels_first}
-    return _call("puffer_jax_convolve", result, x, kernel, bias, **windows)
+    return _call("puffer_jax_convolve", result, x, kernel, bias, **windows.of_images())
 
 
-def _windows(strides: Pair, pads: Pair) -> dict[str, Any]:
-    return {
-        "stride_rows": np.int64(strides[0]),
-        "stride_columns": np.int64(strides[1]),
-        "pad_rows": np.int64(pads[0]),
-        "pad_columns": np.int64(pads[1]),
-    }
-
-
-def _convolution_forward(
-    strides: Pair, pads: Pair, channels_first: bool, *arrays: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    return convolution(strides, pads, channels_first, *arrays), arrays
+def _convolution_forward(windows: Windows, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return convolution(windows, *arrays), arrays
 
 
 def _convolution_backward(
-    strides: Pair,
-    pads: Pair,
-    channels_first: bool,
-    residuals: tuple[Array, ...],
-    d_out: Array,
+    windows: Windows, residuals: tuple[Array, ...], d_out: Array
 ) -> tuple[Array | None, ...]:
     x, *weights = residuals
-    windows = _windows(strides, pads)
     # Two calls, so that the images' gradient is not computed where nobody asks for it.
     dx = None
     if x.dtype == d_out.dtype:
-        (dx,) = _call("puffer_jax_convolve_images_gradient", _like(x), weights[0], d_out, **windows)
-    windows["channels_first"] = channels_first
-    given = _like(*weights)
-    return dx, *_call("puffer_jax_convolve_weights_gradient", given, x, d_out, **windows)
+        name = "puffer_jax_convolve_images_gradient"
+        (dx,) = _call(name, _like(x), weights[0], d_out, **windows.attributes())
+        dx = jnp.where(x > 0, dx, 0) if windows.rectify else dx
+    name = "puffer_jax_convolve_weights_gradient"
+    return dx, *_call(name, _like(*weights), x, d_out, **windows.of_images())
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)

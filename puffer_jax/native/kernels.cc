@@ -186,12 +186,13 @@ inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std
 // --- the product -----------------------------------------------------------------------------
 
 // A product as rows of A meet a panel of B:
-//   sums[m][:] = sum over s, k of row(m)[s * segment + k * step] * panel[s * length + k][:].
+//   sums[m][:] = sum over s, k of row(m)[s * segment + k * step]
+//                                 * panel[s * panel_segment + k * panel_step + (0:width)].
 template <typename T>
 struct Product {
   Index segments, segment, length, step;
   const T* panel;
-  Index panel_step;
+  Index panel_step, panel_segment = length * panel_step;
 };
 
 // out[m][:] = start[m][:] + the sums of rows row[m], for so many rows; without `start` from zero.
@@ -200,9 +201,9 @@ template <typename T, int width, int rows>
 __attribute__((noinline)) void tile(const Product<T>& product, const T* const* row,
                                     const T* const* start, T* const* out) {
   Vector<T> sums[rows][width] = {};
-  const T* b = product.panel;
   const Index step = product.step, b_step = product.panel_step, end = product.length * step;
   for (Index s = 0; s < product.segments; ++s) {
+    const T* b = product.panel + s * product.panel_segment;
     const T* a[rows];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) a[m] = row[m] + s * product.segment;
@@ -612,33 +613,48 @@ struct Windows {
   Index numbers() const { return size.rows * size.columns * x.channels; }
 };
 
-// An image within borders of zeros; what lies beyond `sides` is cut off.
+// An image within borders of zeros, its negative numbers zero, too, if it is to be rectified; what
+// lies beyond `sides` is cut off.
 template <typename T>
-void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair sides, T* out) {
+void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair sides, bool rectify,
+           T* out) {
   const Index row = sides.columns * channels;
   const Index rows = std::clamp<Index>(sides.rows - corner.rows, 0, image_sides.rows);
   const Index left = corner.columns * channels;
   const Index count = std::clamp<Index>(row - left, 0, image_sides.columns * channels);
   std::fill_n(out, corner.rows * row, T(0));
   for (Index y = 0; y < rows; ++y) {
+    const T* from = image + y * image_sides.columns * channels;
     T* to = out + (corner.rows + y) * row;
     std::fill_n(to, left, T(0));
-    std::copy_n(image + y * image_sides.columns * channels, count, to + left);
+    if (rectify) {
+      for (Index i = 0; i < count; ++i) to[left + i] = from[i] < 0 ? T(0) : from[i];
+    } else {
+      std::copy_n(from, count, to + left);
+    }
     std::fill_n(to + left + count, row - left - count, T(0));
   }
   std::fill_n(out + (corner.rows + rows) * row, (sides.rows - corner.rows - rows) * row, T(0));
 }
 
-// The image that the windows slide over: itself if it needs no border.
+// The images of a convolution, numbers or bytes.
 template <typename T>
-const T* bordered(const Windows& w, const T* x, Index n) {
-  const T* image = x + n * w.x.size();
-  if (w.pad.rows == 0 && w.pad.columns == 0 && w.sides.columns == w.x.width &&
-      w.sides.rows <= w.x.height) {
+struct Numbers {
+  const T* data;
+  bool rectify;
+};
+
+// The image that the windows slide over: itself if it needs no border, unless somebody means to
+// read some numbers beyond its end.
+template <typename T>
+const T* bordered(const Windows& w, const Numbers<T>& x, Index n, Index beyond = 0) {
+  const T* image = x.data + n * w.x.size();
+  if (!x.rectify && beyond == 0 && w.pad.rows == 0 && w.pad.columns == 0 &&
+      w.sides.columns == w.x.width) {
     return image;
   }
-  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * w.x.channels);
-  place(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, copy);
+  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * w.x.channels + beyond);
+  place(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, x.rectify, copy);
   return copy;
 }
 
@@ -658,7 +674,7 @@ void to_numbers(const T* number, const std::uint8_t* row, Index step, Index plan
 }
 
 template <typename T>
-const T* bordered(const Windows& w, const Bytes& x, Index n) {
+const T* bordered(const Windows& w, const Bytes& x, Index n, Index beyond = 0) {
   struct Table {
     T of[256];
     Table() {
@@ -667,7 +683,7 @@ const T* bordered(const Windows& w, const Bytes& x, Index n) {
   };
   static const Table number;
   const Index channels = w.x.channels;
-  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * channels);
+  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * channels + beyond);
   if (w.pad.rows || w.pad.columns) {
     std::fill_n(copy, w.sides.rows * w.sides.columns * channels, T(0));
   }
@@ -765,7 +781,8 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
     }
     parallel(pool, w.x.batch, [&](Index n) {
       T* image = scratch<T, 1>(sides.rows * row);
-      place(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, image);
+      place(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, false,
+            image);
       for (Index phase = 0; phase < phases; ++phase) {
         const Pair at{phase / w.stride.columns, phase % w.stride.columns};
         const Pair count{taps(w.size.rows, w.stride.rows, at.rows),
@@ -818,72 +835,72 @@ void add_rows(const T* data, Index rows, Index columns, T* sum) {
 template <typename T, typename X>
 void convolve_weights_gradient(ffi::ThreadPool& pool, const Windows& w, const X& x,
                                const T* d_out, T* d_kernel, T* d_bias) {
-  const Index outputs = w.out.channels, numbers = w.numbers();
-  const Index row = w.sides.columns * w.x.channels, window_row = w.size.columns * w.x.channels;
-  const Index pixels = w.out.height * w.out.width, size = numbers * outputs;
-  const Index parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, w.x.batch));
-  // One sum a part; the first where the result goes.
-  std::unique_ptr<T[]> others(new T[(parts - 1) * (size + outputs)]);
-  const auto sum_of = [&](Index part) {
-    return part ? others.get() + (part - 1) * (size + outputs) : d_kernel;
-  };
-  const auto bias_of = [&](Index part) { return part ? sum_of(part) + size : d_bias; };
-  parallel(pool, parts, [&](Index part) {
-    T* sum = sum_of(part);
-    std::fill_n(sum, size, T(0));
-    std::fill_n(bias_of(part), outputs, T(0));
-    for (Index n = share(w.x.batch, 1, part, parts); n < share(w.x.batch, 1, part + 1, parts);
-         ++n) {
-      const T* image = bordered<T>(w, x, n);
-      add_rows(d_out + n * w.out.size(), pixels, outputs, bias_of(part));
-      with_width(panel_width<T>(outputs), [&](auto width) {
-        constexpr Index lanes = width * kLanes<T>;
-        for (Index p = 0; p < outputs; p += lanes) {
-          const T* panel = d_out + n * w.out.size() + p;
-          Index panel_step = outputs;
-          if (outputs - p < lanes) {
-            T* packed = scratch<T, 2>(pixels * lanes);
-            pack(panel, outputs, 1, pixels, outputs - p, lanes, packed);
-            panel = packed;
-            panel_step = lanes;
+  const Index outputs = w.out.channels, pixels = w.out.height * w.out.width;
+  const Index pixel = w.stride.columns * w.x.channels, row = w.sides.columns * w.x.channels;
+  // One row of the windows is one piece of a row of the image.
+  const Index length = w.size.columns * w.x.channels, size = w.numbers() * outputs;
+  const Index parts = std::clamp<Index>(pool.num_threads(), 1, w.x.batch);
+  // Of every part: (rows of the windows, outputs, length), then the bias.
+  std::unique_ptr<T[]> sums(new T[parts * (size + outputs)]);
+  with_width(panel_width<T>(length), [&](auto width) {
+    constexpr Index lanes = width * kLanes<T>;
+    parallel(pool, parts, [&](Index part) {
+      T* sum = sums.get() + part * (size + outputs);
+      std::fill_n(sum, size + outputs, T(0));
+      const Index last = share(w.x.batch, 1, part + 1, parts);
+      for (Index n = share(w.x.batch, 1, part, parts); n < last; ++n) {
+        const T* image = bordered<T>(w, x, n, length % lanes ? lanes : 0);
+        const T* d_image = d_out + n * w.out.size();
+        add_rows(d_image, pixels, outputs, sum + size);
+        for (Index i = 0; i < w.size.rows; ++i) {
+          for (Index p = 0; p < length; p += lanes) {
+            const Product<T> product{w.out.height,
+                                     w.out.width * outputs,
+                                     w.out.width,
+                                     outputs,
+                                     image + i * row + p,
+                                     pixel,
+                                     w.stride.rows * row};
+            const auto to = [&](Index m) { return sum + (i * outputs + m) * length + p; };
+            multiply<T, width>(
+                product, outputs, length - p, [&](Index m) { return d_image + m; }, to, to);
           }
-          const Product<T> product{w.out.height,
-                                   w.stride.rows * row,
-                                   w.out.width,
-                                   w.stride.columns * w.x.channels,
-                                   panel,
-                                   panel_step};
-          const auto to = [&](Index i) { return sum + i * outputs + p; };
-          multiply<T, width>(
-              product, numbers, outputs - p,
-              [&](Index i) { return image + i / window_row * row + i % window_row; }, to, to);
         }
-      });
-    }
+      }
+    });
   });
-  for (Index part = 1; part < parts; ++part) {
-    for (Index i = 0; i < size; ++i) d_kernel[i] += sum_of(part)[i];
-    for (Index i = 0; i < outputs; ++i) d_bias[i] += bias_of(part)[i];
+  const auto total = [&](Index at) {
+    T result = 0;
+    for (Index part = 0; part < parts; ++part) result += sums[part * (size + outputs) + at];
+    return result;
+  };
+  for (Index i = 0; i < w.size.rows; ++i) {
+    for (Index m = 0; m < outputs; ++m) {
+      for (Index k = 0; k < length; ++k) {
+        d_kernel[(i * length + k) * outputs + m] = total((i * outputs + m) * length + k);
+      }
+    }
   }
+  for (Index m = 0; m < outputs; ++m) d_bias[m] = total(size + m);
 }
 
 template <typename T, typename Body>
-void with_images(const In& x, bool channels_first, const Body& body) {
+void with_images(const In& x, bool channels_first, bool rectify, const Body& body) {
   if (x.element_type() == ffi::DataType::U8) {
     body(Bytes{in<std::uint8_t>(x), channels_first});
   } else {
-    body(in<T>(x));
+    body(Numbers<T>{in<T>(x), rectify});
   }
 }
 
 ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, bool channels_first,
-                    Index stride_rows, Index stride_columns, Index pad_rows, Index pad_columns) {
+                    bool rectify, Index stride_rows, Index stride_columns, Index pad_rows, Index pad_columns) {
   const Windows windows(Images(x.dimensions(), channels_first), kernel.dimensions(),
                         Images(result->dimensions()), {stride_rows, stride_columns},
                         {pad_rows, pad_columns});
   return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    with_images<T>(x, channels_first, [&](const auto& images) {
+    with_images<T>(x, channels_first, rectify, [&](const auto& images) {
       convolve<T>(pool, windows, images, in<T>(kernel), in<T>(bias), out<T>(result));
     });
   });
@@ -901,14 +918,14 @@ ffi::Error ConvolveImagesGradient(ffi::ThreadPool pool, In kernel, In d_out, Out
 }
 
 ffi::Error ConvolveWeightsGradient(ffi::ThreadPool pool, In x, In d_out, Out d_kernel, Out d_bias,
-                                   bool channels_first, Index stride_rows, Index stride_columns,
-                                   Index pad_rows, Index pad_columns) {
+                                   bool channels_first, bool rectify, Index stride_rows,
+                                   Index stride_columns, Index pad_rows, Index pad_columns) {
   const Windows windows(Images(x.dimensions(), channels_first), d_kernel->dimensions(),
                         Images(d_out.dimensions()), {stride_rows, stride_columns},
                         {pad_rows, pad_columns});
   return with_type(d_out.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    with_images<T>(x, channels_first, [&](const auto& images) {
+    with_images<T>(x, channels_first, rectify, [&](const auto& images) {
       convolve_weights_gradient<T>(pool, windows, images, in<T>(d_out), out<T>(d_kernel),
                                    out<T>(d_bias));
     });
@@ -1005,15 +1022,15 @@ ffi::Error MaxPoolGradient(ffi::ThreadPool pool, In taken, In d_out, Out dx) {
   .Attr<std::int64_t>("stride_rows").Attr<std::int64_t>("stride_columns")        \
       .Attr<std::int64_t>("pad_rows").Attr<std::int64_t>("pad_columns")
 
-#define LAYOUT .Attr<bool>("channels_first")
+#define IMAGES .Attr<bool>("channels_first").Attr<bool>("rectify")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve, Convolve,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-                              ARG ARG ARG RET LAYOUT WINDOWS);
+                              ARG ARG ARG RET IMAGES WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_images_gradient, ConvolveImagesGradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_weights_gradient, ConvolveWeightsGradient,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET RET LAYOUT
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET RET IMAGES
                               WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_max_pool, MaxPool,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG RET RET);
