@@ -4,9 +4,9 @@ BIN = .venv/bin
 # The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, and compiled
-# as for users: the first half saves LLVM's optimiser where it can. A Ray cluster of two nodes wants
-# both cores for itself.
+# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, compiled as for
+# users (the first half saves LLVM's optimiser where it can) and without the CPU kernels, as on
+# machines that have no C++ compiler. A Ray cluster of two nodes wants both cores for itself.
 MODULES = test_models test_golden test_weights test_check test_cleanrl test_parity
 
 .PHONY: demo test lint table clean
@@ -17,7 +17,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore parity_tests/test_ray.py
 	$(BIN)/python -m pytest parity_tests/test_ray.py
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 \
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 PUFFER_JAX_NATIVE=0 \
 	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
 
 lint: .venv/linters

@@ -1,14 +1,19 @@
 """What is faster than the plain formula is the same function: values and gradients in float64."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
-from puffer_jax import layers
+from puffer_jax import layers, native
+from puffer_jax.native import Windows
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -17,6 +22,20 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 def _double(quick):
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(params=["kernels", "xla"])
+def kernels(request, monkeypatch):
+    """With the CPU kernels and as on machines that cannot build them."""
+    if request.param == "kernels":
+        assert native.serves(jnp.ones(1)), "the tests need a C++ compiler, as the reference does"
+    else:
+        # Of functions that are jitted the other version may have been kept.
+        jax.clear_caches()
+        monkeypatch.setattr(native, "serves", lambda *arrays: False)
+    yield
+    if request.param == "xla":
+        jax.clear_caches()
 
 
 def draw(seed, *shape):
@@ -30,82 +49,265 @@ def agree(ours, plain, bar=1e-13):
         assert float(jnp.abs(mine - other).max() / jnp.abs(other).max()) < bar
 
 
+def both(function, *arrays, seed=9):
+    """Results and gradients for all arrays of numbers."""
+    given = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    fixed = arrays[: len(arrays) - len(given)]
+    out, backward = jax.vjp(lambda *given: function(*fixed, *given), *given)
+    return out, backward(draw(seed, *out.shape).astype(out.dtype))
+
+
 @pytest.mark.parametrize(
-    "image, window, channels, stride, padding",
+    "image, window, channels, windows",
     [
-        ((5, 20, 20), 8, (4, 6), 4, "VALID"),  # NatureCNN's first layer
-        ((3, 9, 10), 4, (3, 5), 2, "VALID"),  # a row is left over
-        ((2, 7, 8), 3, (4, 4), 1, ((1, 1), (1, 1))),  # the ResNet's
-        ((2, 6, 5), 3, (3, 2), 1, ((4, 0), (1, 3))),  # borders wider than the window
-        ((2, 8, 8), 3, (2, 3), 2, "SAME"),  # the window is no whole number of strides
-        ((1, 4, 4), 2, (2, 3), 3, "VALID"),  # the stride passes over pixels
+        ((5, 20, 20), (8, 8), (4, 6), Windows((4, 4))),  # NatureCNN's first layer
+        ((3, 9, 10), (4, 4), (3, 5), Windows((2, 2))),  # a row is left over
+        ((2, 7, 8), (3, 3), (4, 4), Windows(pads=(1, 1))),
+        ((2, 7, 8), (3, 3), (16, 33), Windows(pads=(1, 1), rectify=True)),  # the ResNet's
+        ((2, 6, 5), (3, 2), (3, 70), Windows(pads=(4, 3))),  # borders wider than the window
+        ((2, 8, 8), (3, 3), (2, 3), Windows((2, 1), (1, 0), rectify=True)),
+        ((1, 4, 5), (2, 1), (2, 3), Windows((3, 4))),  # the stride passes over pixels
+        ((2, 4, 6), (4, 6), (20, 2), Windows()),  # one window
     ],
 )
-def test_convolution(image, window, channels, stride, padding):
-    x = draw(0, *image, channels[0])
-    kernel = draw(1, window, window, *channels)
-    options = {"dimension_numbers": LAYOUT, "precision": jax.lax.Precision.HIGHEST}
+def test_convolution(kernels, image, window, channels, windows):
+    x, kernel, bias = (
+        draw(0, *image, channels[0]),
+        draw(1, *window, *channels),
+        draw(2, channels[1]),
+    )
 
-    def both(function):
-        out, backward = jax.vjp(
-            lambda x, k: function(x, k, (stride, stride), padding, **options), x, kernel
+    def plain(x, kernel, bias):
+        x = jax.nn.relu(x) if windows.rectify else x
+        pads = [(pad, pad) for pad in windows.pads]
+        out = jax.lax.conv_general_dilated(
+            x, kernel, windows.strides, pads, dimension_numbers=LAYOUT
         )
-        return out, backward(jnp.cos(out))
+        return out + bias
 
-    ours, plain = both(layers.convolution), both(jax.lax.conv_general_dilated)
-    agree(ours, plain)
+    agree(
+        both(partial(layers.convolution, windows=windows), x, kernel, bias),
+        both(plain, x, kernel, bias),
+    )
+    first = windows._replace(channels_first=True)
+    turned = x.transpose(0, 3, 1, 2)
+    agree(layers.convolution(turned, kernel, bias, first), plain(x, kernel, bias))
 
 
-def test_convolution_over_parameters_and_in_a_loop():
-    x, kernels = draw(0, 2, 6, 6, 2), draw(1, 3, 3, 3, 2, 4)
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("channels, pad", [(1, 0), (2, 1), (3, 1), (4, 0)])
+def test_convolution_of_bytes(kernels, channels, pad, channels_first):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 9, 8, channels), np.uint8))
+    kernel, bias = draw(1, 3, 3, channels, 5), draw(2, 5)
+    windows = Windows((2, 2), (pad, pad))
+    given = x.transpose(0, 3, 1, 2) if channels_first else x
+    ours = both(
+        partial(layers.convolution, windows=windows._replace(channels_first=channels_first)),
+        given,
+        kernel,
+        bias,
+    )
+    numbers = x.astype(jnp.float64) / 255
+    agree(ours, both(lambda *w: layers.convolution(numbers, *w, windows), kernel, bias))
+
+
+def test_convolution_over_parameters_and_in_a_loop(kernels):
+    x, kernels, bias = draw(0, 2, 6, 6, 2), draw(1, 3, 3, 3, 2, 4), draw(2, 4)
+
+    def ours(kernel):
+        return layers.convolution(x, kernel, bias, Windows())
+
+    def plain(kernel):
+        out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
+        return out + bias
 
     def total(function):
-        def loss(kernel):
-            out = function(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
-            return jnp.sum(out * out)
-
         def descend(kernel, _):
-            return kernel - 1e-3 * jax.grad(loss)(kernel), None
+            return kernel - 1e-3 * jax.grad(lambda k: jnp.sum(function(k) ** 2))(kernel), None
 
         return jax.vmap(lambda k: jax.lax.scan(descend, k, None, length=3)[0])(kernels)
 
-    agree(jax.jit(lambda: total(layers.convolution))(), total(jax.lax.conv_general_dilated))
+    agree(jax.jit(lambda: total(ours))(), total(plain))
+
+
+def test_half_precision_and_empty_batches(kernels):
+    kernel, bias = draw(1, 3, 3, 2, 4), draw(2, 4)
+    x = draw(0, 2, 6, 6, 2)
+    half = [a.astype(jnp.bfloat16) for a in (x, kernel, bias)]
+    out = layers.convolution(*half, Windows())
+    assert out.dtype == jnp.bfloat16
+    exact = layers.convolution(*(a.astype(jnp.float64) for a in half), Windows())
+    assert float(jnp.abs(out - exact).max() / jnp.abs(exact).max()) < 1e-2
+    assert layers.convolution(x[:0], kernel, bias, Windows()).shape == (0, 4, 4, 4)
+    # The window does not fit: no pixels, as XLA has it.
+    assert layers.convolution(x[:, :2], kernel, bias, Windows()).shape == (2, 0, 4, 4)
+
+
+@pytest.mark.parametrize("height, width, channels", [(8, 8, 4), (7, 10, 16), (1, 3, 19), (2, 2, 8)])
+def test_max_pool(kernels, height, width, channels):
+    # Few different numbers: of equal ones in a window the first takes the gradient.
+    x = jnp.round(2 * draw(0, 3, height, width, channels))
+    plain = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    # Up to four gradients are added, in another order.
+    agree(both(layers.max_pool, x), both(plain, x), bar=1e-15)
 
 
 @pytest.mark.parametrize(
-    "inputs, options",
-    [
-        (4, {"rhs_dilation": (2, 2)}),
-        (2, {"feature_group_count": 2}),
-        (4, {"batch_group_count": 2}),
-        (4, {"preferred_element_type": jnp.float64}),
-        (4, {"padding": ((-1, 0), (0, 0))}),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    "batch, inputs, hidden, outputs", [(3, 2, 5, [2, 1]), (201, 9, 33, []), (1, 70, 128, [1])]
 )
-def test_other_options_are_left_to_xla(inputs, options):
-    x, kernel = (a.astype(jnp.float32) for a in (draw(0, 2, 9, 9, 4), draw(1, 3, 3, inputs, 4)))
-    options = {"padding": "VALID", "dimension_numbers": LAYOUT} | options
-    ours, plain = (
-        function(x, kernel, (1, 1), **options)
-        for function in (layers.convolution, jax.lax.conv_general_dilated)
+def test_perceptron(kernels, batch, inputs, hidden, outputs):
+    def linear(seed, inputs, outputs):
+        layer = nnx.Linear(inputs, outputs, param_dtype=jnp.float64, rngs=nnx.Rngs(seed))
+        layer.bias[...] = draw(seed, outputs)
+        return layer
+
+    first = linear(1, inputs, hidden)
+    heads = [linear(2 + i, hidden, size) for i, size in enumerate(outputs)]
+    arrays = [a for layer in (first, *heads) for a in (layer.kernel[...], layer.bias[...])]
+
+    def run(x, *arrays):
+        for i, layer in enumerate((first, *heads)):
+            layer = nnx.clone(layer)
+            layer.kernel[...], layer.bias[...] = arrays[2 * i : 2 * i + 2]
+            yield layer
+
+    def ours(x, *arrays):
+        first, *heads = run(x, *arrays)
+        return layers.perceptron(x, first, heads)
+
+    def plain(x, *arrays):
+        first, *heads = run(x, *arrays)
+        activations = jax.nn.gelu(first(x), approximate=False)
+        return jnp.concatenate([h(activations) for h in heads] or [activations], axis=-1)
+
+    x = draw(0, batch, inputs)
+    agree(both(ours, x, *arrays), both(plain, x, *arrays))
+
+
+@pytest.mark.parametrize("rows, time", [(1, 1), (3, 7), (21, 5)])
+def test_recurrence(kernels, rows, time):
+    a, b = draw(0, rows, time), draw(1, rows, time)
+
+    def plain(a, b):
+        y = [jnp.zeros(rows)]
+        for t in reversed(range(time)):
+            y.insert(0, a[:, t] + b[:, t] * y[0])
+        return jnp.stack(y[:-1], axis=1)
+
+    ours, others = both(layers.recurrence, a, b), both(plain, a, b)
+    if time == 1:  # nothing follows, so its factor has no gradient
+        assert not ours[1][1].any() and not others[1][1].any()
+        ours, others = (x[0] for x in (ours, others))
+    agree(ours, others)
+
+
+def test_float32_functions_are_accurate():
+    """Against float64, over all arguments that matter; an LSTM of one unit, gelu of one layer."""
+    with jax.enable_x64(False):
+        z = jnp.linspace(-30, 30, 60001, dtype=jnp.float32)[:, None]
+        one, none = jnp.ones((1, 1), jnp.float32), jnp.zeros(0, jnp.float32)
+        assert native.serves(z)
+        gelu = native.perceptron(z, one, one[0] * 0, none.reshape(1, 0), none)[:, 0]
+        # Input, forget and output gate take z, the candidate 1; what remains is sigmoid^2-like.
+        weight = jnp.asarray([[1, 0], [0, 0], [0, 0], [0, 0]], jnp.float32)
+        bias = jnp.asarray([0, 0, 20, 20], jnp.float32)
+        state = jnp.zeros((len(z), 1), jnp.float32)
+        _, _, sigmoid = native.lstm(weight, bias, z[:, None], state, state, state > 1)
+        bias = jnp.asarray([20, 0, 0, 20], jnp.float32)
+        _, _, tanh = native.lstm(
+            weight[jnp.asarray([1, 1, 0, 1])], bias, z[:, None], state, state, state > 1
+        )
+        z, gelu, sigmoid, tanh = (
+            np.asarray(a, np.float64).ravel() for a in (z, gelu, sigmoid, tanh)
+        )
+    exact = z * 0.5 * scipy.special.erfc(-z / np.sqrt(2))
+    assert np.abs(gelu - exact).max() < 2e-6 and np.abs(gelu - exact)[np.abs(z) < 4].max() < 5e-7
+    close = partial(np.testing.assert_allclose, rtol=4e-7, atol=1e-37)
+    close(sigmoid, scipy.special.expit(z))
+    close(tanh, np.tanh(z))
+
+
+def test_nan_and_infinity_pass(kernels):
+    x = jnp.full((1, 4, 4, 1), 1.0).at[0, 1, 1, 0].set(jnp.nan)
+    kernel, bias = jnp.ones((3, 3, 1, 1)), jnp.zeros(1)
+    for windows in (Windows(pads=(1, 1)), Windows(pads=(1, 1), rectify=True)):
+        out = layers.convolution(x, kernel, bias, windows)
+        assert np.isnan(out[0, :3, :3]).all() and np.isfinite(out[0, 3]).all()
+    assert np.isnan(layers.max_pool(x)).all()
+    assert (layers.max_pool(jnp.full((1, 4, 4, 1), -jnp.inf)) == -jnp.inf).all()
+    weight, bias = jnp.ones((4, 2)), jnp.zeros(4)
+    x = jnp.asarray([0.5, jnp.nan, jnp.inf, -jnp.inf])[:, None, None]
+    outputs, _, _ = layers.lstm_scan(weight, bias, x, *jnp.zeros((2, 4, 1)))
+    np.testing.assert_allclose(outputs[2:, 0, 0], [np.tanh(1), 0], atol=1e-15)
+    assert list(np.isnan(outputs[:, 0, 0])) == [False, True, False, False]
+
+
+def test_the_same_call_gives_the_same_bits():
+    weight, bias, x = draw(0, 256, 128), draw(1, 256), draw(2, 100, 6, 64)
+    state = draw(3, 2, 100, 64)
+
+    @jax.jit
+    def run():
+        def loss(weight):
+            outputs, h, c = layers.lstm_scan(weight, bias, x, *state)
+            return (outputs**2).sum() + (h * c).sum()
+
+        return jax.value_and_grad(loss)(weight)
+
+    first = run()
+    for _ in range(5):
+        for a, b in zip(first, run(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+# --- building the kernels -------------------------------------------------------------------
+
+SCRIPT = """
+import logging, sys
+logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
+import jax.numpy as jnp
+from puffer_jax import layers, native
+x = jnp.ones((1, 3, 3, 2))
+out = layers.convolution(x, jnp.ones((3, 3, 2, 1)), jnp.ones(1), native.Windows())
+print(native.serves(x), out.item())
+"""
+
+
+def run_script(tmp_path, **environment):
+    environment = (
+        os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | environment
     )
-    assert ours.dtype == plain.dtype and np.abs(plain).max() > 0
-    np.testing.assert_array_equal(ours, plain)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip(), done.stderr
 
 
-@pytest.mark.parametrize("height, width", [(8, 8), (7, 10), (1, 3)])
-def test_max_pool(height, width):
-    # Few different numbers: of equal ones in a window the first takes the gradient.
-    x = jnp.round(2 * draw(0, 3, height, width, 4))
+def test_kernels_are_built_once(tmp_path):
+    out, _ = run_script(tmp_path)
+    assert out == "True 19.0"
+    (library,) = (tmp_path / "puffer_jax").iterdir()  # nothing unfinished beside it
+    built = library.stat().st_mtime_ns
+    assert run_script(tmp_path)[0] == out
+    assert library.stat().st_mtime_ns == built
 
-    def both(function):
-        out, backward = jax.vjp(function, x)
-        return out, backward(draw(1, *out.shape))
 
-    plain = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    # Up to four gradients are added, in another order.
-    agree(both(layers.max_pool), both(plain), bar=1e-15)
+def test_without_a_compiler(tmp_path):
+    out, log = run_script(tmp_path, CXX="no-such-compiler")
+    assert out == "False 19.0"
+    assert "WARNING puffer_jax.native no C++ compiler no-such-compiler" in log
+    out, log = run_script(tmp_path, PUFFER_JAX_NATIVE="0")
+    assert out == "False 19.0" and "puffer_jax" not in log
+
+
+def test_with_a_compiler_that_fails(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho broken on purpose >&2\n[ "$2" = -dM ]\n')
+    compiler.chmod(0o755)
+    out, log = run_script(tmp_path, CXX=str(compiler))
+    assert out == "False 19.0"
+    assert log.count("could not be built") == 1 and "broken on purpose" in log
+    assert not list((tmp_path / "puffer_jax").iterdir())
 
 
 def test_gelu():
@@ -122,9 +324,11 @@ def test_gelu():
     assert float(jnp.abs(ours - theirs).max()) < 2e-15
 
 
-@pytest.mark.parametrize("inputs, with_done", [(4, False), (4, True), (3, True)])
-def test_lstm_gradient(inputs, with_done):
-    batch, time, hidden = 3, 5, 4
+@pytest.mark.parametrize(
+    "batch, time, inputs, hidden, with_done",
+    [(3, 5, 4, 4, False), (3, 5, 4, 4, True), (3, 5, 3, 4, True), (131, 3, 20, 33, True)],
+)
+def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
     weight, bias = draw(0, 4 * hidden, inputs + hidden), draw(1, 4 * hidden)
     x, h, c = draw(2, batch, time, inputs), draw(3, batch, hidden), draw(4, batch, hidden)
     done = np.random.default_rng(5).random((batch, time)) < 0.4 if with_done else None
@@ -141,17 +345,17 @@ def test_lstm_gradient(inputs, with_done):
     def ours(*arguments):
         return layers.lstm_scan(*arguments, done)
 
-    def both(function):
+    def everything(function):
         out, backward = jax.vjp(function, weight, bias, x, h, c)
         return out, backward(jax.tree.map(jnp.cos, out))
 
-    agree(both(ours), both(plain))
+    agree(everything(ours), everything(plain))
     agree(ours(weight, bias, x, h, c), plain(weight, bias, x, h, c))
     if done is not None:
         assert done.any() and not done.all()
 
 
-def test_lstm_gradient_keeps_its_dtypes():
+def test_lstm_gradient_keeps_its_dtypes(kernels):
     weight, bias = draw(0, 8, 5), draw(1, 8)
     x, h = draw(2, 2, 3, 3).astype(jnp.bfloat16), draw(3, 2, 2)
 

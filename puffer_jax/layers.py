@@ -1,6 +1,7 @@
 """Layers and initialisers with torch's meaning: layer_init, torch_init, LSTM, flatten, pooling."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -131,6 +132,53 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     below = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
     density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return x * below, (below + x * density) * dx
+
+
+def perceptron(
+    x: Float[Array, "batch inputs"], first: Any, heads: Sequence[Any] = ()
+) -> Float[Array, "batch outputs_or_hidden"]:
+    """`gelu(first(x))`, and if there are `heads`, their outputs side by side.
+
+    All are `nnx.Linear` with bias.
+
+    On a CPU, in float32 and float64, it is `puffer_jax.native.perceptron`, where that can be built,
+    and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
+    """
+    dtype = first.param_dtype if first.dtype is None else first.dtype
+    layers = [(layer.kernel[...], layer.bias[...]) for layer in (first, *heads)]
+    nothing = [(jnp.zeros((first.out_features, 0)), jnp.zeros(0))]
+    joined = [jnp.concatenate(parts, axis=-1) for parts in zip(*layers[1:] or nothing, strict=True)]
+    arrays = [jnp.asarray(array, dtype) for array in (x, *layers[0], *joined)]
+
+    def by_xla(x: Array, w1: Array, b1: Array, w2: Array, b2: Array) -> Array:
+        activations = gelu(x @ w1 + b1)
+        return activations @ w2 + b2 if heads else activations
+
+    if not native.serves(*arrays[:3]):
+        return by_xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=native.perceptron, default=by_xla)
+
+
+def recurrence(
+    a: Float[Array, "rows time"], b: Float[Array, "rows time"]
+) -> Float[Array, "rows time"]:
+    """The y with y[:, t] = a[:, t] + b[:, t] * y[:, t + 1], from the last on.
+
+    On a CPU, in float32 and float64, it is `puffer_jax.native.recurrence`, where that can be built,
+    and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
+    """
+
+    def by_xla(a: Array, b: Array) -> Array:
+        def backward(y: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+            y = x[0] + x[1] * y
+            return y, y
+
+        last = jnp.zeros_like(a, shape=a.shape[:1])
+        return jax.lax.scan(backward, last, (a.T, b.T), reverse=True, unroll=8)[1].T
+
+    if not native.serves(a, b):
+        return by_xla(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=native.recurrence, default=by_xla)
 
 
 def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Array:

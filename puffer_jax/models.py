@@ -27,6 +27,7 @@ from puffer_jax.layers import (
     gelu,
     layer_init,
     max_pool,
+    perceptron,
     reset_orthogonal,
     torch_init,
 )
@@ -178,7 +179,30 @@ class Default(_Policy):
         Raises:
             ValueError: the observations do not fit the space the policy was built for.
         """
-        return self.encoder(self._features(observations))
+        features = self._features(observations)
+        if self._as_built():
+            return perceptron(features, self.encoder.layers[0])
+        return self.encoder(features)
+
+    def forward_eval(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
+        """Logits and values (batch, 1) for a batch of observations; `state` is not used."""
+        heads = getattr(self, self._actor), self.value
+        if type(self) is not Default or not self._as_built(*heads):
+            return super().forward_eval(observations, state)
+        outputs = perceptron(self._features(observations), self.encoder.layers[0], heads)
+        return self._actions(outputs[:, :-1]), outputs[:, -1:].astype(self.param_dtype)
+
+    def _as_built(self, *heads: Any) -> bool:
+        """Whether nobody has exchanged the layers, or listens to them: one function may do all."""
+        layers: Any = self.encoder.layers if type(self.encoder) is nnx.Sequential else [None]
+        first, *others = layers
+        dtypes = self.dtype, self.param_dtype
+        return others == [gelu] and all(
+            type(layer) is nnx.Linear
+            and layer.bias is not None
+            and (layer.dtype, layer.param_dtype) == dtypes
+            for layer in (first, *heads)
+        )
 
     def _features(self, observations: Any) -> Float[Array, "batch features"]:
         layout = self.env_spec.single_observation_space
@@ -205,16 +229,22 @@ class Default(_Policy):
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Logits, Array]:
         """Logits, see the class, and values (batch, 1)."""
         values = self.value(hidden).astype(self.param_dtype)
+        return self._actions(getattr(self, self._actor)(hidden)), values
+
+    @property
+    def _actor(self) -> str:
+        return "decoder_mean" if self.is_continuous else "decoder"
+
+    def _actions(self, outputs: Array) -> Logits:
+        outputs = outputs.astype(self.param_dtype)
         match self.env_spec.single_action_space:
             case spaces.Continuous():
-                mean = self.decoder_mean(hidden).astype(self.param_dtype)
-                scale = jnp.broadcast_to(jnp.exp(self.decoder_logstd[...]), mean.shape)
-                return Normal(mean, scale), values
+                scale = jnp.broadcast_to(jnp.exp(self.decoder_logstd[...]), outputs.shape)
+                return Normal(outputs, scale)
             case spaces.MultiDiscrete(nvec):
-                logits = self.decoder(hidden).astype(self.param_dtype)
-                return tuple(jnp.split(logits, np.cumsum(nvec)[:-1], axis=-1)), values
+                return tuple(jnp.split(outputs, np.cumsum(nvec)[:-1], axis=-1))
             case _:
-                return self.decoder(hidden).astype(self.param_dtype), values
+                return outputs
 
 
 def _is_flat(observations: Any, layout: spaces.Observation) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from puffer_jax import optim
 from puffer_jax.config import PuffeRLConfig, Sizes
 from puffer_jax.distributions import sample_logits
+from puffer_jax.layers import recurrence
 from puffer_jax.modules import merge, split, torch_layout
 
 Params = dict[str, Any]
@@ -133,13 +134,7 @@ def puff_advantage(
         played = jnp.asarray(mask)[:, :-1]
         delta, decay = delta * played, decay * played
 
-    def backward(advantage: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-        advantage = x[0] + x[1] * advantage
-        return advantage, advantage
-
-    last = jnp.zeros_like(delta, shape=delta.shape[:1])
-    _, advantages = jax.lax.scan(backward, last, (delta.T, decay.T), reverse=True, unroll=8)
-    return jnp.concatenate([advantages.T, last[:, None]], axis=1)
+    return jnp.pad(recurrence(delta, decay), ((0, 0), (0, 1)))
 
 
 def priorities(

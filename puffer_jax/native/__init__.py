@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 _logger = logging.getLogger(__name__)
 _FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
+_TYPES = {"float32": "float", "float64": "double"}
 _NAMES = (
     "puffer_jax_lstm_forward",
     "puffer_jax_lstm_backward",
@@ -36,6 +37,9 @@ _NAMES = (
     "puffer_jax_convolve_weights_gradient",
     "puffer_jax_max_pool",
     "puffer_jax_max_pool_gradient",
+    "puffer_jax_perceptron",
+    "puffer_jax_perceptron_gradient",
+    "puffer_jax_recur",
 )
 
 # --- the library ---------------------------------------------------------------------------
@@ -46,52 +50,57 @@ def serves(*arrays: Array) -> bool:
 
     The first call that needs them compiles them, which takes some ten seconds.
     """
-    dtypes = {array.dtype for array in arrays}
+    dtypes = {array.dtype.name for array in arrays}
     return (
         len(dtypes) == 1
-        and dtypes <= {np.dtype("float32"), np.dtype("float64")}
+        and dtypes <= _TYPES.keys()
         and all(array.size for array in arrays)
         # Not worth the build where the work is done elsewhere.
         and jax.default_backend() == "cpu"
-        and _load()
+        and _load(*dtypes)
     )
 
 
 @cache
-def _load() -> bool:
+def _load(dtype: str) -> bool:
     """Registers the kernels with XLA, built if need be; False where that is not possible."""
     if os.environ.get("PUFFER_JAX_NATIVE") == "0":
         return False
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++"))), "")
-    if not compiler:
-        _logger.info("no C++ compiler: the LSTM and convolutions run on XLA's own operations")
+    given = os.environ.get("CXX")
+    compiler = shutil.which(given) if given else shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        _logger.warning(
+            "no C++ compiler%s, so LSTMs, convolutions and perceptrons run on XLA's own, slower "
+            "operations (PUFFER_JAX_NATIVE=0 hides this)",
+            f" {given}" if given else "",
+        )
         return False
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
+        library = ctypes.CDLL(str(_built(compiler, dtype)))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
         _logger.warning(
-            "the CPU kernels could not be built, so the LSTM and convolutions run on XLA's own, "
-            "slower operations (PUFFER_JAX_NATIVE=0 hides this): %s",
-            reason,
+            "the CPU kernels could not be built, so LSTMs, convolutions and perceptrons run on "
+            "XLA's own, slower operations (PUFFER_JAX_NATIVE=0 hides this): %s",
+            getattr(error, "stderr", None) or error,
         )
         return False
     for name in _NAMES:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(f"{name}_{dtype}", handler, platform="cpu")
     return True
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, dtype: str) -> Path:
     """The shared library, from the cache or compiled now."""
     source = files("puffer_jax.native") / "kernels.cc"
-    code = source.read_bytes()
+    flags = [*_FLAGS, f"-DNUMBER={_TYPES[dtype]}"]
     # What the compiler predefines tells its version and the processor's instructions.
     asked = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     target = subprocess.run(asked, capture_output=True, check=True).stdout
-    parts = (code, target, " ".join(_FLAGS).encode(), version("jaxlib").encode())
+    parts = (source.read_bytes(), target, " ".join(flags).encode(), version("jaxlib").encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puffer_jax"
-    library = folder / f"kernels-{key}.so"
+    library = folder / f"{dtype}-{key}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,14 +108,16 @@ def _built(compiler: str) -> Path:
     # Processes that compile at once each write a file of their own; the last one stays.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         result = Path(scratch) / library.name
-        command = [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), str(source)]
+        command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), str(source)]
         subprocess.run([*command, "-o", str(result)], capture_output=True, text=True, check=True)
         result.replace(library)
     return library
 
 
 def _call(name: str, results: Any, *arrays: Array, **attributes: Any) -> Any:
-    return jax.ffi.ffi_call(name, results, vmap_method="sequential")(*arrays, **attributes)
+    dtype = next(array.dtype.name for array in arrays if array.dtype.name in _TYPES)
+    call = jax.ffi.ffi_call(f"{name}_{dtype}", results, vmap_method="sequential")
+    return call(*arrays, **attributes)
 
 
 def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -152,6 +163,69 @@ def _lstm_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 
 
 lstm.defvjp(_lstm_forward, _lstm_backward)
+
+# --- recurrence ----------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def recurrence(
+    a: Float[Array, "rows time"], b: Float[Array, "rows time"]
+) -> Float[Array, "rows time"]:
+    """The y with y[:, t] = a[:, t] + b[:, t] * y[:, t + 1], from the last on."""
+    return _call("puffer_jax_recur", _like(a)[0], a, b)
+
+
+def _recurrence_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = recurrence(a, b)
+    return y, (b, y)
+
+
+def _recurrence_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    b, y = residuals
+    # The same, the other way: what reaches a step comes from the one before.
+    before = jnp.pad(b[:, :-1], ((0, 0), (1, 0)))
+    da = recurrence(dy[:, ::-1], before[:, ::-1])[:, ::-1]
+    return da, da * jnp.pad(y[:, 1:], ((0, 0), (0, 1)))
+
+
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+# --- the perceptron ------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def perceptron(
+    x: Float[Array, "batch inputs"],
+    w1: Float[Array, "inputs hidden"],
+    b1: Float[Array, "hidden"],
+    w2: Float[Array, "hidden outputs"],
+    b2: Float[Array, "outputs"],
+) -> Float[Array, "batch outputs_or_hidden"]:
+    """`gelu(x @ w1 + b1) @ w2 + b2`; without the second layer if that has no outputs.
+
+    The hidden vectors stay in cache, and are computed anew for the gradient.
+    """
+    size = w2.shape[1] or w1.shape[1]
+    result = jax.ShapeDtypeStruct((x.shape[0], size), x.dtype)
+    return _call("puffer_jax_perceptron", result, x, w1, b1, w2, b2)
+
+
+def _perceptron_forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return perceptron(*arrays), arrays
+
+
+def _perceptron_backward(residuals: tuple[Array, ...], d_result: Array) -> tuple[Array, ...]:
+    x, w1, b1, w2, b2 = residuals
+    given = _like(w1, b1, w2, b2)
+    gradients = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
+    # Where x are observations nobody asks for this, and it is not computed.
+    z = x @ w1 + b1
+    slope = jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)
+    d_hidden = d_result @ w2.T if w2.shape[1] else d_result
+    return (d_hidden * slope) @ w1.T, *gradients
+
+
+perceptron.defvjp(_perceptron_forward, _perceptron_backward)
 
 # --- images ----------------------------------------------------------------------------------
 
