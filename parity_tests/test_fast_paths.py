@@ -1,9 +1,11 @@
 """What is faster than the plain formula is the same function: values and gradients in float64."""
 
 import os
+import platform
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,7 @@ def both(function, *arrays, seed=9):
         ((2, 8, 8), (3, 3), (2, 3), Windows((2, 1), (1, 0), rectify=True)),
         ((1, 4, 5), (2, 1), (2, 3), Windows((3, 4))),  # the stride passes over pixels
         ((2, 4, 6), (4, 6), (20, 2), Windows()),  # one window
+        ((2, 3, 3), (2, 1), (2, 3), Windows((9, 9), (4, 5))),  # in the border
     ],
 )
 def test_convolution(kernels, image, window, channels, windows):
@@ -290,6 +293,46 @@ def test_kernels_are_built_once(tmp_path):
     built = library.stat().st_mtime_ns
     assert run_script(tmp_path)[0] == out
     assert library.stat().st_mtime_ns == built
+
+
+PROCESSORS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from puffer_jax import native
+from puffer_jax.layers import gelu
+native._FLAGS = tuple(f"-march={sys.argv[1]}" if "-march" in f else f for f in native._FLAGS)
+jax.config.update("jax_enable_x64", True)
+draw = lambda *shape: jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape))
+x, w1, b1, w2, b2 = draw(23, 5), draw(5, 37), draw(37), draw(37, 18), draw(18)
+images, kernel = draw(2, 9, 8, 3), draw(3, 4, 3, 18)
+windows = native.Windows((2, 2), (1, 1))
+layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+pads = [(1, 1), (1, 1)]
+plain = lambda x, k, b: jax.lax.conv_general_dilated(x, k, (2, 2), pads, **layout) + b
+pairs = [
+    (native.perceptron, lambda x, *w: gelu(x @ w[0] + w[1]) @ w[2] + w[3], (x, w1, b1, w2, b2)),
+    (lambda *a: native.convolution(windows, *a), plain, (images, kernel, b2)),
+]
+assert native.serves(x)
+for ours, other, arrays in pairs:
+    results = [jax.vjp(f, *arrays) for f in (ours, other)]
+    for a, b in zip(*([out, *back(jnp.cos(out))] for out, back in results)):
+        assert jnp.abs(a - b).max() / jnp.abs(b).max() < 1e-14
+print("equal")
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors of this kind only")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_vectors_of_other_lengths(tmp_path, processor):
+    """Processors have vectors of 16, 32 or 64 bytes; any of them runs the code for shorter ones."""
+    flags = Path("/proc/cpuinfo")
+    if processor == "haswell" and flags.exists() and " avx2" not in flags.read_text():
+        pytest.skip("this processor has no vectors of 32 bytes")
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROCESSORS, processor]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "equal", done.stderr
 
 
 def test_without_a_compiler(tmp_path):

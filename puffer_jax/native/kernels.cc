@@ -1,6 +1,6 @@
-// Products, convolutions and the LSTM for CPUs, as XLA custom calls.
+// The LSTM, convolutions, pooling and the perceptron for CPUs, as XLA custom calls.
 //
-// All of them are one small matrix product (`tile`): rows of A read in place, where they lie in an
+// Nearly all of it is one small matrix product (`tile`): rows of A read in place, where they lie in an
 // image, a sequence or a matrix; a panel of B; the sums in registers. What XLA:CPU lacks is the
 // choice of where the rows lie: it copies patches, states and transposes through memory.
 //
@@ -893,13 +893,14 @@ template <typename T>
 void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair sides, bool rectify,
            T* out) {
   const Index row = sides.columns * channels;
-  const Index rows = std::clamp<Index>(sides.rows - corner.rows, 0, image_sides.rows);
-  const Index left = corner.columns * channels;
-  const Index count = std::clamp<Index>(row - left, 0, image_sides.columns * channels);
-  std::fill_n(out, corner.rows * row, T(0));
+  const Index above = std::min(corner.rows, sides.rows);
+  const Index rows = std::min(sides.rows - above, image_sides.rows);
+  const Index left = std::min(corner.columns, sides.columns) * channels;
+  const Index count = std::min(row - left, image_sides.columns * channels);
+  std::fill_n(out, above * row, T(0));
   for (Index y = 0; y < rows; ++y) {
     const T* from = image + y * image_sides.columns * channels;
-    T* to = out + (corner.rows + y) * row;
+    T* to = out + (above + y) * row;
     std::fill_n(to, left, T(0));
     if (rectify) {
       for (Index i = 0; i < count; ++i) to[left + i] = from[i] < 0 ? T(0) : from[i];
@@ -908,7 +909,7 @@ void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair s
     }
     std::fill_n(to + left + count, row - left - count, T(0));
   }
-  std::fill_n(out + (corner.rows + rows) * row, (sides.rows - corner.rows - rows) * row, T(0));
+  std::fill_n(out + (above + rows) * row, (sides.rows - above - rows) * row, T(0));
 }
 
 // The images of a convolution, numbers or bytes.
