@@ -398,6 +398,22 @@ def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
         assert done.any() and not done.all()
 
 
+@pytest.mark.parametrize("batch, inputs, hidden", [(1, 3, 2), (5, 20, 33), (70, 16, 16)])
+def test_lstm_step(kernels, batch, inputs, hidden):
+    arrays = [draw(0, 4 * hidden, inputs), draw(1, 4 * hidden, hidden), draw(2, 4 * hidden)]
+    arrays += [draw(3, batch, inputs), draw(4, batch, hidden), draw(5, batch, hidden)]
+
+    def plain(weight_ih, weight_hh, bias, x, h, c):
+        i, f, g, o = jnp.split(x @ weight_ih.T + h @ weight_hh.T + bias, 4, axis=1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jnp.stack([jax.nn.sigmoid(o) * jnp.tanh(c), c])
+
+    def ours(*arrays):
+        return jnp.stack(layers.lstm_step(*arrays))
+
+    agree(both(ours, *arrays), both(plain, *arrays))
+
+
 def test_lstm_gradient_keeps_its_dtypes(kernels):
     weight, bias = draw(0, 8, 5), draw(1, 8)
     x, h = draw(2, 2, 3, 3).astype(jnp.bfloat16), draw(3, 2, 2)

@@ -346,7 +346,9 @@ class LSTM(nnx.Module):
         self, x: Float[Array, "batch input"], h: Float[Array, "batch hidden"], c: Array
     ) -> tuple[Array, Array]:
         """One step: inputs and state (h, c) in, new state (h, c) out; h is the output."""
-        return lstm_cell(*self._weights(), x, h, c, self.dtype)
+        weights = self.weight_ih_l0[...], self.weight_hh_l0[...]
+        bias = self.bias_ih_l0[...] + self.bias_hh_l0[...]
+        return lstm_step(*weights, bias, x, h, c, self.dtype)
 
     def scan(
         self,
@@ -390,6 +392,43 @@ def lstm_cell(
     i, f, g, o = _gates(weight, bias, _join(x, h), dtype)
     c = f * c + i * g
     return o * jnp.tanh(c), c
+
+
+def lstm_step(
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "batch input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+    dtype: Any = None,
+) -> tuple[Array, Array]:
+    """`lstm_cell` with the weights apart; on a CPU `puffer_jax.native.lstm_step`."""
+    arrays = weight_ih, weight_hh, bias, x, h, c
+    by_xla = partial(_step_by_xla, dtype)
+    if dtype not in (None, bias.dtype) or not native.serves(*arrays[:3], h, c) or not x.size:
+        return by_xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=_step_on_cpu, default=by_xla)
+
+
+def _step_by_xla(
+    dtype: Any, weight_ih: Array, weight_hh: Array, bias: Array, x: Array, h: Array, c: Array
+) -> tuple[Array, Array]:
+    weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
+    return lstm_cell(weight, bias, x, h, c, dtype)
+
+
+@jax.custom_vjp
+def _step_on_cpu(*arrays: Array) -> tuple[Array, Array]:
+    *weights, x, h, c = arrays
+    return native.lstm_step(*weights, x.astype(h.dtype), h, c)  # type: ignore[arg-type]
+
+
+_step_on_cpu.defvjp(
+    lambda *arrays: (_step_on_cpu(*arrays), arrays),
+    # Steps are for acting: their gradient is rarely asked for.
+    lambda arrays, d_state: jax.vjp(partial(_step_by_xla, None), *arrays)[1](d_state),
+)
 
 
 def _join(x: Array, h: Array) -> Array:

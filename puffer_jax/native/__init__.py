@@ -32,6 +32,7 @@ _TYPES = {"float32": "float", "float64": "double"}
 _NAMES = (
     "puffer_jax_lstm_forward",
     "puffer_jax_lstm_backward",
+    "puffer_jax_lstm_step",
     "puffer_jax_convolve",
     "puffer_jax_convolve_images_gradient",
     "puffer_jax_convolve_weights_gradient",
@@ -163,6 +164,20 @@ def _lstm_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 
 
 lstm.defvjp(_lstm_forward, _lstm_backward)
+
+
+def lstm_step(
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "batch input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+) -> tuple[Array, Array]:
+    """One step, without derivatives: the new (h, c)."""
+    arrays = (weight_ih, weight_hh, bias, x, h, c)
+    return _call("puffer_jax_lstm_step", _like(h, c), *arrays)
+
 
 # --- recurrence ----------------------------------------------------------------------------
 

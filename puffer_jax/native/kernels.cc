@@ -520,6 +520,70 @@ ffi::Error LstmForward(ffi::ThreadPool pool, In weight, In bias, In x, In h, In 
   });
 }
 
+// One step for acting. The batch is small, so the weights stay where they are: they are the rows,
+// and panels of the transposed inputs pass them by.
+template <typename T>
+void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, const T* of_x,
+               const T* of_h, const T* bias, const T* x, const T* h, const T* c, T* h_next,
+               T* c_next) {
+  constexpr Index lanes = kLanes<T>, wide = kWidest * lanes, kUnits = 16;
+  const Index panels = (batch + wide - 1) / wide, groups = (hidden + kUnits - 1) / kUnits;
+  const Index size = (inputs + hidden) * wide;
+  T* packed = scratch<T, 0>(panels * size);
+  parallel(pool, panels, [&](Index p) {
+    const Index first = p * wide, count = std::min(wide, batch - first);
+    pack(x + first * inputs, 1, inputs, inputs, count, wide, packed + p * size);
+    pack(h + first * hidden, 1, hidden, hidden, count, wide, packed + p * size + inputs * wide);
+  });
+  parallel(pool, panels * groups, [&](Index task) {
+    const Index first = task / groups * wide, count = std::min(wide, batch - first);
+    const Index unit = task % groups * kUnits, units = std::min(kUnits, hidden - unit);
+    const T* panel = packed + task / groups * size;
+    alignas(kBytes) T gates[4][kUnits][wide];
+    for (Index gate = 0; gate < 4; ++gate) {
+      const Index row = gate * hidden + unit;
+      const auto to = [&](Index m) { return gates[gate][m]; };
+      multiply<T, kWidest>(
+          {1, 0, inputs, 1, panel, wide}, units, wide,
+          [&](Index m) { return of_x + (row + m) * inputs; }, nothing<T>, to);
+      multiply<T, kWidest>(
+          {1, 0, hidden, 1, panel + inputs * wide, wide}, units, wide,
+          [&](Index m) { return of_h + (row + m) * hidden; }, to, to);
+    }
+    for (Index m = 0; m < units; ++m) {
+      const T* own = bias + unit + m;
+      for (Index v = 0; v < wide; v += lanes) {
+        const auto gate = [&](int i) { return load(gates[i][m] + v) + own[i * hidden]; };
+        store(gates[1][m] + v, sigmoid<T>(gate(1)));
+        store(gates[0][m] + v, sigmoid<T>(gate(0)) * tanh<T>(gate(2)));
+        store(gates[3][m] + v, sigmoid<T>(gate(3)));
+      }
+    }
+    for (Index b = 0; b < count; ++b) {
+      const Index at = (first + b) * hidden + unit;
+      for (Index m = 0; m < units; ++m) {
+        c_next[at + m] = gates[1][m][b] * c[at + m] + gates[0][m][b];
+        h_next[at + m] = gates[3][m][b];
+      }
+      for (Index m = 0; m < units; m += lanes) {
+        const Index left = units - m;
+        const Vector<T> output = load(h_next + at + m, left);
+        store(h_next + at + m, output * tanh<T>(load(c_next + at + m, left)), left);
+      }
+    }
+  });
+}
+
+ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In h, In c, Out h_next,
+                    Out c_next) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    lstm_step<T>(pool, x.dimensions()[0], x.dimensions()[1], h.dimensions()[1], in<T>(of_x),
+                 in<T>(of_h), in<T>(bias), in<T>(x), in<T>(h), in<T>(c), out<T>(h_next),
+                 out<T>(c_next));
+  });
+}
+
 template <typename T>
 void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, const T* x,
                    const T* h, const T* c, const bool* done, const T* outputs, const T* kept,
@@ -1309,6 +1373,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron_gradient, PerceptronGradient
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_forward, LstmForward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG ARG RET RET RET RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_step, LstmStep,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG ARG ARG ARG RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_backward, LstmBackward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG RET RET RET RET RET);
