@@ -211,7 +211,7 @@ class Conv2d(nnx.Conv):
         stride: of both.
         padding: rows and columns of zeros on all sides.
         channels_first: images come in as (batch, channels, H, W), as many environments give them.
-        rngs: not drawn from.
+        rngs: stream `params`.
         dtype: of the computation (None: that of the parameters).
         param_dtype: of the parameters.
     """

@@ -5,7 +5,8 @@ library is kept in the user's cache. Without a compiler, or with PUFFER_JAX_NATI
 environment, everything runs on XLA's own operations and nothing is missing but speed.
 
 The functions here are the same functions, in float32 and float64, with gradients written out
-(`jax.custom_vjp`): no forward-mode derivatives. Under `jax.vmap` they run one after the other.
+(`jax.custom_vjp`): no forward-mode and no second derivatives. Under `jax.vmap` they run one after
+the other.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -58,8 +60,16 @@ def serves(*arrays: Array) -> bool:
         and all(array.size for array in arrays)
         # Not worth the build where the work is done elsewhere.
         and jax.default_backend() == "cpu"
-        and _load(*dtypes)
+        and _ready(*dtypes)
     )
+
+
+_lock = threading.Lock()
+
+
+def _ready(dtype: str) -> bool:
+    with _lock:  # two threads must not register two builds
+        return _load(dtype)
 
 
 @cache
@@ -78,7 +88,8 @@ def _load(dtype: str) -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_built(compiler, dtype)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    # Path.home() raises RuntimeError where there is none.
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         _logger.warning(
             "the CPU kernels could not be built, so LSTMs, convolutions and perceptrons run on "
             "XLA's own, slower operations (PUFFER_JAX_NATIVE=0 hides this): %s",
