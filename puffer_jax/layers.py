@@ -337,18 +337,15 @@ class LSTM(nnx.Module):
         self.bias_ih_l0 = parameter(rows)
         self.bias_hh_l0 = parameter(rows)
 
-    def _weights(self) -> tuple[Array, Array]:
-        weight = jnp.concatenate([self.weight_ih_l0[...], self.weight_hh_l0[...]], axis=1)
+    def _weights(self) -> tuple[Array, Array, Array]:
         bias = self.bias_ih_l0[...] + self.bias_hh_l0[...]
-        return weight, bias
+        return self.weight_ih_l0[...], self.weight_hh_l0[...], bias
 
     def step(
         self, x: Float[Array, "batch input"], h: Float[Array, "batch hidden"], c: Array
     ) -> tuple[Array, Array]:
         """One step: inputs and state (h, c) in, new state (h, c) out; h is the output."""
-        weights = self.weight_ih_l0[...], self.weight_hh_l0[...]
-        bias = self.bias_ih_l0[...] + self.bias_hh_l0[...]
-        return lstm_step(*weights, bias, x, h, c, self.dtype)
+        return lstm_step(*self._weights(), x, h, c, self.dtype)
 
     def scan(
         self,
@@ -361,7 +358,9 @@ class LSTM(nnx.Module):
 
         Where `done[:, t]` is set the state is zeroed before step t: `x[:, t]` begins an episode.
         """
-        return lstm_scan(*self._weights(), x, h, c, done, self.dtype)
+        weight_ih, weight_hh, bias = self._weights()
+        weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
+        return lstm_scan(weight, bias, x, h, c, done, self.dtype)
 
 
 def _gates(
