@@ -405,9 +405,14 @@ def lstm_step(
     """`lstm_cell` with the weights apart; on a CPU `puffer_jax.native.lstm_step`."""
     arrays = weight_ih, weight_hh, bias, x, h, c
     by_xla = partial(_step_by_xla, dtype)
-    if dtype not in (None, bias.dtype) or not native.serves(*arrays[:3], h, c) or not x.size:
+    if not _kernels_take(dtype, x, *arrays[:3], h, c):
         return by_xla(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=_step_on_cpu, default=by_xla)
+
+
+def _kernels_take(dtype: Any, x: Array, *others: Array) -> bool:
+    """Whether the CPU kernels compute in `dtype`; `x` is cast to that of the others."""
+    return dtype in (None, others[0].dtype) and x.size > 0 and native.serves(*others)
 
 
 def _step_by_xla(
@@ -420,7 +425,7 @@ def _step_by_xla(
 @jax.custom_vjp
 def _step_on_cpu(*arrays: Array) -> tuple[Array, Array]:
     *weights, x, h, c = arrays
-    return native.lstm_step(*weights, x.astype(h.dtype), h, c)  # type: ignore[arg-type]
+    return native.lstm_step(*weights, x.astype(h.dtype), h, c)
 
 
 _step_on_cpu.defvjp(
@@ -453,7 +458,7 @@ def lstm_scan(
     forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
     by_xla = partial(_lstm_scan, dtype)
-    if dtype not in (None, weight.dtype) or not native.serves(weight, bias, h, c) or not x.size:
+    if not _kernels_take(dtype, x, weight, bias, h, c):
         return by_xla(weight, bias, x, h, c, done)
 
     def by_us(weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 _logger = logging.getLogger(__name__)
 _FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
@@ -140,16 +140,9 @@ def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 @jax.custom_vjp
-def lstm(
-    weight: Float[Array, "gates input_and_hidden"],
-    bias: Float[Array, "gates"],
-    x: Float[Array, "batch time input"],
-    h: Float[Array, "batch hidden"],
-    c: Float[Array, "batch hidden"],
-    done: Bool[Array, "batch time"],
-) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
-    """`puffer_jax.layers.lstm_scan`."""
-    outputs, h, c, _ = _lstm(False, weight, bias, x, h, c, done)
+def lstm(*arrays: Array) -> tuple[Array, Array, Array]:
+    """`puffer_jax.layers.lstm_scan` of its arrays, of one dtype; `done` is bool and not None."""
+    outputs, h, c, _ = _lstm(False, *arrays)
     return outputs, h, c
 
 
@@ -177,17 +170,9 @@ def _lstm_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 lstm.defvjp(_lstm_forward, _lstm_backward)
 
 
-def lstm_step(
-    weight_ih: Float[Array, "gates input"],
-    weight_hh: Float[Array, "gates hidden"],
-    bias: Float[Array, "gates"],
-    x: Float[Array, "batch input"],
-    h: Float[Array, "batch hidden"],
-    c: Float[Array, "batch hidden"],
-) -> tuple[Array, Array]:
-    """One step, without derivatives: the new (h, c)."""
-    arrays = (weight_ih, weight_hh, bias, x, h, c)
-    return _call("puffer_jax_lstm_step", _like(h, c), *arrays)
+def lstm_step(*arrays: Array) -> tuple[Array, Array]:
+    """`puffer_jax.layers.lstm_step` of its arrays, of one dtype; without derivatives."""
+    return _call("puffer_jax_lstm_step", _like(*arrays[-2:]), *arrays)
 
 
 # --- recurrence ----------------------------------------------------------------------------

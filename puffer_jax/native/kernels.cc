@@ -35,14 +35,22 @@ namespace {
 
 // --- vectors ---------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-constexpr int kTileRows[] = {0, 8, 8, 8, 6};  // by panel width; 32 registers
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
-constexpr int kTileRows[] = {0, 8, 6, 4, 2};  // 16 registers
+// Given by the processor, or by tests: compilers have vectors of any length on all of them.
+#if !defined(VECTOR_BYTES) && defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif !defined(VECTOR_BYTES) && defined(__AVX__)
+#define VECTOR_BYTES 32
+#elif !defined(VECTOR_BYTES)
+#define VECTOR_BYTES 16
+#endif
+constexpr int kBytes = VECTOR_BYTES;
+
+// By panel width: what fits into the registers.
+#if VECTOR_BYTES == 64
+constexpr int kTileRows[] = {0, 8, 8, 8, 6};
+#elif VECTOR_BYTES == 32
+constexpr int kTileRows[] = {0, 8, 6, 4, 2};
 #else
-constexpr int kBytes = 16;
 constexpr int kTileRows[] = {0, 8, 6, 4, 4};
 #endif
 constexpr int kWidest = 4;
@@ -118,7 +126,7 @@ inline void split_exponential(Vector<T> x, Vector<T>& power, Vector<T>& rest) {
 // 1 / x, for x that is neither infinite nor subnormal.
 template <typename T>
 inline Vector<T> reciprocal(Vector<T> x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
   // Newton's steps from 14 correct bits take half the time of a division.
   if constexpr (sizeof(T) == 4) {
     Vector<T> r = std::bit_cast<Vector<T>>(_mm512_rcp14_ps(std::bit_cast<__m512>(x)));
