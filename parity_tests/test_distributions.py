@@ -659,6 +659,18 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert error(logprob, expected) < 1e-6 and error(total, wide_total) < 1e-6
 
 
+def test_jit_tells_a_tanh_normal_from_a_normal():
+    # With `jax.tree_util.register_dataclass` the two were equal, and jit mixed them up at times.
+    classes = [Normal, TanhNormal]
+    first, second = (jax.tree.structure(cls(1.0, 2.0)) for cls in classes)
+    assert first != second and hash(first) != hash(second)
+    for cls in classes:
+        assert jax.tree.structure(cls(1.0, 2.0)) == jax.tree.structure(cls(3.0, 4.0))
+        assert type(jax.tree.map(lambda x: x, cls(1.0, 2.0))) is cls
+        paths = jax.tree_util.tree_leaves_with_path(cls(1.0, 2.0))
+        assert [jax.tree_util.keystr(path) for path, _ in paths] == [".loc", ".scale"]
+
+
 @pytest.mark.parametrize("shapes", [((5,), (5,)), ((4, 3), (3,)), ((), ()), ((1, 3), (4, 1))])
 def test_normal_equals_torch(shapes):
     loc, scale = rng(17).normal(size=shapes[0]), np.exp(2 * rng(18).normal(size=shapes[1]))

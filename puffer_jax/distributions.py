@@ -9,7 +9,7 @@ and their log-probabilities and entropies returned, in float32.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,32 @@ def _at_least_float32(x: ArrayLike) -> Array:
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
-@jax.tree_util.register_dataclass
+_Class = TypeVar("_Class")
+
+
+def _pytree(cls: type[_Class]) -> type[_Class]:
+    """Make a pytree of a class with the fields loc and scale.
+
+    Not with `jax.tree_util.register_dataclass`: in jaxlib 0.10 the tree definitions of two such
+    classes compare equal, and now and then (as addresses hash) `jit` runs one's program for the
+    other.
+    """
+    names = ["loc", "scale"]
+    keys = [jax.tree_util.GetAttrKey(name) for name in names]
+
+    def flatten(x: Any) -> tuple[list[Any], None]:
+        return [getattr(x, name) for name in names], None
+
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda x: (list(zip(keys, flatten(x)[0], strict=True)), None),
+        lambda _, children: cls(*children),
+        flatten,
+    )
+    return cls
+
+
+@_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Normal:
     """Independent Gaussians, one per element; the formulas of `torch.distributions.Normal`.
@@ -71,7 +96,7 @@ class Normal:
         return self._narrow(self._parameters()[0])
 
 
-@jax.tree_util.register_dataclass
+@_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class TanhNormal(Normal):
     """The law of tanh(u), u ~ N(loc, scale): actions inside (-1, 1), element by element.
