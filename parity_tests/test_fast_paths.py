@@ -12,10 +12,11 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from puffer_jax import layers, native
+from puffer_jax import layers, native, random
 from puffer_jax.native import Windows
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+THREEFRY = jax.random.key(0, impl="threefry2x32")  # `quick` makes another the default
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def kernels(request, monkeypatch):
     if request.param == "kernels":
         assert native.serves(jnp.ones(1)), "the tests need a C++ compiler, as the reference does"
     else:
-        monkeypatch.setattr(native, "serves", lambda *arrays: False)
+        monkeypatch.setattr(native, "at_hand", lambda dtype: False)
     # It is jitted, and would keep the other version.
     layers.lstm_scan.clear_cache()
     yield
@@ -161,7 +162,14 @@ def test_max_pool(kernels, height, width, channels):
 
 
 @pytest.mark.parametrize(
-    "batch, inputs, hidden, outputs", [(3, 2, 5, [2, 1]), (201, 9, 33, []), (1, 70, 128, [1])]
+    "batch, inputs, hidden, outputs",
+    [
+        (3, 2, 5, [2, 1]),
+        (201, 9, 33, []),
+        (1, 70, 128, [1]),
+        (60, 3, 150, [7, 1]),  # eight outputs are the last few
+        (60, 3, 150, [8, 1]),
+    ],
 )
 def test_perceptron(kernels, batch, inputs, hidden, outputs):
     def linear(seed, inputs, outputs):
@@ -228,6 +236,11 @@ def test_float32_functions_are_accurate():
         z, gelu, sigmoid, tanh = (
             np.asarray(a, np.float64).ravel() for a in (z, gelu, sigmoid, tanh)
         )
+        few = jnp.asarray(z[::50], jnp.float32)[:, None]
+        weights = jnp.ones((1, 200), jnp.float32)
+        # Vectors that are computed side by side, and those that are left over.
+        wide = native.perceptron(few, weights, weights[0] * 0, none.reshape(200, 0), none)
+    np.testing.assert_allclose(wide, np.tile(gelu[::50, None], 200), rtol=2e-7)
     exact = z * 0.5 * scipy.special.erfc(-z / np.sqrt(2))
     assert np.abs(gelu - exact).max() < 2e-6 and np.abs(gelu - exact)[np.abs(z) < 4].max() < 5e-7
     close = partial(np.testing.assert_allclose, rtol=4e-7, atol=1e-37)
@@ -248,6 +261,13 @@ def test_nan_and_infinity_pass(kernels):
     outputs, _, _ = layers.lstm_scan(weight, bias, x, *jnp.zeros((2, 4, 1)))
     np.testing.assert_allclose(outputs[2:, 0, 0], [np.tanh(1), 0], atol=1e-15)
     assert list(np.isnan(outputs[:, 0, 0])) == [False, True, False, False]
+    for dtype in (jnp.float32, jnp.float64):
+        x = jnp.asarray([[0.0], [jnp.nan], [jnp.inf], [-jnp.inf]], dtype)
+        first = nnx.Linear(1, 1, param_dtype=dtype, rngs=nnx.Rngs(0))
+        first.kernel[...] = jnp.ones((1, 1), dtype)
+        out = layers.perceptron(x, first, [])[:, 0]
+        np.testing.assert_array_equal(out, [0, np.nan, np.inf, np.nan])  # as jax.nn.gelu has it
+        np.testing.assert_array_equal(out, jax.nn.gelu(x, approximate=False)[:, 0])
 
 
 def test_the_same_call_gives_the_same_bits():
@@ -274,7 +294,7 @@ SCRIPT = """
 import logging, sys
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
 import jax.numpy as jnp
-from puffer_jax import layers, native
+from puffer_jax import layers, native, random
 x = jnp.ones((1, 3, 3, 2))
 out = layers.convolution(x, jnp.ones((3, 3, 2, 1)), jnp.ones(1), native.Windows())
 print(native.serves(x), out.item())
@@ -354,6 +374,104 @@ def test_with_a_compiler_that_fails(tmp_path):
     assert not list((tmp_path / "puffer_jax").iterdir())
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_random_numbers_are_those_of_jax(kernels, typed, impl):
+    with jax.default_prng_impl(impl):
+        key = jax.random.key(3) if typed else jax.random.PRNGKey(3)
+    if typed:
+        keys = jax.random.split(key, 3)
+    else:
+        with jax.default_prng_impl(impl):
+            keys = jax.random.split(key, 3)
+
+    def data(keys):
+        return (
+            jax.random.key_data(keys) if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys
+        )
+
+    with jax.default_prng_impl(impl):
+        for num in (2, (3, 5), 5000):
+            ours, theirs = random.split(key, num), jax.random.split(key, num)
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(data(ours), data(theirs))
+        if impl == "threefry2x32":  # under vmap rbg keys draw something else with every program
+            ours, theirs = jax.vmap(random.split)(keys), jax.vmap(jax.random.split)(keys)
+            np.testing.assert_array_equal(data(ours), data(theirs))
+        for dtype in (jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64):
+            for shape in ((), (7,), (3, 0), (2, 4099)):
+                ours = jax.random.bits(random.fast(key), shape, dtype)
+                np.testing.assert_array_equal(ours, jax.random.bits(key, shape, dtype))
+        draws = [
+            lambda key: jax.random.uniform(key, (4, 5), jnp.float32, -1, 2),
+            lambda key: jax.random.normal(key, (4, 5), jnp.float64),
+            lambda key: jax.random.randint(key, (9,), 0, 7),
+            lambda key: jax.random.permutation(key, 20),
+            lambda key: jax.random.normal(jax.random.fold_in(key, 8), (3,)),
+        ]
+        for function in draws:
+            np.testing.assert_array_equal(function(random.fast(key)), function(key))
+
+
+def test_threefry_over_many_keys_and_in_a_loop(kernels):
+    keys = jax.random.split(THREEFRY, (300, 2))
+
+    def draw(key):
+        def step(key, _):
+            key, own = random.split(key)
+            return key, jax.random.uniform(random.fast(own), (3,))
+
+        return jax.lax.scan(step, key, None, length=4)[1]
+
+    def plain(key):
+        def step(key, _):
+            key, own = jax.random.split(key)
+            return key, jax.random.uniform(own, (3,))
+
+        return jax.lax.scan(step, key, None, length=4)[1]
+
+    ours, theirs = (jax.jit(jax.vmap(jax.vmap(f)))(keys) for f in (draw, plain))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_other_counters_are_left_to_jax(kernels):
+    usual = jax.random.bits(random.fast(THREEFRY), (4,), jnp.uint32)
+    with jax.threefry_partitionable(False):
+        ours, theirs = (
+            jax.random.bits(k, (4,), jnp.uint32) for k in (random.fast(THREEFRY), THREEFRY)
+        )
+    np.testing.assert_array_equal(ours, theirs)
+    assert (usual != ours).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows, n", [(1, 2), (1, 1), (5000, 2), (700, 5), (3, 3000)])
+def test_categorical(kernels, rows, n, dtype):
+    logits = 2 * draw(0, rows, n).astype(dtype)
+    logits = logits.at[:, :: n + 1].set(0).at[: rows // 2, n // 2].set(-jnp.inf)
+    if n == 1:
+        logits = logits * 0
+    keys = jax.random.split(THREEFRY, 3)
+    many = jnp.stack([logits, jnp.zeros_like(logits), logits / 2])
+
+    def draws(categorical):
+        yield categorical(THREEFRY, logits)
+        yield jax.jit(jax.vmap(categorical))(keys, many)
+        yield jax.jit(jax.vmap(categorical, (0, None)))(keys, logits)
+        yield jax.jit(jax.vmap(categorical, (None, 0)))(THREEFRY, many)
+
+    plain = partial(jax.random.categorical, mode="high")
+    for ours, theirs in zip(draws(random.categorical), draws(plain), strict=True):
+        assert ours.dtype == jnp.int32
+        np.testing.assert_array_equal(ours, theirs)
+    ours, gradient = jax.value_and_grad(lambda x: random.categorical(THREEFRY, x) @ x.sum(1))(
+        many[1]
+    )
+    assert ours == 0
+    expected = np.broadcast_to(random.categorical(THREEFRY, many[1])[:, None], gradient.shape)
+    np.testing.assert_array_equal(gradient, expected)
+
+
 def test_gelu():
     x = jnp.concatenate([jnp.linspace(-9.0, 9.0, 1001), draw(0, 100)])
 
@@ -370,7 +488,13 @@ def test_gelu():
 
 @pytest.mark.parametrize(
     "batch, time, inputs, hidden, with_done",
-    [(3, 5, 4, 4, False), (3, 5, 4, 4, True), (3, 5, 3, 4, True), (131, 3, 20, 33, True)],
+    [
+        (3, 5, 4, 4, False),
+        (3, 5, 4, 4, True),
+        (3, 5, 3, 4, True),
+        (131, 3, 20, 33, True),
+        (7, 2, 5, 150, True),
+    ],
 )
 def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
     weight, bias = draw(0, 4 * hidden, inputs + hidden), draw(1, 4 * hidden)

@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
+from puffer_jax import random
+
 # Trapezoidal rule for expectations under N(0, 1): for a smooth integrand it converges
 # exponentially in the number of nodes, and for tanh's it beats Gauss-Hermite at the same cost.
 _NODES = np.linspace(-9.0, 9.0, 128)
@@ -78,7 +80,7 @@ class Normal:
     def sample(self, key: PRNGKeyArray) -> Float[Array, "..."]:
         """One draw per element in `loc`'s dtype; differentiable (torch's `rsample`)."""
         loc, scale = self._parameters()
-        return self._narrow(loc + scale * jax.random.normal(key, loc.shape, loc.dtype))
+        return self._narrow(loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype))
 
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
         """Log-density of each element of `value`, which broadcasts with `loc`."""
@@ -118,7 +120,7 @@ class TanhNormal(Normal):
     def sample_and_log_prob(self, key: PRNGKeyArray) -> tuple[Float[Array, "..."], ...]:
         """A draw and its log-density, from the draw before tanh: exact however near +-1 it is."""
         loc, scale = self._parameters()
-        u = loc + scale * jax.random.normal(key, loc.shape, loc.dtype)
+        u = loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype)
         return self._narrow(jnp.tanh(u)), Normal.log_prob(self, u) - self._log_slope(u)
 
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
@@ -272,7 +274,7 @@ def sample_logits(
         raise ValueError(f"logits must be (batch, n) with one batch and n > 0; got shapes {shapes}")
     k = len(components)
     actions = [None] * k if action is None else _rows(action, shapes[0][0], k, shapes).T
-    keys = [None] * k if key is None else jax.random.split(key, k)
+    keys = [None] * k if key is None else random.split(key, k)
     labels = [f" (component {i})" if is_multi else "" for i in range(k)]
     parts = map(_sample_discrete, components, actions, keys, labels)
     columns, logprobs, entropies = zip(*parts, strict=True)
@@ -299,10 +301,8 @@ def _sample_discrete(
     safe = jnp.where(bad[:, None], 0, logits)
     normalised = safe - jax.nn.logsumexp(safe, axis=-1, keepdims=True)
     if key is not None:
-        # The default mode's float32 Gumbel noise ends at 16: it draws an action of probability
-        # 1e-7 half as often as it should and one of 1e-9 never; "high" is right to about 1e-14.
         # Noise added to large logits would be rounded off, hence the normalised ones.
-        action = jax.random.categorical(key, normalised, mode="high").astype(jnp.int32)
+        action = random.categorical(key, normalised)
     elif action is None:
         action = safe.argmax(-1).astype(jnp.int32)
     logprob = jnp.where(bad, jnp.nan, _pick(normalised, action, label))

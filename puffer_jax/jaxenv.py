@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from puffer_jax import random
 from puffer_jax.spaces import Continuous, MultiDiscrete, env_spec, kind_of, structured_dtype
 
 _PROTOCOL = (
@@ -190,7 +191,7 @@ def autoreset(env: Any) -> Callable[[Any, Any, Any], Step]:
     env = as_jax_env(env)
 
     def step(key: PRNGKeyArray, state: Any, action: Any) -> Step:
-        step_key, reset_key = jax.random.split(key)
+        step_key, reset_key = random.split(key)
         final_obs, state, reward, terminated, truncated, info = env.step(step_key, state, action)
         done = terminated | truncated
         obs, state = jax.tree.map(

@@ -6,6 +6,7 @@ advantage of `puff_advantage` and segments drawn by priority.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from puffer_jax import optim
+from puffer_jax import optim, random
 from puffer_jax.config import PuffeRLConfig, Sizes
 from puffer_jax.distributions import sample_logits
 from puffer_jax.layers import recurrence
@@ -324,7 +325,8 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
         probs = priorities(advantages, hypers["prio_alpha"])
         if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
             shape = (sizes.minibatch_segments,)
-            rows = jax.random.choice(rows, sizes.segments, shape, replace=False, p=probs)
+            draw = partial(jax.random.choice, random.fast(rows), sizes.segments, shape)
+            rows = draw(replace=False, p=probs)
         weights = (sizes.segments * probs[rows, None]) ** -beta
         batch = jax.tree.map(lambda x: x[rows], experience)
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import spaces
+from puffer_jax import random, spaces
 from puffer_jax.config import PuffeRLConfig, Sizes
 from puffer_jax.distributions import sample_logits
 from puffer_jax.jaxenv import AdaptedEnv, autoreset
@@ -178,7 +178,7 @@ def make_collector(
     env_step = jax.vmap(autoreset(env))
 
     def init(key: PRNGKeyArray) -> Stream:
-        obs, state = jax.vmap(env.reset)(jax.random.split(key, agents))
+        obs, state = jax.vmap(env.reset)(random.split(key, agents))
         no, yes = jnp.zeros(agents, bool), jnp.ones(agents, bool)
         zero = jnp.zeros(agents, jnp.float32)
         # A float64 policy has float64 values.
@@ -193,7 +193,7 @@ def make_collector(
     ) -> tuple[tuple[Stream, Episodes], dict[str, Any]]:
         stream, episodes = carry
         arrival = stream.arrival
-        act_key, env_key = jax.random.split(key)
+        act_key, env_key = random.split(key)
         action, logprob, values, state = actor.act(
             params, arrival.obs, stream.state, arrival.start, act_key
         )
@@ -202,7 +202,7 @@ def make_collector(
             "logprobs": logprob,
             "values": values,
         }
-        out = env_step(jax.random.split(env_key, agents), stream.env, actor.playable(action))
+        out = env_step(random.split(env_key, agents), stream.env, actor.playable(action))
         cut = out.truncated & ~out.terminated
         final_value = jnp.zeros_like(values)
         if config.bootstrap_truncation:
@@ -239,7 +239,7 @@ def make_collector(
 
         zero = jnp.zeros((), jnp.float32)
         nothing = Episodes(jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32))
-        keys = jax.random.split(key, (rounds, horizon))
+        keys = random.split(key, (rounds, horizon))
         (stream, episodes), (rows, state) = jax.lax.scan(segment, (stream, nothing), keys)
         # (rounds, horizon, agents, ...) -> (rounds * agents, horizon, ...)
         rows = jax.tree.map(
@@ -312,7 +312,7 @@ def make_host_step(
         params: Params, host: HostState, arrival: Arrival, agent: Any, row: Any, time: Any
     ) -> tuple[HostState, Array]:
         batch = arrival.reward.shape[0]
-        key, act_key = jax.random.split(host.key)
+        key, act_key = random.split(host.key)
         state = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, agent, batch), host.state)
         action, logprob, values, new = actor.act(params, arrival.obs, state, arrival.start, act_key)
         if own_last:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from puffer_jax import random
 from puffer_jax.jaxenv import Box
 from puffer_jax.spaces import Discrete
 
@@ -57,7 +58,7 @@ class CartPole:
 
     def reset(self, key: PRNGKeyArray) -> tuple[Array, CartPoleState]:
         """All four numbers uniform in +-0.05."""
-        values = jax.random.uniform(key, (4,), self.dtype, -0.05, 0.05)
+        values = jax.random.uniform(random.fast(key), (4,), self.dtype, -0.05, 0.05)
         state = CartPoleState(*values, steps=jnp.int32(0))
         return _observation(state), state
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from puffer_jax import random
 from puffer_jax.jaxenv import Box
 from puffer_jax.spaces import Discrete
 
@@ -82,7 +83,7 @@ class Squared:
         border[1:-1, 1:-1] = False
         targets = jnp.asarray(border)
         if self._count < 8 * self.distance:
-            draw = jax.random.uniform(key, (8 * self.distance,), jnp.float32)
+            draw = jax.random.uniform(random.fast(key), (8 * self.distance,), jnp.float32)
             chosen = jax.lax.top_k(draw, self._count)[1]
             rows, columns = jnp.asarray(np.argwhere(border).T)
             targets = jnp.zeros(border.shape, bool).at[rows[chosen], columns[chosen]].set(True)
@@ -183,7 +184,7 @@ class Memory:
 
     def reset(self, key: PRNGKeyArray) -> tuple[Array, MemoryState]:
         """Digits by chance, the first of them shown."""
-        digits = jax.random.randint(key, (self.length,), 0, self.digits, jnp.int32)
+        digits = jax.random.randint(random.fast(key), (self.length,), 0, self.digits, jnp.int32)
         state = MemoryState(digits, jnp.int32(0), jnp.int32(0))
         return self._observation(state), state
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
+from puffer_jax import random
 from puffer_jax.jaxenv import Box
 from puffer_jax.spaces import Discrete
 
@@ -23,7 +24,7 @@ _Transition = tuple[Array, Any, Array, Array, Array, dict[str, Array]]
 
 
 def _sign(key: PRNGKeyArray) -> Array:
-    return jax.random.rademacher(key, (1,), jnp.float32)
+    return jax.random.rademacher(random.fast(key), (1,), jnp.float32)
 
 
 def _scored(right: Array) -> Array:

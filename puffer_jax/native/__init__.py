@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 _logger = logging.getLogger(__name__)
 _FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
@@ -43,31 +43,34 @@ _NAMES = (
     "puffer_jax_perceptron",
     "puffer_jax_perceptron_gradient",
     "puffer_jax_recur",
+    "puffer_jax_threefry",
+    "puffer_jax_categorical",
 )
 
 # --- the library ---------------------------------------------------------------------------
 
 
 def serves(*arrays: Array) -> bool:
-    """Whether the kernels are there and take these arrays: all float32 or all float64, none empty.
-
-    The first call that needs them compiles them, which takes some ten seconds.
-    """
+    """Whether there are kernels for these arrays: all float32 or all float64, none empty."""
     dtypes = {array.dtype.name for array in arrays}
     return (
         len(dtypes) == 1
         and dtypes <= _TYPES.keys()
         and all(array.size for array in arrays)
-        # Not worth the build where the work is done elsewhere.
-        and jax.default_backend() == "cpu"
-        and _ready(*dtypes)
+        and at_hand(*dtypes)
     )
 
 
 _lock = threading.Lock()
 
 
-def _ready(dtype: str) -> bool:
+def at_hand(dtype: str) -> bool:
+    """Whether there are kernels for "float32" or "float64".
+
+    The first call that needs them compiles them, which takes some ten seconds.
+    """
+    if jax.default_backend() != "cpu":  # not worth the build where the work is done elsewhere
+        return False
     with _lock:  # two threads must not register two builds
         return _load(dtype)
 
@@ -200,6 +203,25 @@ def _recurrence_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Arr
 
 
 recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+# --- random numbers ------------------------------------------------------------------------
+
+
+def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:
+    """Threefry-2x32 of the counters 0 to `count` - 1: what `jax.random` makes its numbers of."""
+    result = jax.ShapeDtypeStruct((*keys.shape[:-1], count, 2), np.uint32)
+    call = jax.ffi.ffi_call("puffer_jax_threefry_float32", result, vmap_method="broadcast_all")
+    return call(keys)
+
+
+def categorical(
+    keys: UInt32[Array, "*batch 2"], logits: Float[Array, "*batch rows n"]
+) -> Int32[Array, "*batch rows"]:
+    """`jax.random.categorical(key, logits, mode="high")` for threefry keys."""
+    result = jax.ShapeDtypeStruct(logits.shape[:-1], np.int32)
+    name = f"puffer_jax_categorical_{logits.dtype.name}"
+    return jax.ffi.ffi_call(name, result, vmap_method="broadcast_all")(keys, logits)
+
 
 # --- the perceptron ------------------------------------------------------------------------
 

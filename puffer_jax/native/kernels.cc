@@ -87,21 +87,45 @@ inline Vector<T> load(const T* p, Index count) {
   return v;
 }
 
+// Least and greatest; a NaN in x stays.
 template <typename T>
-inline Vector<T> clamp(Vector<T> x, T limit) {  // NaN passes
-  x = x > limit ? limit + Vector<T>{} : x;
-  return x < -limit ? -limit + Vector<T>{} : x;
+inline Vector<T> at_most(Vector<T> x, T limit) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __m512 least = _mm512_min_ps(_mm512_set1_ps(limit), std::bit_cast<__m512>(x));
+    return std::bit_cast<Vector<T>>(least);
+  }
+#endif
+  return x > limit ? limit + Vector<T>{} : x;
 }
+
+template <typename T>
+inline Vector<T> at_least(Vector<T> x, T limit) {
+  return -at_most<T>(-x, -limit);
+}
+
+// A few vectors that are computed side by side: each waits for itself at nearly every step, and
+// processors do not look far enough ahead to find other work. A function of them says `EACH` before
+// every statement, and is inlined, so that they stay in registers.
+template <typename T, int N>
+using Group = Vector<T>[N];
+constexpr int kGroup = VECTOR_BYTES == 64 ? 8 : 4;
+#define EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+#define INLINE __attribute__((always_inline)) inline
 
 constexpr double kInverseFactorials[] = {
     1,           1,           1. / 2,       1. / 6,        1. / 24,        1. / 120,       1. / 720,
     1. / 5040,   1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600,
     1. / 6227020800};
+// Beyond, an exponential and its inverse are not both normal numbers.
+template <typename T>
+constexpr T kSteepest = sizeof(T) == 4 ? 87 : 708;
 
 // exp(x) = power * (1 + rest), |rest| small: what exp and expm1 both follow from.
-template <typename T>
-inline void split_exponential(Vector<T> x, Vector<T>& power, Vector<T>& rest) {
+template <typename T, int N>
+INLINE void split_exponential(const Group<T, N>& x, Group<T, N>& power, Group<T, N>& rest) {
   using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Bits Integers __attribute__((vector_size(kBytes)));
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52;
   constexpr Bits bias = single ? 127 : 1023;
@@ -109,73 +133,142 @@ inline void split_exponential(Vector<T> x, Vector<T>& power, Vector<T>& rest) {
   constexpr T magic = T(1.5) * T(Bits(1) << mantissa);
   constexpr T ln2_high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
   constexpr T ln2_low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  const Vector<T> shifted = x * T(1.44269504088896340736) + magic;
-  const Vector<T> n = shifted - magic;
-  const Vector<T> r = (x - n * ln2_high) - n * ln2_low;
   // Taylor's series; |r| <= ln(2)/2.
   constexpr int terms = single ? 7 : 13;
-  Vector<T> sum = Vector<T>{} + T(kInverseFactorials[terms]);
+  Group<T, N> r;
+  EACH power[i] = x[i] * T(1.44269504088896340736) + magic;
+  EACH rest[i] = power[i] - magic;
+  EACH r[i] = x[i] - rest[i] * ln2_high;
+  EACH r[i] = r[i] - rest[i] * ln2_low;
+  EACH rest[i] = r[i] * T(kInverseFactorials[terms]) + T(kInverseFactorials[terms - 1]);
 #pragma GCC unroll 16
-  for (int i = terms - 1; i >= 1; --i) sum = sum * r + T(kInverseFactorials[i]);
-  rest = sum * r;
-  typedef Bits Integers __attribute__((vector_size(kBytes)));
-  const Integers exponent = (std::bit_cast<Integers>(shifted) + bias) << mantissa;
-  power = std::bit_cast<Vector<T>>(exponent);
+  for (int k = terms - 2; k >= 1; --k) EACH rest[i] = rest[i] * r[i] + T(kInverseFactorials[k]);
+  EACH rest[i] = rest[i] * r[i];
+  EACH power[i] =
+      std::bit_cast<Vector<T>>((std::bit_cast<Integers>(power[i]) + bias) << mantissa);
 }
 
 // 1 / x, for x that is neither infinite nor subnormal.
-template <typename T>
-inline Vector<T> reciprocal(Vector<T> x) {
+template <typename T, int N>
+INLINE void reciprocal(Group<T, N>& x) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
   // Newton's steps from 14 correct bits take half the time of a division.
   if constexpr (sizeof(T) == 4) {
-    Vector<T> r = std::bit_cast<Vector<T>>(_mm512_rcp14_ps(std::bit_cast<__m512>(x)));
-    return r + r * (1 - x * r);
+    Group<T, N> r;
+    EACH r[i] = std::bit_cast<Vector<T>>(_mm512_rcp14_ps(std::bit_cast<__m512>(x[i])));
+    EACH x[i] = 1 - x[i] * r[i];
+    EACH x[i] = r[i] + r[i] * x[i];
+    return;
   }
 #endif
-  return 1 / x;
+  EACH x[i] = 1 / x[i];
 }
 
-template <typename T>
-inline Vector<T> sigmoid(Vector<T> x) {
-  Vector<T> power, rest;
-  split_exponential<T>(clamp<T>(-x, sizeof(T) == 4 ? 87 : 708), power, rest);
-  return reciprocal<T>(1 + (power * rest + power));
+template <typename T, int N>
+INLINE void tanh(Group<T, N>& x) {
+  Group<T, N> power, rest;
+  EACH x[i] = at_least<T>(at_most<T>(2 * x[i], 40), -40);
+  split_exponential<T, N>(x, power, rest);
+  EACH rest[i] = power[i] * rest[i] + (power[i] - 1);
+  EACH x[i] = rest[i] + 2;
+  reciprocal<T, N>(x);
+  EACH x[i] *= rest[i];
 }
 
-template <typename T>
-inline Vector<T> tanh(Vector<T> x) {
-  Vector<T> power, rest;
-  split_exponential<T>(clamp<T>(2 * x, sizeof(T) == 4 ? 20 : 40), power, rest);
-  const Vector<T> expm1 = power * rest + (power - 1);
-  return expm1 * reciprocal<T>(expm1 + 2);
+// The LSTM's gates i, f, g, o, one set after the other: tanh of g, sigmoid of the others.
+template <typename T, int N>
+INLINE void squash(Group<T, N>& x) {
+  Group<T, N> power, rest;
+  EACH x[i] = at_least<T>(at_most<T>(i % 4 == 2 ? 2 * x[i] : -x[i], kSteepest<T>), -kSteepest<T>);
+  split_exponential<T, N>(x, power, rest);
+  EACH rest[i] = power[i] * rest[i] + (i % 4 == 2 ? power[i] - 1 : power[i]);
+  EACH x[i] = rest[i] + T(i % 4 == 2 ? 2 : 1);
+  reciprocal<T, N>(x);
+  EACH if (i % 4 == 2) x[i] *= rest[i];
 }
 
 // The normal distribution's exp(-x^2 / 2) and its integral up to x: gelu(x) = x * integral.
-template <typename T>
-inline void normal(Vector<T> x, Vector<T>& density, Vector<T>& integral) {
-  Vector<T> power, rest;
-  split_exponential<T>(clamp<T>(x * x * T(-0.5), sizeof(T) == 4 ? 87 : 708), power, rest);
-  density = power * rest + power;
+template <typename T, int N>
+INLINE void normal(const Group<T, N>& x, Group<T, N>& density, Group<T, N>& integral) {
+  Group<T, N> t, sum;
+  EACH t[i] = at_least<T>(x[i] * x[i] * T(-0.5), -kSteepest<T>);
+  split_exponential<T, N>(t, density, sum);
+  EACH density[i] = density[i] * sum[i] + density[i];
   if constexpr (sizeof(T) == 4) {
     // erfc(u) = exp(-u^2) * t * p(t), t = 1 / (1 + 0.4 u): fitted on [0, 14], 1.8e-8 relative.
     constexpr T p[] = {2.256901219e-01, 2.252956936e-01, 2.119279798e-01,
                           1.442230377e-01, 2.284485545e-01, -2.004911799e-01,
                           4.437526126e-01, -4.191528105e-01, 1.634078760e-01,
                           -2.310186750e-02};
-    const Vector<T> u = (x < 0 ? -x : x) * T(0.70710678118654752440);
-    const Vector<T> t = reciprocal<T>(1 + T(0.4) * u);
-    Vector<T> sum = Vector<T>{} + p[9];
+    typedef std::int32_t Integers __attribute__((vector_size(kBytes)));
+    EACH t[i] = std::bit_cast<Vector<T>>(std::bit_cast<Integers>(x[i]) & 0x7fffffff);
+    EACH t[i] = at_most<T>(t[i], 1e30) * T(0.4 * 0.70710678118654752440) + 1;
+    reciprocal<T, N>(t);
+    EACH sum[i] = t[i] * p[9] + p[8];
 #pragma GCC unroll 9
-    for (int i = 8; i >= 0; --i) sum = sum * t + p[i];
-    const Vector<T> tail = T(0.5) * density * t * sum;
-    integral = x < 0 ? tail : 1 - tail;
-    integral = x != x ? x : integral;
+    for (int k = 7; k >= 0; --k) EACH sum[i] = sum[i] * t[i] + p[k];
+    EACH sum[i] = sum[i] * (t[i] * density[i] * T(0.5));
+    EACH integral[i] = x[i] < 0 ? sum[i] : 1 - sum[i];
   } else {
-    for (Index i = 0; i < kLanes<T>; ++i) {
-      integral[i] = T(0.5) * std::erfc(x[i] * T(-0.70710678118654752440));
+    EACH for (Index k = 0; k < kLanes<T>; ++k) {
+      integral[i][k] = T(0.5) * std::erfc(x[i][k] * T(-0.70710678118654752440));
     }
   }
+}
+
+// log(x) for x > 0, neither subnormal nor infinite.
+template <typename T, int N>
+INLINE void logarithm(Group<T, N>& x) {
+  if constexpr (sizeof(T) == 4) {
+    // x = m 2^e with m in [sqrt(1/2), sqrt(2)); log(m) = 2 atanh(r), r = (m - 1) / (m + 1).
+    typedef std::int32_t Integers __attribute__((vector_size(kBytes)));
+    constexpr std::int32_t root = 0x3f3504f3;
+    Group<T, N> m, e, r;
+    EACH e[i] = __builtin_convertvector((std::bit_cast<Integers>(x[i]) - root) >> 23, Vector<T>);
+    EACH m[i] = std::bit_cast<Vector<T>>(((std::bit_cast<Integers>(x[i]) - root) & 0x7fffff) + root);
+    EACH r[i] = m[i] + 1;
+    reciprocal<T, N>(r);
+    EACH r[i] = (m[i] - 1) * r[i];
+    // Taylor's series; |r| < 0.172.
+    EACH m[i] = r[i] * r[i];
+    EACH x[i] = m[i] * T(1. / 9) + T(1. / 7);
+    EACH x[i] = x[i] * m[i] + T(1. / 5);
+    EACH x[i] = x[i] * m[i] + T(1. / 3);
+    EACH x[i] = x[i] * (m[i] * r[i]) + r[i];
+    EACH x[i] = e[i] * T(0.69314718055994530942) + 2 * x[i];
+  } else {
+    EACH for (Index k = 0; k < kLanes<T>; ++k) x[i][k] = std::log(x[i][k]);
+  }
+}
+
+// body(at, left) for the vectors of [0, count), in groups as long as there are enough; its first
+// argument is a group's size.
+template <typename T, typename Body>
+INLINE void in_groups(Index count, const Body& body) {
+  Index at = 0;
+  constexpr Index whole = kGroup * kLanes<T>;
+  for (; at + whole <= count; at += whole) body(std::integral_constant<int, kGroup>(), at, whole);
+  for (; at < count; at += kLanes<T>) body(std::integral_constant<int, 1>(), at, count - at);
+}
+
+template <typename T, int N>
+INLINE void load_group(const T* from, Index count, Group<T, N>& x) {
+  EACH x[i] = N == 1 ? load(from, count) : load(from + i * kLanes<T>);
+}
+
+template <typename T, int N>
+INLINE void store_group(T* to, Index count, const Group<T, N>& x) {
+  EACH store(to + i * kLanes<T>, x[i], N == 1 ? count : kLanes<T>);
+}
+
+template <typename T>
+inline T total(Vector<T> x) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(std::bit_cast<__m512>(x));
+#endif
+  T sum = 0;
+  for (Index k = 0; k < kLanes<T>; ++k) sum += x[k];
+  return sum;
 }
 
 // --- threads ---------------------------------------------------------------------------------
@@ -485,27 +578,34 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, co
               product, valid, 4 * lanes, [&](Index i) { return row + (m + i) * stride; },
               [&](Index) { return biases + p * 4 * lanes; },
               [&](Index i) { return sums + i * 4 * lanes; });
-          for (Index i = 0; i < valid; ++i) {
-            const T* gates = sums + i * 4 * lanes;
-            const Index at = (first + m + i) * time + t;
-            T* cell = cells + (m + i) * hidden + p * lanes;
-            const Vector<T> input = sigmoid<T>(load(gates));
-            const Vector<T> forget = sigmoid<T>(load(gates + lanes));
-            const Vector<T> candidate = tanh<T>(load(gates + 2 * lanes));
-            const Vector<T> output = sigmoid<T>(load(gates + 3 * lanes));
-            const Vector<T> before = done[at] ? Vector<T>{} : load(cell, units);
-            const Vector<T> after = forget * before + input * candidate;
-            store(cell, after, units);
-            store(outputs + at * hidden + p * lanes, output * tanh<T>(after), units);
-            if (kept != nullptr) {
-              T* keep = kept + ((t * shape.batch + first + m + i) * 5) * hidden + p * lanes;
-              store(keep, input, units);
-              store(keep + hidden, forget, units);
-              store(keep + 2 * hidden, candidate, units);
-              store(keep + 3 * hidden, output, units);
-              store(keep + 4 * hidden, after, units);
+          const auto finish = [&](auto side_by_side, Index i) {
+            constexpr int N = side_by_side;
+            Group<T, 4 * N> gates;
+            Group<T, N> after, squashed;
+            load_group<T, 4 * N>(sums + i * 4 * lanes, 4 * N * lanes, gates);
+            squash<T, 4 * N>(gates);
+            const auto at = [&](int k) { return (first + m + i + k) * time + t; };
+#pragma GCC unroll 2
+            for (int k = 0; k < N; ++k) {
+              T* cell = cells + (m + i + k) * hidden + p * lanes;
+              const Vector<T> before = done[at(k)] ? Vector<T>{} : load(cell, units);
+              squashed[k] = after[k] = gates[4 * k + 1] * before + gates[4 * k] * gates[4 * k + 2];
+              store(cell, after[k], units);
             }
-          }
+            tanh<T, N>(squashed);
+#pragma GCC unroll 2
+            for (int k = 0; k < N; ++k) {
+              store(outputs + at(k) * hidden + p * lanes, gates[4 * k + 3] * squashed[k], units);
+              if (kept == nullptr) continue;
+              T* keep = kept + ((t * shape.batch + first + m + i + k) * 5) * hidden + p * lanes;
+#pragma GCC unroll 4
+              for (int g = 0; g < 4; ++g) store(keep + g * hidden, gates[4 * k + g], units);
+              store(keep + 4 * hidden, after[k], units);
+            }
+          };
+          Index i = 0;
+          for (; i + 1 < valid; i += 2) finish(std::integral_constant<int, 2>(), i);
+          if (i < valid) finish(std::integral_constant<int, 1>(), i);
         }
       }
     }
@@ -560,24 +660,31 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
     }
     for (Index m = 0; m < units; ++m) {
       const T* own = bias + unit + m;
-      for (Index v = 0; v < wide; v += lanes) {
-        const auto gate = [&](int i) { return load(gates[i][m] + v) + own[i * hidden]; };
-        store(gates[1][m] + v, sigmoid<T>(gate(1)));
-        store(gates[0][m] + v, sigmoid<T>(gate(0)) * tanh<T>(gate(2)));
-        store(gates[3][m] + v, sigmoid<T>(gate(3)));
+      static_assert(kWidest % 2 == 0);
+      for (Index v = 0; v < wide; v += 2 * lanes) {
+        constexpr int N = 8;
+        Group<T, N> x;
+        EACH x[i] = load(gates[i % 4][m] + v + i / 4 * lanes) + own[i % 4 * hidden];
+        squash<T, N>(x);
+        EACH if (i % 4 == 2) x[i] *= x[i - 2];
+        EACH if (i % 4 != 0) store(gates[i % 4][m] + v + i / 4 * lanes, x[i]);
       }
     }
     for (Index b = 0; b < count; ++b) {
       const Index at = (first + b) * hidden + unit;
       for (Index m = 0; m < units; ++m) {
-        c_next[at + m] = gates[1][m][b] * c[at + m] + gates[0][m][b];
+        c_next[at + m] = gates[1][m][b] * c[at + m] + gates[2][m][b];
         h_next[at + m] = gates[3][m][b];
       }
-      for (Index m = 0; m < units; m += lanes) {
-        const Index left = units - m;
-        const Vector<T> output = load(h_next + at + m, left);
-        store(h_next + at + m, output * tanh<T>(load(c_next + at + m, left)), left);
-      }
+      in_groups<T>(units, [&](auto size, Index m, Index left) {
+        constexpr int N = size;
+        Group<T, N> x, output;
+        load_group<T, N>(c_next + at + m, left, x);
+        load_group<T, N>(h_next + at + m, left, output);
+        tanh<T, N>(x);
+        EACH x[i] *= output[i];
+        store_group<T, N>(h_next + at + m, left, x);
+      });
     }
   });
 }
@@ -625,6 +732,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, c
     const Index slots = std::max<Index>(1, enough / std::max<Index>(1, rows));
     T* inputs_rows = scratch<T, 1>(slots * rows * stride);
     T* d_rows = scratch<T, 2>(slots * rows * d_stride);
+    T* tanh_row = scratch<T, 3>(hidden);
     std::fill_n(inputs_rows, slots * rows * stride, T(0));
     std::copy_n(dh_last + first * hidden, rows * hidden, dh + first * hidden);
     std::copy_n(dc_last + first * hidden, rows * hidden, dc + first * hidden);
@@ -637,12 +745,19 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, c
         const T* keep = kept + (t * shape.batch + first + r) * 5 * hidden;
         const T* before = t ? keep - shape.batch * 5 * hidden + 4 * hidden : c + (first + r) * hidden;
         T* d_row = d_now + r * d_stride;
+        in_groups<T>(hidden, [&](auto size, Index j, Index left) {
+          constexpr int N = size;
+          Group<T, N> x;
+          load_group<T, N>(keep + 4 * hidden + j, left, x);
+          tanh<T, N>(x);
+          store_group<T, N>(tanh_row + j, left, x);
+        });
         for (Index j = 0; j < hidden; j += lanes) {
           const Index units = std::min(lanes, hidden - j);
           const Vector<T> i = load(keep + j, units), f = load(keep + hidden + j, units);
           const Vector<T> g = load(keep + 2 * hidden + j, units);
           const Vector<T> o = load(keep + 3 * hidden + j, units);
-          const Vector<T> tanh_c = tanh<T>(load(keep + 4 * hidden + j, units));
+          const Vector<T> tanh_c = load(tanh_row + j, units);
           const Vector<T> c_before = done[at] ? Vector<T>{} : load(before + j, units);
           T* dh_at = dh + (first + r) * hidden + j;
           T* dc_at = dc + (first + r) * hidden + j;
@@ -743,6 +858,124 @@ ffi::Error Recur(ffi::ThreadPool pool, In a, In b, Out y) {
   });
 }
 
+// --- random numbers --------------------------------------------------------------------------
+
+typedef std::uint32_t Words __attribute__((vector_size(kBytes), aligned(4), may_alias));
+constexpr Index kWords = kBytes / 4;
+
+// Threefry-2x32 with 20 rounds (Salmon et al. 2011), as in `jax.random`, of the counters (0, first),
+// (0, first + 1), ...
+inline void threefry(const std::uint32_t* key, std::uint32_t first, Words& a, Words& b) {
+  constexpr int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const std::uint32_t keys[] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
+  a = Words{} + keys[0];
+  for (Index i = 0; i < kWords; ++i) b[i] = std::uint32_t(first + i);
+  b += keys[1];
+#pragma GCC unroll 5
+  for (int i = 0; i < 5; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const int turn = rotations[i % 2][r];
+      a += b;
+      b = ((b << turn) | (b >> (32 - turn))) ^ a;
+    }
+    a += keys[(i + 1) % 3];
+    b += keys[(i + 2) % 3] + std::uint32_t(i + 1);
+  }
+}
+
+// For each key, (count, 2): both words of the counters 0 ... count - 1.
+ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
+  const std::uint32_t* key = in<std::uint32_t>(keys);
+  const Index n = keys.element_count() / 2, count = words->element_count() / 2 / n;
+  std::uint32_t* result = out<std::uint32_t>(words);
+  constexpr Index piece = 1 << 12;  // of what one task does
+  const Index pieces = (count + piece - 1) / piece, group = std::max<Index>(1, piece / count);
+  parallel(pool, pieces * ((n + group - 1) / group), [&](Index task) {
+    const Index begin = task % pieces * piece, end = std::min(count, begin + piece);
+    const Index from = task / pieces * group;
+    for (Index k = from; k < std::min(n, from + group); ++k) {
+      for (Index i = begin; i < end; i += kWords) {
+        Words a, b;
+        threefry(key + 2 * k, std::uint32_t(i), a, b);
+        std::uint32_t* to = result + 2 * (k * count + i);
+        for (Index j = 0; j < std::min(kWords, end - i); ++j) {
+          to[2 * j] = a[j];
+          to[2 * j + 1] = b[j];
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// `kWords` numbers in [0, 1), as `jax.random.uniform` makes them of the counters from `first` on.
+template <typename T>
+inline void uniform(const std::uint32_t* key, Index first, T* to) {
+  Words a, b;
+  threefry(key, std::uint32_t(first), a, b);
+  if constexpr (sizeof(T) == 4) {
+    store<T>(to, std::bit_cast<Vector<T>>(((a ^ b) >> 9) | 0x3f800000u) - 1);
+  } else {
+    for (Index i = 0; i < kWords; ++i) {
+      const std::uint64_t bits = std::uint64_t(a[i]) << 32 | b[i];
+      to[i] = std::bit_cast<T>(bits >> 12 | 0x3ff0000000000000) - 1;
+    }
+  }
+}
+
+// `jax.random.categorical(key, logits, mode="high")` of logits (rows, n), for one key: the largest
+// of the logits with Gumbel noise, -log(-log(1 - x)).
+template <typename T>
+void categorical(const std::uint32_t* key, const T* logits, Index rows, Index n, Index first,
+                 Index last, std::int32_t* result) {
+  constexpr T fine = sizeof(T) == 4 ? T(1) / (1 << 23) : T(1) / (std::int64_t(1) << 52);
+  const Index begin = first * n, end = last * n;
+  T* scores = scratch<T, 5>(end - begin + kLanes<T>);
+  constexpr int N = kGroup / 2;
+  constexpr Index piece = N * kLanes<T>;
+  static_assert(piece % kWords == 0);
+  for (Index at = begin; at < end; at += piece) {
+    alignas(kBytes) T high[piece], low[piece];
+    for (Index j = 0; j < piece; j += kWords) {
+      uniform<T>(key, at + j, high + j);
+      uniform<T>(key, rows * n + at + j, low + j);
+    }
+    Group<T, N> x, e, rest;
+    EACH x[i] = load(high + i * kLanes<T>);
+    EACH rest[i] = load(low + i * kLanes<T>) * fine + std::numeric_limits<T>::min();
+    EACH x[i] = x[i] >= T(0.5) ? x[i] : x[i] + rest[i];
+    // -log(1 - x), corrected for what rounding took from x.
+    EACH e[i] = 1 - x[i];
+    EACH rest[i] = 1 - e[i];
+    logarithm<T, N>(e);
+    EACH e[i] = rest[i] == 0 ? x[i] : -e[i] * (x[i] / rest[i]);
+    logarithm<T, N>(e);
+    EACH {
+      const Index next = at + i * kLanes<T>;
+      if (next < end) store(scores + next - begin, load(logits + next, end - next) - e[i]);
+    }
+  }
+  for (Index row = first; row < last; ++row) {
+    const T* of_row = scores + row * n - begin;
+    result[row] = std::int32_t(std::max_element(of_row, of_row + n) - of_row);
+  }
+}
+
+ffi::Error Categorical(ffi::ThreadPool pool, In keys, In logits, Out result) {
+  const Index n = logits.dimensions().back(), draws = keys.element_count() / 2;
+  const Index rows = logits.element_count() / n / draws;
+  return with_type(logits.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
+    parallel(pool, draws * pieces, [&](Index task) {
+      const Index draw = task / pieces, first = task % pieces * each;
+      categorical<T>(in<std::uint32_t>(keys) + 2 * draw, in<T>(logits) + draw * rows * n, rows, n,
+                     first, std::min(rows, first + each), out<std::int32_t>(result) + draw * rows);
+    });
+  });
+}
+
 // --- perceptron ------------------------------------------------------------------------------
 
 // x (batch, inputs) -> gelu(x @ w1 + b1) (batch, hidden), and from that, if `outputs`, (batch,
@@ -805,11 +1038,40 @@ Index lanes_of(Index columns) {
 }
 
 template <typename T>
+void gelu(T* x, Index count) {
+  in_groups<T>(count, [&](auto size, Index at, Index left) {
+    constexpr int N = size;
+    Group<T, N> z, density, integral;
+    load_group<T, N>(x + at, left, z);
+    normal<T, N>(z, density, integral);
+    EACH z[i] *= integral[i];
+    store_group<T, N>(x + at, left, z);
+  });
+}
+
+// So few outputs would leave most lanes of a panel empty, but their sums fit into registers.
+constexpr Index kFewOutputs = 8;
+
+// to[n] = bias[n] + x[0:inputs] . weights[n], for n < N; weights `stride` apart.
+template <typename T, int N>
+INLINE void dots(const T* x, Index inputs, const T* weights, Index stride, const T* bias, T* to) {
+  Vector<T> sums[N] = {};
+  for (Index j = 0; j < inputs; j += kLanes<T>) {
+    const Vector<T> part = load(x + j, inputs - j);
+    EACH sums[i] += part * load(weights + i * stride + j);
+  }
+  EACH to[i] = bias[i] + total<T>(sums[i]);
+}
+
+template <typename T>
 void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T* w1, const T* b1,
                 const T* w2, const T* b2, T* result) {
   const Index inputs = shape.inputs, hidden = shape.hidden, outputs = shape.outputs;
   const T* first_weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
   const T* second_weights = panels_of<T, 1>(w2, hidden, outputs, false, lanes_of<T>(outputs));
+  const Index few_stride = (hidden + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  T* few = scratch<T, 6>(kFewOutputs * few_stride);
+  if (outputs <= kFewOutputs) pack(w2, 1, outputs, outputs, hidden, few_stride, few);
   parallel(pool, shape.blocks, [&](Index i) {
     const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
     const Index stride = outputs ? Shape::stride<T>(hidden) : hidden;
@@ -817,19 +1079,22 @@ void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T*
     times<T>(
         first_weights, inputs, hidden, rows, [&](Index m) { return x + (first + m) * inputs; },
         [&](Index) { return b1; }, [&](Index m) { return activations + m * stride; });
-    for (Index m = 0; m < rows; ++m) {
-      for (Index j = 0; j < hidden; j += kLanes<T>) {
-        T* at = activations + m * stride + j;
-        Vector<T> density, integral;
-        const Vector<T> z = load(at, hidden - j);
-        normal<T>(z, density, integral);
-        store(at, z * integral, hidden - j);
-      }
+    for (Index m = 0; m < rows; ++m) gelu<T>(activations + m * stride, hidden);
+    if (outputs > kFewOutputs) {
+      times<T>(
+          second_weights, hidden, outputs, rows, [&](Index m) { return activations + m * stride; },
+          [&](Index) { return b2; }, [&](Index m) { return result + (first + m) * outputs; });
+      return;
     }
-    if (outputs == 0) return;
-    times<T>(
-        second_weights, hidden, outputs, rows, [&](Index m) { return activations + m * stride; },
-        [&](Index) { return b2; }, [&](Index m) { return result + (first + m) * outputs; });
+    [&]<int... n>(std::integer_sequence<int, n...>) {
+      const auto all_rows = [&](auto count) {
+        for (Index m = 0; m < rows; ++m) {
+          T* to = result + (first + m) * outputs;
+          dots<T, count>(activations + m * stride, hidden, few, few_stride, b2, to);
+        }
+      };
+      ((outputs == n + 1 ? all_rows(std::integral_constant<int, n + 1>()) : void()), ...);
+    }(std::make_integer_sequence<int, kFewOutputs>());
   });
 }
 
@@ -864,16 +1129,19 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
       }
       for (Index m = 0; m < rows; ++m) {
         const T* given = outputs ? d_hidden + m * stride : d_result + (first + m) * hidden;
-        for (Index j = 0; j < hidden; j += kLanes<T>) {
-          const Index left = hidden - j;
-          T* at = activations + m * stride + j;
-          Vector<T> density, integral;
-          const Vector<T> z = load(at, left);
-          normal<T>(z, density, integral);
-          const Vector<T> slope = integral + z * density * T(0.39894228040143267794);
-          store(at, z * integral, left);
-          store(d_hidden + m * stride + j, load(given + j, left) * slope, left);
-        }
+        T* row = activations + m * stride;
+        in_groups<T>(hidden, [&](auto size, Index j, Index left) {
+          constexpr int N = size;
+          Group<T, N> z, density, slope;
+          load_group<T, N>(row + j, left, z);
+          normal<T, N>(z, density, slope);
+          EACH density[i] = z[i] * (density[i] * T(0.39894228040143267794)) + slope[i];
+          EACH z[i] *= slope[i];
+          store_group<T, N>(row + j, left, z);
+          load_group<T, N>(given + j, left, z);
+          EACH density[i] *= z[i];
+          store_group<T, N>(d_hidden + m * stride + j, left, density);
+        });
       }
       add_rows(d_hidden, rows, stride, hidden, sum + sizes[0]);
       with_width(panel_width<T>(hidden), [&](auto width) {
@@ -1388,4 +1656,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_backward, LstmBackward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG RET RET RET RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_recur, Recur,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_threefry, Threefry,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_categorical, Categorical,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
