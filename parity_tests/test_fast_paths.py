@@ -223,14 +223,14 @@ def test_float32_functions_are_accurate():
         z = jnp.linspace(-30, 30, 60001, dtype=jnp.float32)[:, None]
         one, none = jnp.ones((1, 1), jnp.float32), jnp.zeros(0, jnp.float32)
         assert native.serves(z)
-        gelu = native.perceptron(z, one, one[0] * 0, none.reshape(1, 0), none)[:, 0]
+        gelu = layers._perceptron_by_us(z, one, one[0] * 0, none.reshape(1, 0), none)[:, 0]
         # Input, forget and output gate take z, the candidate 1; what remains is sigmoid^2-like.
         weight = jnp.asarray([[1, 0], [0, 0], [0, 0], [0, 0]], jnp.float32)
         bias = jnp.asarray([0, 0, 20, 20], jnp.float32)
         state = jnp.zeros((len(z), 1), jnp.float32)
-        _, _, sigmoid = native.lstm(weight, bias, z[:, None], state, state, state > 1)
+        _, _, sigmoid = layers._lstm_by_us(weight, bias, z[:, None], state, state, state > 1)
         bias = jnp.asarray([20, 0, 0, 20], jnp.float32)
-        _, _, tanh = native.lstm(
+        _, _, tanh = layers._lstm_by_us(
             weight[jnp.asarray([1, 1, 0, 1])], bias, z[:, None], state, state, state > 1
         )
         z, gelu, sigmoid, tanh = (
@@ -239,7 +239,7 @@ def test_float32_functions_are_accurate():
         few = jnp.asarray(z[::50], jnp.float32)[:, None]
         weights = jnp.ones((1, 200), jnp.float32)
         # Vectors that are computed side by side, and those that are left over.
-        wide = native.perceptron(few, weights, weights[0] * 0, none.reshape(200, 0), none)
+        wide = layers._perceptron_by_us(few, weights, weights[0] * 0, weights[:0].T, none)
     np.testing.assert_allclose(wide, np.tile(gelu[::50, None], 200), rtol=2e-7)
     exact = z * 0.5 * scipy.special.erfc(-z / np.sqrt(2))
     assert np.abs(gelu - exact).max() < 2e-6 and np.abs(gelu - exact)[np.abs(z) < 4].max() < 5e-7
@@ -323,26 +323,45 @@ def test_kernels_are_built_once(tmp_path):
 LENGTHS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from puffer_jax import native
-from puffer_jax.layers import gelu
+from puffer_jax import layers, native, random
 native._FLAGS += (f"-DVECTOR_BYTES={sys.argv[1]}",)
 jax.config.update("jax_enable_x64", True)
 draw = lambda *shape: jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape))
-x, w1, b1, w2, b2 = draw(23, 5), draw(5, 37), draw(37), draw(37, 18), draw(18)
+x, w1, b1, w2, b2 = draw(23, 5), draw(5, 137), draw(137), draw(137, 18), draw(18)
 images, kernel = draw(2, 9, 8, 3), draw(3, 4, 3, 18)
 windows = native.Windows((2, 2), (1, 1))
-layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-pads = [(1, 1), (1, 1)]
-plain = lambda x, k, b: jax.lax.conv_general_dilated(x, k, (2, 2), pads, **layout) + b
-pairs = [
-    (native.perceptron, lambda x, *w: gelu(x @ w[0] + w[1]) @ w[2] + w[3], (x, w1, b1, w2, b2)),
-    (lambda *a: native.convolution(windows, *a), plain, (images, kernel, b2)),
+key = jax.random.key(0)
+lstm = draw(148, 42), draw(148), draw(13, 3, 5), draw(13, 37), draw(13, 37)
+step = draw(148, 5), draw(148, 37), draw(148), draw(13, 5), draw(13, 37), draw(13, 37)
+calls = [
+    (lambda *a: layers.convolution(*a, windows), (images, kernel, b2)),
+    (lambda *a: jnp.concatenate(layers.lstm_scan(*a)[1:]), lstm),
+    (lambda *a: jnp.concatenate(layers.lstm_step(*a)), step),
 ]
-assert native.serves(x)
-for ours, other, arrays in pairs:
-    results = [jax.vjp(f, *arrays) for f in (ours, other)]
-    for a, b in zip(*([out, *back(jnp.cos(out))] for out, back in results)):
-        assert jnp.abs(a - b).max() / jnp.abs(b).max() < 1e-14
+for few in (0, 3, 18):
+    perceptron = layers._perceptron_by_us if native.serves(x) else None
+    calls.append((lambda *a: perceptron(*a), (x, w1, b1, w2[:, :few], b2[:few])))
+
+
+def results():
+    layers.lstm_scan.clear_cache()
+    for dtype in ("float64", "float32"):
+        for function, arrays in calls:
+            out, back = jax.vjp(function, *(array.astype(dtype) for array in arrays))
+            yield from (out, *back(jnp.cos(out)))
+        for n in (2, 700):
+            logits = draw(3, n).astype(dtype)
+            yield random.categorical(key, logits) + 1
+    yield jax.random.uniform(random.fast(key), (70,))
+
+
+ours = list(results())
+native.at_hand = lambda dtype: False
+perceptron = layers._perceptron_by_xla
+for a, b in zip(ours, results(), strict=True):
+    if a.size:
+        bar = 0 if a.dtype == jnp.int32 else 5e-6 if a.dtype == jnp.float32 else 1e-13
+        assert jnp.abs(a - b).max() / jnp.abs(b).max() <= bar, (a.shape, a.dtype)
 print("equal")
 """
 
@@ -372,6 +391,58 @@ def test_with_a_compiler_that_fails(tmp_path):
     assert out == "False 19.0"
     assert log.count("could not be built") == 1 and "broken on purpose" in log
     assert not list((tmp_path / "puffer_jax").iterdir())
+
+
+def layer_and_head(x, *arrays):
+    sizes = ((3, 4), (4, 2))
+    linear = [nnx.Linear(*s, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for s in sizes]
+    for i, layer in enumerate(linear):
+        layer.kernel[...], layer.bias[...] = arrays[2 * i : 2 * i + 2]
+    return layers.perceptron(x, linear[0], linear[1:])
+
+
+DONE = jnp.asarray([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
+BYTES = jnp.arange(180, dtype=jnp.uint8).reshape(2, 6, 5, 3)
+TWICE = {
+    "perceptron": (layer_and_head, [(5, 3), (3, 4), (4,), (4, 2), (2,)]),
+    "recurrence": (layers.recurrence, [(3, 4), (3, 4)]),
+    "max_pool": (layers.max_pool, [(2, 5, 6, 3)]),
+    "convolution": (
+        partial(layers.convolution, windows=Windows((2, 1), (1, 0), rectify=True)),
+        [(2, 6, 5, 3), (3, 3, 3, 4), (4,)],
+    ),
+    "convolution of bytes": (
+        partial(layers.convolution, BYTES, windows=Windows()),
+        [(3, 3, 3, 4), (4,)],
+    ),
+    "lstm_scan": (layers.lstm_scan, [(8, 5), (8,), (3, 4, 3), (3, 2), (3, 2)]),
+    "lstm_scan, done": (
+        lambda *arrays: layers.lstm_scan(*arrays, DONE),
+        [(8, 5), (8,), (3, 4, 3), (3, 2), (3, 2)],
+    ),
+    "lstm_step": (layers.lstm_step, [(8, 3), (8, 2), (8,), (3, 3), (3, 2), (3, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_gradients_of_gradients(name, monkeypatch):
+    function, shapes = TWICE[name]
+    arrays = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
+
+    def loss(arrays):
+        parts = enumerate(jax.tree.leaves(function(*arrays)))
+        return sum((jnp.sin(part) * draw(9 + i, *part.shape)).sum() for i, part in parts)
+
+    def of_gradients(arrays):
+        return sum(jnp.sin(3 * d).sum() for d in jax.grad(loss)(arrays))
+
+    ours = jax.jit(jax.grad(of_gradients))(arrays)
+    monkeypatch.setattr(native, "at_hand", lambda dtype: False)
+    layers.lstm_scan.clear_cache()
+    # Another function, so that jit does not take the program above.
+    plain = jax.jit(jax.grad(lambda arrays: of_gradients(arrays)))(arrays)
+    layers.lstm_scan.clear_cache()
+    agree(ours, plain)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])

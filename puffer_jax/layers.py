@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -150,13 +150,19 @@ def perceptron(
     joined = [jnp.concatenate(parts, axis=-1) for parts in zip(*layers[1:] or nothing, strict=True)]
     arrays = [jnp.asarray(array, dtype) for array in (x, *layers[0], *joined)]
 
-    def by_xla(x: Array, w1: Array, b1: Array, w2: Array, b2: Array) -> Array:
-        activations = gelu(x @ w1 + b1)
-        return activations @ w2 + b2 if heads else activations
-
     if not native.serves(*arrays[:3]):
-        return by_xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=native.perceptron, default=by_xla)
+        return _perceptron_by_xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=_perceptron_by_us, default=_perceptron_by_xla)
+
+
+def _perceptron_by_xla(x: Array, w1: Array, b1: Array, w2: Array, b2: Array) -> Array:
+    activations = gelu(x @ w1 + b1)
+    return activations @ w2 + b2 if w2.shape[1] else activations
+
+
+_perceptron_by_us = native.differentiable(
+    native.perceptron, native.perceptron_gradient, _perceptron_by_xla
+)
 
 
 def recurrence(
@@ -192,11 +198,17 @@ def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
     Of equal numbers in a window the first one takes the gradient, as in torch. No forward-mode
     derivatives (`jax.jvp`) on CPUs.
     """
-    padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows only its string forms
-    by_xla = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=padding)
     if not native.serves(x):
-        return by_xla(x)
-    return jax.lax.platform_dependent(x, cpu=native.max_pool, default=by_xla)
+        return _max_pool_by_xla(x)
+    return jax.lax.platform_dependent(x, cpu=_max_pool_by_us, default=_max_pool_by_xla)
+
+
+def _max_pool_by_xla(x: Array) -> Array:
+    padding: Any = ((1, 1), (1, 1))  # Flax's annotation knows only its string forms
+    return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=padding)
+
+
+_max_pool_by_us = native.differentiable(native.max_pool, native.max_pool_gradient, _max_pool_by_xla)
 
 
 class Conv2d(nnx.Conv):
@@ -271,29 +283,36 @@ def convolution(
     On a CPU, in float32 and float64, it is `puffer_jax.native.convolution`, where that can be
     built, and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
     """
-    as_bytes = x.dtype == jnp.uint8
-    if windows.channels_first and not as_bytes:
+    if windows.channels_first and x.dtype != jnp.uint8:
         x, windows = x.transpose(0, 2, 3, 1), windows._replace(channels_first=False)
-
-    def by_xla(x: Array, kernel: Array, bias: Array) -> Array:
-        x = x.astype(kernel.dtype)
-        x = x / 255.0 if as_bytes else x
-        x = jax.nn.relu(x) if windows.rectify else x
-        layout = ("NCHW" if windows.channels_first else "NHWC", "HWIO", "NHWC")
-        pads = [(pad, pad) for pad in windows.pads]
-        convolve = partial(jax.lax.conv_general_dilated, dimension_numbers=layout)
-        return convolve(x, kernel, windows.strides, pads) + bias
 
     sides = x.shape[2:] if windows.channels_first else x.shape[1:3]
     fits = all(
         side + 2 * pad >= size
         for side, pad, size in zip(sides, windows.pads, kernel.shape, strict=False)
     )
+    by_xla = partial(_convolution_by_xla, windows)
     if not (x.size and fits and native.serves(kernel, bias)):
         return by_xla(x, kernel, bias)
-    x = x if as_bytes else x.astype(kernel.dtype)
-    by_us = partial(native.convolution, windows)
+    x = x if x.dtype == jnp.uint8 else x.astype(kernel.dtype)
+    by_us = _convolution_by_us(windows)
     return jax.lax.platform_dependent(x, kernel, bias, cpu=by_us, default=by_xla)
+
+
+def _convolution_by_xla(windows: native.Windows, x: Array, kernel: Array, bias: Array) -> Array:
+    numbers = x.astype(kernel.dtype)
+    numbers = numbers / 255.0 if x.dtype == jnp.uint8 else numbers
+    numbers = jax.nn.relu(numbers) if windows.rectify else numbers
+    layout = ("NCHW" if windows.channels_first else "NHWC", "HWIO", "NHWC")
+    pads = [(pad, pad) for pad in windows.pads]
+    convolve = partial(jax.lax.conv_general_dilated, dimension_numbers=layout)
+    return convolve(numbers, kernel, windows.strides, pads) + bias
+
+
+@cache
+def _convolution_by_us(windows: native.Windows) -> Any:
+    functions = native.convolution, native.convolution_gradient, _convolution_by_xla
+    return native.differentiable(*(partial(function, windows) for function in functions))
 
 
 class LSTM(nnx.Module):
@@ -463,7 +482,7 @@ def lstm_scan(
 
     def by_us(weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None):
         done = jnp.zeros(x.shape[:2], bool) if done is None else done
-        return native.lstm(weight, bias, x.astype(h.dtype), h, c, done)
+        return _lstm_by_us(weight, bias, x.astype(h.dtype), h, c, done)
 
     return jax.lax.platform_dependent(weight, bias, x, h, c, done, cpu=by_us, default=by_xla)
 
@@ -567,3 +586,4 @@ def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[An
 
 
 _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
+_lstm_by_us = native.differentiable(native.lstm, native.lstm_gradient, partial(_lstm_scan, None))

@@ -5,8 +5,8 @@ library is kept in the user's cache. Without a compiler, or with PUFFER_JAX_NATI
 environment, everything runs on XLA's own operations and nothing is missing but speed.
 
 The functions here are the same functions, in float32 and float64, with gradients written out
-(`jax.custom_vjp`): no forward-mode and no second derivatives. Under `jax.vmap` they run one after
-the other.
+(`jax.custom_vjp`): no forward-mode derivatives. Gradients of gradients are those of XLA's
+operations. Under `jax.vmap` calls run one after the other.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt8, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 _logger = logging.getLogger(__name__)
 _FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
@@ -139,38 +140,88 @@ def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
 
 
+def _is_number(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def differentiable(
+    forward: Callable[..., Any], backward: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function by kernels whose gradient is by kernels, too.
+
+    Args:
+        forward: (keep, *arrays) -> (results, kept): with `keep`, what `backward` wants to know.
+        backward: (arrays, kept, cotangents) -> the gradients of those arrays that are floating.
+        plain: the same function of XLA's operations, for the derivatives beyond the first.
+    """
+
+    @jax.custom_vjp
+    def gradient(arrays: Any, kept: Any, cotangents: Any) -> Any:
+        return backward(arrays, kept, cotangents)
+
+    def gradient_forward(*given: Any) -> tuple[Any, Any]:
+        return gradient(*given), given
+
+    def gradient_backward(given: Any, d_gradients: Any) -> tuple[Any, ...]:
+        arrays, _, cotangents = given
+        which = [_is_number(array) for array in arrays]
+
+        def function(*numbers: Array) -> Any:
+            left = iter(numbers)
+            return plain(*(next(left) if i else a for i, a in zip(which, arrays, strict=True)))
+
+        def again(numbers: Any, cotangents: Any) -> Any:
+            return jax.vjp(function, *numbers)[1](cotangents)
+
+        numbers = tuple(filter(_is_number, arrays))
+        d_numbers, d_cotangents = jax.vjp(again, numbers, cotangents)[1](d_gradients)
+        left = iter(d_numbers)
+        return tuple(next(left) if i else None for i in which), None, d_cotangents
+
+    gradient.defvjp(gradient_forward, gradient_backward)
+
+    # What is kept is a constant to derivatives beyond the first: `gradient` has all of them.
+    keeping = jax.custom_vjp(partial(forward, True))
+    keeping.defvjp(
+        lambda *arrays: (keeping(*arrays), arrays),
+        lambda arrays, d: jax.vjp(function, *arrays)[1](d[0]),
+    )
+
+    @jax.custom_vjp
+    def function(*arrays: Array) -> Any:
+        return forward(False, *arrays)[0]
+
+    def function_forward(*arrays: Array) -> tuple[Any, Any]:
+        results, kept = keeping(*arrays)
+        return results, (arrays, kept)
+
+    def function_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+        arrays, kept = residuals
+        left = iter(gradient(arrays, kept, cotangents))
+        return tuple(next(left) if _is_number(array) else None for array in arrays)
+
+    function.defvjp(function_forward, function_backward)
+    return function
+
+
 # --- the LSTM ------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
-def lstm(*arrays: Array) -> tuple[Array, Array, Array]:
-    """`puffer_jax.layers.lstm_scan` of its arrays, of one dtype; `done` is bool and not None."""
-    outputs, h, c, _ = _lstm(False, *arrays)
-    return outputs, h, c
-
-
-def _lstm(keep: bool, *arrays: Array) -> tuple[Array, ...]:
+def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
+    """Forward of `puffer_jax.layers.lstm_scan`, of arrays of one dtype; `done` is bool."""
     *_, x, h, c, _ = arrays
     (batch, time, _), hidden = x.shape, h.shape[1]
     outputs = jax.ShapeDtypeStruct((batch, time, hidden), x.dtype)
-    kept = jax.ShapeDtypeStruct((time, batch, 5, hidden) if keep else (0,), x.dtype)
-    return _call("puffer_jax_lstm_forward", (outputs, *_like(h, c), kept), *arrays)
+    gates = jax.ShapeDtypeStruct((time, batch, 5, hidden) if keep else (0,), x.dtype)
+    *results, gates = _call("puffer_jax_lstm_forward", (outputs, *_like(h, c), gates), *arrays)
+    return tuple(results), (results[0], gates)
 
 
-def _lstm_forward(*arrays: Array) -> tuple[Any, Any]:
-    *results, kept = _lstm(True, *arrays)
-    return tuple(results), (arrays, results[0], kept)
-
-
-def _lstm_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    arrays, outputs, kept = residuals
+def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
+    """Backward of `lstm`."""
     weight, bias, x, h, c, done = arrays
-    results = _like(weight, bias, x, h, c)
-    given = (weight, x, h, c, done, outputs, kept, *cotangents)
-    return (*_call("puffer_jax_lstm_backward", results, *given), None)
-
-
-lstm.defvjp(_lstm_forward, _lstm_backward)
+    given = (weight, x, h, c, done, *kept, *cotangents)
+    return tuple(_call("puffer_jax_lstm_backward", _like(weight, bias, x, h, c), *given))
 
 
 def lstm_step(*arrays: Array) -> tuple[Array, Array]:
@@ -226,29 +277,21 @@ def categorical(
 # --- the perceptron ------------------------------------------------------------------------
 
 
-@jax.custom_vjp
-def perceptron(
-    x: Float[Array, "batch inputs"],
-    w1: Float[Array, "inputs hidden"],
-    b1: Float[Array, "hidden"],
-    w2: Float[Array, "hidden outputs"],
-    b2: Float[Array, "outputs"],
-) -> Float[Array, "batch outputs_or_hidden"]:
-    """`gelu(x @ w1 + b1) @ w2 + b2`; without the second layer if that has no outputs.
+def perceptron(keep: bool, *arrays: Array) -> tuple[Array, None]:
+    """Forward of x, w1, b1, w2, b2: `gelu(x @ w1 + b1) @ w2 + b2`.
 
-    The hidden vectors stay in cache, and are computed anew for the gradient.
+    x is (batch, inputs), w1 (inputs, hidden), w2 (hidden, outputs). Without outputs there is no
+    second layer. The hidden vectors stay in cache, and are computed anew for the gradient.
     """
+    x, w1, _, w2, _ = arrays
     size = w2.shape[1] or w1.shape[1]
     result = jax.ShapeDtypeStruct((x.shape[0], size), x.dtype)
-    return _call("puffer_jax_perceptron", result, x, w1, b1, w2, b2)
+    return _call("puffer_jax_perceptron", result, *arrays), None
 
 
-def _perceptron_forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return perceptron(*arrays), arrays
-
-
-def _perceptron_backward(residuals: tuple[Array, ...], d_result: Array) -> tuple[Array, ...]:
-    x, w1, b1, w2, b2 = residuals
+def perceptron_gradient(arrays: Any, kept: None, d_result: Array) -> tuple[Array, ...]:
+    """Backward of `perceptron`."""
+    x, w1, b1, w2, b2 = arrays
     given = _like(w1, b1, w2, b2)
     gradients = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
     # Where x are observations nobody asks for this, and it is not computed.
@@ -257,8 +300,6 @@ def _perceptron_backward(residuals: tuple[Array, ...], d_result: Array) -> tuple
     d_hidden = d_result @ w2.T if w2.shape[1] else d_result
     return (d_hidden * slope) @ w1.T, *gradients
 
-
-perceptron.defvjp(_perceptron_forward, _perceptron_backward)
 
 # --- images ----------------------------------------------------------------------------------
 
@@ -291,74 +332,47 @@ class Windows(NamedTuple):
         return self.attributes() | own
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def convolution(
-    windows: Windows,
-    x: Float[Array, "batch height width inputs"] | UInt8[Array, "batch _ _ _"],
-    kernel: Float[Array, "window_height window_width inputs outputs"],
-    bias: Float[Array, "outputs"],
-) -> Float[Array, "batch out_height out_width outputs"]:
-    """A convolution of images.
+def convolution(windows: Windows, keep: bool, *arrays: Array) -> tuple[Array, None]:
+    """Forward of x, kernel, bias: a convolution of images.
 
     Args:
         windows: where they lie; they must fit into the images with their borders.
-        x: the images; bytes stand for numbers from 0 to 1, each is divided by 255.
-        kernel: the weights.
-        bias: is added.
+        keep: not used.
+        arrays: x, the images (batch, height, width, inputs); bytes stand for numbers from 0 to
+            1, each is divided by 255. kernel, the weights (window_height, window_width, inputs,
+            outputs). bias (outputs,), is added.
     """
+    x, kernel, _ = arrays
     shape = (x.shape[0], *x.shape[2:]) if windows.channels_first else x.shape
     sides = zip(shape[1:], kernel.shape, windows.strides, windows.pads, strict=False)
     height, width = ((side + 2 * pad - size) // stride + 1 for side, size, stride, pad in sides)
     result = jax.ShapeDtypeStruct((x.shape[0], height, width, kernel.shape[3]), kernel.dtype)
-    return _call("puffer_jax_convolve", result, x, kernel, bias, **windows.of_images())
+    return _call("puffer_jax_convolve", result, *arrays, **windows.of_images()), None
 
 
-def _convolution_forward(windows: Windows, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return convolution(windows, *arrays), arrays
-
-
-def _convolution_backward(
-    windows: Windows, residuals: tuple[Array, ...], d_out: Array
-) -> tuple[Array | None, ...]:
-    x, *weights = residuals
-    # Two calls, so that the images' gradient is not computed where nobody asks for it.
-    dx = None
-    if x.dtype == d_out.dtype:
-        name = "puffer_jax_convolve_images_gradient"
-        (dx,) = _call(name, _like(x), weights[0], d_out, **windows.attributes())
-        dx = jnp.where(x > 0, dx, 0) if windows.rectify else dx
+def convolution_gradient(
+    windows: Windows, arrays: Any, kept: None, d_out: Array
+) -> tuple[Array, ...]:
+    """Backward of `convolution`."""
+    x, *weights = arrays
     name = "puffer_jax_convolve_weights_gradient"
-    return dx, *_call(name, _like(*weights), x, d_out, **windows.of_images())
+    gradients = _call(name, _like(*weights), x, d_out, **windows.of_images())
+    if not _is_number(x):
+        return tuple(gradients)
+    # A call of its own: the images' gradient is not computed where nobody asks for it.
+    name = "puffer_jax_convolve_images_gradient"
+    (dx,) = _call(name, _like(x), weights[0], d_out, **windows.attributes())
+    return jnp.where(x > 0, dx, 0) if windows.rectify else dx, *gradients
 
 
-convolution.defvjp(_convolution_forward, _convolution_backward)
-
-
-@jax.custom_vjp
-def max_pool(
-    x: Float[Array, "batch height width channels"],
-) -> Float[Array, "batch half_height half_width channels"]:
-    """`puffer_jax.layers.max_pool`."""
-    return _max_pool(x, False)[0]
-
-
-def _max_pool(x: Array, keep: bool) -> tuple[Array, Array]:
+def max_pool(keep: bool, x: Array) -> tuple[Array, Array]:
+    """Forward of `puffer_jax.layers.max_pool`."""
     batch, height, width, channels = x.shape
     shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
     taken = jax.ShapeDtypeStruct(shape if keep else (0,), np.int8)
     return _call("puffer_jax_max_pool", (jax.ShapeDtypeStruct(shape, x.dtype), taken), x)
 
 
-def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    out, taken = _max_pool(x, True)
-    # An empty array that tells the shape.
-    return out, (taken, jax.lax.empty((0, *x.shape), x.dtype))
-
-
-def _max_pool_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array]:
-    taken, like = residuals
-    dx = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-    return (_call("puffer_jax_max_pool_gradient", dx, taken, d_out),)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+def max_pool_gradient(arrays: tuple[Array], taken: Array, d_out: Array) -> tuple[Array]:
+    """Backward of `max_pool`."""
+    return (_call("puffer_jax_max_pool_gradient", _like(*arrays)[0], taken, d_out),)
