@@ -276,7 +276,11 @@ inline T total(Vector<T> x) {
 // Runs body(0) ... body(tasks - 1) on XLA's pool. The caller works, too, and waits only for what
 // has begun, so a pool that is busy with other work cannot deadlock it.
 template <typename Body>
-void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body) {
+void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body, bool worth_it = true) {
+  if (tasks == 1 || !worth_it) {
+    for (Index i = 0; i < tasks; ++i) body(i);
+    return;
+  }
   struct Shared {
     std::atomic<Index> next{0}, finished{0};
   };
@@ -652,19 +656,22 @@ ffi::Error LstmForward(ffi::ThreadPool pool, In weight, In bias, In x, In h, In 
 
 // One step for acting. The batch is small, so the weights stay where they are: they are the rows,
 // and panels of the transposed inputs pass them by.
-template <typename T>
+template <typename T, int width>
 void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, const T* of_x,
                const T* of_h, const T* bias, const T* x, const T* h, const T* c, T* h_next,
                T* c_next) {
-  constexpr Index lanes = kLanes<T>, wide = kWidest * lanes, kUnits = 16;
+  constexpr Index lanes = kLanes<T>, wide = width * lanes, kUnits = 16;
   const Index panels = (batch + wide - 1) / wide, groups = (hidden + kUnits - 1) / kUnits;
-  const Index size = (inputs + hidden) * wide;
+  const Index size = (inputs + 2 * hidden) * wide;
+  const bool large = batch > 16;  // otherwise other threads wake up too late to help
   T* packed = scratch<T, 0>(panels * size);
   parallel(pool, panels, [&](Index p) {
     const Index first = p * wide, count = std::min(wide, batch - first);
-    pack(x + first * inputs, 1, inputs, inputs, count, wide, packed + p * size);
-    pack(h + first * hidden, 1, hidden, hidden, count, wide, packed + p * size + inputs * wide);
-  });
+    T* panel = packed + p * size;
+    pack(x + first * inputs, 1, inputs, inputs, count, wide, panel);
+    pack(h + first * hidden, 1, hidden, hidden, count, wide, panel + inputs * wide);
+    pack(c + first * hidden, 1, hidden, hidden, count, wide, panel + (inputs + hidden) * wide);
+  }, large);
   parallel(pool, panels * groups, [&](Index task) {
     const Index first = task / groups * wide, count = std::min(wide, batch - first);
     const Index unit = task % groups * kUnits, units = std::min(kUnits, hidden - unit);
@@ -673,51 +680,55 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
     for (Index gate = 0; gate < 4; ++gate) {
       const Index row = gate * hidden + unit;
       const auto to = [&](Index m) { return gates[gate][m]; };
-      multiply<T, kWidest>(
+      multiply<T, width>(
           {1, 0, inputs, 1, panel, wide}, units, wide,
           [&](Index m) { return of_x + (row + m) * inputs; }, nothing<T>, to);
-      multiply<T, kWidest>(
+      multiply<T, width>(
           {1, 0, hidden, 1, panel + inputs * wide, wide}, units, wide,
           [&](Index m) { return of_h + (row + m) * hidden; }, to, to);
     }
     for (Index m = 0; m < units; ++m) {
       const T* own = bias + unit + m;
-      static_assert(kWidest % 2 == 0);
-      for (Index v = 0; v < wide; v += 2 * lanes) {
-        constexpr int N = 8;
-        Group<T, N> x;
-        EACH x[i] = load(gates[i % 4][m] + v + i / 4 * lanes) + own[i % 4 * hidden];
-        squash<T, N>(x);
-        EACH if (i % 4 == 2) x[i] *= x[i - 2];
-        EACH if (i % 4 != 0) store(gates[i % 4][m] + v + i / 4 * lanes, x[i]);
+      const T* cells = panel + (inputs + hidden + unit + m) * wide;
+      constexpr int side_by_side = width % 2 ? 1 : 2;
+      for (Index v = 0; v < wide; v += side_by_side * lanes) {
+        constexpr int N = 4 * side_by_side;
+        Group<T, N> all;
+        Group<T, side_by_side> after, squashed;
+        EACH all[i] = load(gates[i % 4][m] + v + i / 4 * lanes) + own[i % 4 * hidden];
+        squash<T, N>(all);
+#pragma GCC unroll 2
+        for (int k = 0; k < side_by_side; ++k) {
+          const Vector<T> before = load(cells + v + k * lanes);
+          squashed[k] = after[k] = all[4 * k + 1] * before + all[4 * k] * all[4 * k + 2];
+        }
+        tanh<T, side_by_side>(squashed);
+#pragma GCC unroll 2
+        for (int k = 0; k < side_by_side; ++k) {
+          store(gates[0][m] + v + k * lanes, after[k]);
+          store(gates[1][m] + v + k * lanes, squashed[k] * all[4 * k + 3]);
+        }
       }
     }
     for (Index b = 0; b < count; ++b) {
       const Index at = (first + b) * hidden + unit;
       for (Index m = 0; m < units; ++m) {
-        c_next[at + m] = gates[1][m][b] * c[at + m] + gates[2][m][b];
-        h_next[at + m] = gates[3][m][b];
+        c_next[at + m] = gates[0][m][b];
+        h_next[at + m] = gates[1][m][b];
       }
-      in_groups<T>(units, [&](auto size, Index m, Index left) {
-        constexpr int N = size;
-        Group<T, N> x, output;
-        load_group<T, N>(c_next + at + m, left, x);
-        load_group<T, N>(h_next + at + m, left, output);
-        tanh<T, N>(x);
-        EACH x[i] *= output[i];
-        store_group<T, N>(h_next + at + m, left, x);
-      });
     }
-  });
+  }, large);
 }
 
 ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In h, In c, Out h_next,
                     Out c_next) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    lstm_step<T>(pool, x.dimensions()[0], x.dimensions()[1], h.dimensions()[1], in<T>(of_x),
-                 in<T>(of_h), in<T>(bias), in<T>(x), in<T>(h), in<T>(c), out<T>(h_next),
-                 out<T>(c_next));
+    const Index batch = x.dimensions()[0], inputs = x.dimensions()[1], hidden = h.dimensions()[1];
+    with_width(panel_width<T>(batch), [&](auto width) {
+      lstm_step<T, width>(pool, batch, inputs, hidden, in<T>(of_x), in<T>(of_h), in<T>(bias),
+                          in<T>(x), in<T>(h), in<T>(c), out<T>(h_next), out<T>(c_next));
+    });
   });
 }
 
