@@ -72,7 +72,7 @@ def _plain(data: Array) -> Array:
 def _is_served(key: Array) -> bool:
     typed = key if _is_typed(key) else jax.random.wrap_key_data(key)
     # Without it the numbers have other counters.
-    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
     return jax.random.key_impl(typed) == _THREEFRY and partitionable and native.at_hand("float32")
 
 
