@@ -1,4 +1,4 @@
-"""The LSTM, convolutions and pooling on CPUs, by kernels of our own (kernels.cc, XLA custom calls).
+"""LSTM, convolutions, pooling, perceptrons, random numbers: our own CPU kernels (XLA custom calls).
 
 A compiler that is at hand builds them where they run, for the processor they run on, once: the
 library is kept in the user's cache. Without a compiler, or with PUFFER_JAX_NATIVE=0 in the
