@@ -6,7 +6,6 @@ advantage of `puff_advantage` and segments drawn by priority.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -324,9 +323,8 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
         advantages = advantage_of(experience, ratio, hypers)
         probs = priorities(advantages, hypers["prio_alpha"])
         if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
-            shape = (sizes.minibatch_segments,)
-            draw = partial(jax.random.choice, random.fast(rows), sizes.segments, shape)
-            rows = draw(replace=False, p=probs)
+            key, shape = random.fast(rows), (sizes.minibatch_segments,)
+            rows = jax.random.choice(key, sizes.segments, shape, replace=False, p=probs)
         weights = (sizes.segments * probs[rows, None]) ** -beta
         batch = jax.tree.map(lambda x: x[rows], experience)
 

@@ -5,7 +5,7 @@ one by one. Here `puffer_jax.native` does both where it serves; all else is left
 """
 
 import math
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -101,15 +101,13 @@ def _bits(data: Array, width: int, shape: tuple[int, ...]) -> Array:
 
 @cache
 def _implementation() -> Any:
-    def through_jax(function: Any, data: Array, number: Any) -> Array:
-        return jax.random.key_data(function(_plain(data), number))
-
+    data_of = jax.random.key_data
     return define_prng_impl(
         key_shape=(2,),
-        seed=lambda seed: jax.random.key_data(jax.random.key(seed, impl=_THREEFRY)),
+        seed=lambda seed: data_of(jax.random.key(seed, impl=_THREEFRY)),
         split=_pairs,
         random_bits=_bits,
-        fold_in=partial(through_jax, jax.random.fold_in),
+        fold_in=lambda data, number: data_of(jax.random.fold_in(_plain(data), number)),
         name="puffer_jax_threefry2x32",
         tag="puf",
     )

@@ -130,9 +130,11 @@ def _built(compiler: str, dtype: str) -> Path:
     return library
 
 
-def _call(name: str, results: Any, *arrays: Array, **attributes: Any) -> Any:
+def _call(
+    name: str, results: Any, *arrays: Array, vmap_method: str = "sequential", **attributes: Any
+) -> Any:
     dtype = next(array.dtype.name for array in arrays if array.dtype.name in _TYPES)
-    call = jax.ffi.ffi_call(f"{name}_{dtype}", results, vmap_method="sequential")
+    call = jax.ffi.ffi_call(f"{name}_{dtype}", results, vmap_method=vmap_method)
     return call(*arrays, **attributes)
 
 
@@ -270,8 +272,7 @@ def categorical(
 ) -> Int32[Array, "*batch rows"]:
     """`jax.random.categorical(key, logits, mode="high")` for threefry keys."""
     result = jax.ShapeDtypeStruct(logits.shape[:-1], np.int32)
-    name = f"puffer_jax_categorical_{logits.dtype.name}"
-    return jax.ffi.ffi_call(name, result, vmap_method="broadcast_all")(keys, logits)
+    return _call("puffer_jax_categorical", result, keys, logits, vmap_method="broadcast_all")
 
 
 # --- the perceptron ------------------------------------------------------------------------
