@@ -225,13 +225,15 @@ def test_float32_functions_are_accurate():
         assert native.serves(z)
         gelu = layers._perceptron_by_us(z, one, one[0] * 0, none.reshape(1, 0), none)[:, 0]
         # Input, forget and output gate take z, the candidate 1; what remains is sigmoid^2-like.
-        weight = jnp.asarray([[1, 0], [0, 0], [0, 0], [0, 0]], jnp.float32)
+        weight = jnp.asarray([[1], [0], [0], [0]], jnp.float32)
         bias = jnp.asarray([0, 0, 20, 20], jnp.float32)
         state = jnp.zeros((len(z), 1), jnp.float32)
-        _, _, sigmoid = layers._lstm_by_us(weight, bias, z[:, None], state, state, state > 1)
+        _, _, sigmoid = layers._lstm_by_us(
+            weight, 0 * weight, bias, z[:, None], state, state, state > 1
+        )
         bias = jnp.asarray([20, 0, 0, 20], jnp.float32)
         _, _, tanh = layers._lstm_by_us(
-            weight[jnp.asarray([1, 1, 0, 1])], bias, z[:, None], state, state, state > 1
+            jnp.roll(weight, 2), 0 * weight, bias, z[:, None], state, state, state > 1
         )
         z, gelu, sigmoid, tanh = (
             np.asarray(a, np.float64).ravel() for a in (z, gelu, sigmoid, tanh)
@@ -256,9 +258,9 @@ def test_nan_and_infinity_pass(kernels):
         assert np.isnan(out[0, :3, :3]).all() and np.isfinite(out[0, 3]).all()
     assert np.isnan(layers.max_pool(x)).all()
     assert (layers.max_pool(jnp.full((1, 4, 4, 1), -jnp.inf)) == -jnp.inf).all()
-    weight, bias = jnp.ones((4, 2)), jnp.zeros(4)
+    weight, bias = jnp.ones((4, 1)), jnp.zeros(4)
     x = jnp.asarray([0.5, jnp.nan, jnp.inf, -jnp.inf])[:, None, None]
-    outputs, _, _ = layers.lstm_scan(weight, bias, x, *jnp.zeros((2, 4, 1)))
+    outputs, _, _ = layers.lstm_scan(weight, weight, bias, x, *jnp.zeros((2, 4, 1)))
     np.testing.assert_allclose(outputs[2:, 0, 0], [np.tanh(1), 0], atol=1e-15)
     assert list(np.isnan(outputs[:, 0, 0])) == [False, True, False, False]
     for dtype in (jnp.float32, jnp.float64):
@@ -271,13 +273,13 @@ def test_nan_and_infinity_pass(kernels):
 
 
 def test_the_same_call_gives_the_same_bits():
-    weight, bias, x = draw(0, 256, 128), draw(1, 256), draw(2, 100, 6, 64)
+    weight, bias, x = draw(0, 256, 64), draw(1, 256), draw(2, 100, 6, 64)
     state = draw(3, 2, 100, 64)
 
     @jax.jit
     def run():
         def loss(weight):
-            outputs, h, c = layers.lstm_scan(weight, bias, x, *state)
+            outputs, h, c = layers.lstm_scan(weight, weight, bias, x, *state)
             return (outputs**2).sum() + (h * c).sum()
 
         return jax.value_and_grad(loss)(weight)
@@ -331,7 +333,7 @@ x, w1, b1, w2, b2 = draw(23, 5), draw(5, 137), draw(137), draw(137, 18), draw(18
 images, kernel = draw(2, 9, 8, 3), draw(3, 4, 3, 18)
 windows = native.Windows((2, 2), (1, 1))
 key = jax.random.key(0)
-lstm = draw(148, 42), draw(148), draw(13, 3, 5), draw(13, 37), draw(13, 37)
+lstm = draw(148, 5), draw(148, 37), draw(148), draw(13, 3, 5), draw(13, 37), draw(13, 37)
 step = draw(148, 5), draw(148, 37), draw(148), draw(13, 5), draw(13, 37), draw(13, 37)
 calls = [
     (lambda *a: layers.convolution(*a, windows), (images, kernel, b2)),
@@ -415,10 +417,10 @@ TWICE = {
         partial(layers.convolution, BYTES, windows=Windows()),
         [(3, 3, 3, 4), (4,)],
     ),
-    "lstm_scan": (layers.lstm_scan, [(8, 5), (8,), (3, 4, 3), (3, 2), (3, 2)]),
+    "lstm_scan": (layers.lstm_scan, [(8, 3), (8, 2), (8,), (3, 4, 3), (3, 2), (3, 2)]),
     "lstm_scan, done": (
         lambda *arrays: layers.lstm_scan(*arrays, DONE),
-        [(8, 5), (8,), (3, 4, 3), (3, 2), (3, 2)],
+        [(8, 3), (8, 2), (8,), (3, 4, 3), (3, 2), (3, 2)],
     ),
     "lstm_step": (layers.lstm_step, [(8, 3), (8, 2), (8,), (3, 3), (3, 2), (3, 2)]),
 }
@@ -565,14 +567,17 @@ def test_gelu():
         (3, 5, 3, 4, True),
         (131, 3, 20, 33, True),
         (7, 2, 5, 150, True),
+        (20, 23, 18, 5, True),
     ],
 )
 def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
-    weight, bias = draw(0, 4 * hidden, inputs + hidden), draw(1, 4 * hidden)
+    weight_ih, weight_hh = draw(0, 4 * hidden, inputs), draw(6, 4 * hidden, hidden)
+    weights = weight_ih, weight_hh, draw(1, 4 * hidden)
     x, h, c = draw(2, batch, time, inputs), draw(3, batch, hidden), draw(4, batch, hidden)
     done = np.random.default_rng(5).random((batch, time)) < 0.4 if with_done else None
 
-    def plain(weight, bias, x, h, c):
+    def plain(weight_ih, weight_hh, bias, x, h, c):
+        weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
         outputs = []
         for t in range(time):
             if done is not None:
@@ -585,11 +590,11 @@ def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
         return layers.lstm_scan(*arguments, done)
 
     def everything(function):
-        out, backward = jax.vjp(function, weight, bias, x, h, c)
+        out, backward = jax.vjp(function, *weights, x, h, c)
         return out, backward(jax.tree.map(jnp.cos, out))
 
     agree(everything(ours), everything(plain))
-    agree(ours(weight, bias, x, h, c), plain(weight, bias, x, h, c))
+    agree(ours(*weights, x, h, c), plain(*weights, x, h, c))
     if done is not None:
         assert done.any() and not done.all()
 
@@ -611,17 +616,17 @@ def test_lstm_step(kernels, batch, inputs, hidden):
 
 
 def test_lstm_gradient_keeps_its_dtypes(kernels):
-    weight, bias = draw(0, 8, 5), draw(1, 8)
+    weights = draw(0, 8, 3), draw(4, 8, 2), draw(1, 8)
     x, h = draw(2, 2, 3, 3).astype(jnp.bfloat16), draw(3, 2, 2)
+    everything = tuple(range(6))
 
-    def loss(weight, bias, x, h, c):
-        outputs, *state = layers.lstm_scan(weight, bias, x, h, c, dtype=jnp.bfloat16)
-        return sum(jnp.sum(part) for part in (outputs, *state))
+    def loss(*arrays):
+        return sum(jnp.sum(part) for part in layers.lstm_scan(*arrays, dtype=jnp.bfloat16))
 
-    gradients = jax.grad(loss, argnums=(0, 1, 2, 3, 4))(weight, bias, x, h, h)
-    assert [g.dtype for g in gradients] == [a.dtype for a in (weight, bias, x, h, h)]
+    gradients = jax.grad(loss, argnums=everything)(*weights, x, h, h)
+    assert [g.dtype for g in gradients] == [a.dtype for a in (*weights, x, h, h)]
     doubled = jax.grad(
-        lambda *a: sum(jnp.sum(p) for p in layers.lstm_scan(*a)), argnums=(0, 1, 2, 3, 4)
-    )(weight, bias, x.astype(jnp.float64), h, h)
+        lambda *a: sum(jnp.sum(p) for p in layers.lstm_scan(*a)), argnums=everything
+    )(*weights, x.astype(jnp.float64), h, h)
     for rounded, exact in zip(gradients, doubled, strict=True):
         assert float(jnp.abs(rounded - exact).max() / jnp.abs(exact).max()) < 2e-2

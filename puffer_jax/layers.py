@@ -377,9 +377,7 @@ class LSTM(nnx.Module):
 
         Where `done[:, t]` is set the state is zeroed before step t: `x[:, t]` begins an episode.
         """
-        weight_ih, weight_hh, bias = self._weights()
-        weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
-        return lstm_scan(weight, bias, x, h, c, done, self.dtype)
+        return lstm_scan(*self._weights(), x, h, c, done, self.dtype)
 
 
 def _gates(
@@ -461,7 +459,8 @@ def _join(x: Array, h: Array) -> Array:
 # Jitted here so that eager calls do not trace and compile the loop anew each time.
 @partial(jax.jit, static_argnames="dtype")
 def lstm_scan(
-    weight: Float[Array, "gates input_and_hidden"],
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
     bias: Float[Array, "gates"],
     x: Float[Array, "batch time input"],
     h: Float[Array, "batch hidden"],
@@ -476,15 +475,23 @@ def lstm_scan(
     and those for weights and inputs follow it; autodiff keeps twice as much. The price: no
     forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
-    by_xla = partial(_lstm_scan, dtype)
-    if not _kernels_take(dtype, x, weight, bias, h, c):
-        return by_xla(weight, bias, x, h, c, done)
+    arrays = weight_ih, weight_hh, bias, x, h, c, done
+    by_xla = partial(_scan_by_xla, dtype)
+    if not _kernels_take(dtype, x, *arrays[:3], h, c):
+        return by_xla(*arrays)
 
-    def by_us(weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None):
+    def by_us(*arrays: Any) -> tuple[Array, Array, Array]:
+        *weights, x, h, c, done = arrays
         done = jnp.zeros(x.shape[:2], bool) if done is None else done
-        return _lstm_by_us(weight, bias, x.astype(h.dtype), h, c, done)
+        return _lstm_by_us(*weights, x.astype(h.dtype), h, c, done)
 
-    return jax.lax.platform_dependent(weight, bias, x, h, c, done, cpu=by_us, default=by_xla)
+    return jax.lax.platform_dependent(*arrays, cpu=by_us, default=by_xla)
+
+
+def _scan_by_xla(
+    dtype: Any, weight_ih: Array, weight_hh: Array, *others: Any
+) -> tuple[Array, Array, Array]:
+    return _lstm_scan(dtype, jnp.concatenate([weight_ih, weight_hh], axis=1), *others)
 
 
 def _at(t: Array, sequences: Any) -> Any:
@@ -586,4 +593,4 @@ def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[An
 
 
 _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
-_lstm_by_us = native.differentiable(native.lstm, native.lstm_gradient, partial(_lstm_scan, None))
+_lstm_by_us = native.differentiable(native.lstm, native.lstm_gradient, partial(_scan_by_xla, None))

@@ -462,27 +462,28 @@ class _HostSource:
         self._env.async_reset(self._config.seed)
 
     def _arrival(self, params: Any, received: Received) -> rollout.Arrival:
-        cut = received.truncated & ~received.terminated
-        batch = len(cut)
-        if self._config.bootstrap_truncation and received.final_obs is not None and cut.any():
-            first = received.agent
-            state = None if self._host is None else self._host.state
-            state = jax.tree.map(lambda s: s[first : first + batch], state)
-            final_value = self._value(params, state, received.final_obs, cut)
-        else:
-            final_value = np.zeros(batch, np.float32)
+        config, final_value = self._config, None
+        if config.bootstrap_truncation:
+            cut = received.truncated & ~received.terminated
+            final_value = np.zeros(len(cut), np.float32)
+            if received.final_obs is not None and cut.any():
+                rows = slice(received.agent, received.agent + len(cut))
+                state = None if self._host is None else self._host.state
+                state = jax.tree.map(lambda s: s[rows], state)
+                final_value = self._value(params, state, received.final_obs, cut)
         return rollout.Arrival(
             received.obs,
             received.reward,
             received.terminated,
-            received.truncated,
-            received.start,
-            received.mask,
+            received.truncated if config.bootstrap_truncation else None,
+            received.start if config.reset_on_done else None,
+            received.mask if self._masked else None,
             final_value,
         )
 
     def _begin(self, params: Any, arrival: rollout.Arrival, key: PRNGKeyArray) -> rollout.HostState:
         """The state before a rollout: buffers, recurrent state and key."""
+        key = jnp.copy(jax.random.key_data(key))
         state = _owned(self._actor.initial_state(self.sizes.agents))
         if self._host is None:
             experience = rollout.empty_experience(
@@ -518,9 +519,8 @@ class _HostSource:
                     "began: the vecenv must hand out its batches in turn (sync_traj=True)"
                 )
             with profile("forward"):
-                self._host, action = self._step(
-                    params, self._host, arrival, np.int32(agent), np.int32(row), np.int32(at)
-                )
+                place = np.array([agent, row, at], np.int32)
+                self._host, action = self._step(params, self._host, arrival, place)
                 action = np.asarray(action)
             with profile("misc"):
                 for name, values in received.stats.items():

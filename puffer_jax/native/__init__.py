@@ -221,9 +221,10 @@ def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
 
 def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
     """Backward of `lstm`."""
-    weight, bias, x, h, c, done = arrays
-    given = (weight, x, h, c, done, *kept, *cotangents)
-    return tuple(_call("puffer_jax_lstm_backward", _like(weight, bias, x, h, c), *given))
+    weight_ih, weight_hh, bias, x, h, c, done = arrays
+    given = (weight_ih, weight_hh, x, h, c, done, *kept, *cotangents)
+    results = _like(weight_ih, weight_hh, bias, x, h, c)
+    return tuple(_call("puffer_jax_lstm_backward", results, *given))
 
 
 def lstm_step(*arrays: Array) -> tuple[Array, Array]:

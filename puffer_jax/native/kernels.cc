@@ -101,7 +101,13 @@ inline Vector<T> at_most(Vector<T> x, T limit) {
 
 template <typename T>
 inline Vector<T> at_least(Vector<T> x, T limit) {
-  return -at_most<T>(-x, -limit);
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __m512 greatest = _mm512_max_ps(_mm512_set1_ps(limit), std::bit_cast<__m512>(x));
+    return std::bit_cast<Vector<T>>(greatest);
+  }
+#endif
+  return x < limit ? limit + Vector<T>{} : x;
 }
 
 // A few vectors that are computed side by side: each waits for itself at nearly every step, and
@@ -272,6 +278,9 @@ inline T total(Vector<T> x) {
 }
 
 // --- threads ---------------------------------------------------------------------------------
+
+// Other threads wake up too late to help with less work, in cycles of one core.
+constexpr Index kWorthwhile = 1 << 16;
 
 // Runs body(0) ... body(tasks - 1) on XLA's pool. The caller works, too, and waits only for what
 // has begun, so a pool that is busy with other work cannot deadlock it.
@@ -471,21 +480,70 @@ void with_width(int width, const Body& body) {
   }
 }
 
-// One panel: out[k][0:lanes] = matrix[k * row_step + (0:columns) * column_step], then zeros.
+template <typename T, int... k>
+INLINE void zip(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high,
+                std::integer_sequence<int, k...>) {
+  constexpr int n = kLanes<T>;
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (k / 2 + k % 2 * n)...);
+  high = __builtin_shufflevector(a, b, (n / 2 + k / 2 + k % 2 * n)...);
+#else
+  using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Bits Integers __attribute__((vector_size(kBytes)));
+  low = __builtin_shuffle(a, b, Integers{(k / 2 + k % 2 * n)...});
+  high = __builtin_shuffle(a, b, Integers{(n / 2 + k / 2 + k % 2 * n)...});
+#endif
+}
+
+// to[j][i] = from[i][j], for i < rows and j < columns; rows of both so many numbers apart.
 template <typename T>
-void pack(const T* matrix, Index row_step, Index column_step, Index rows, Index columns,
-          Index lanes, T* out) {
-  if (column_step == 1) {
-    for (Index k = 0; k < rows; ++k, out += lanes) {
-      std::copy_n(matrix + k * row_step, columns, out);
-      std::fill(out + columns, out + lanes, T(0));
+void transpose(const T* from, Index from_step, Index rows, Index columns, T* to, Index to_step) {
+  constexpr int n = kLanes<T>;
+  const Index whole = columns / n * n;
+  Index i = 0;
+  for (; i + n <= rows; i += n) {
+    for (Index j = 0; j < whole; j += n) {
+      Vector<T> block[n], next[n];
+#pragma GCC unroll 16
+      for (int r = 0; r < n; ++r) block[r] = load(from + (i + r) * from_step + j);
+      // Zipping row r with row r + n / 2, as often as n can be halved, transposes them.
+#pragma GCC unroll 4
+      for (int size = 1; size < n; size *= 2) {
+#pragma GCC unroll 8
+        for (int r = 0; r < n / 2; ++r) {
+          zip<T>(block[r], block[r + n / 2], next[2 * r], next[2 * r + 1],
+                 std::make_integer_sequence<int, n>());
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < n; ++r) block[r] = next[r];
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < n; ++r) store(to + (j + r) * to_step + i, block[r]);
     }
-    return;
+    for (Index j = whole; j < columns; ++j) {
+      for (int r = 0; r < n; ++r) to[j * to_step + i + r] = from[(i + r) * from_step + j];
+    }
   }
+  for (; i < rows; ++i) {
+    for (Index j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
+  }
+}
+
+// One panel: out[k][0:lanes] = matrix[k * step + (0:columns)], then zeros.
+template <typename T>
+void pack(const T* matrix, Index step, Index rows, Index columns, Index lanes, T* out) {
   for (Index k = 0; k < rows; ++k, out += lanes) {
-    for (Index n = 0; n < columns; ++n) out[n] = matrix[k * row_step + n * column_step];
+    std::copy_n(matrix + k * step, columns, out);
     std::fill(out + columns, out + lanes, T(0));
   }
+}
+
+// One panel of the transpose: out[k][0:lanes] = matrix[k + (0:columns) * step], then zeros.
+template <typename T>
+void pack_transposed(const T* matrix, Index step, Index rows, Index columns, Index lanes, T* out) {
+  transpose(matrix, step, columns, rows, out, lanes);
+  if (columns == lanes) return;
+  for (Index k = 0; k < rows; ++k) std::fill(out + k * lanes + columns, out + (k + 1) * lanes, T(0));
 }
 
 // --- buffers ---------------------------------------------------------------------------------
@@ -537,6 +595,13 @@ struct Shape {
 
   Index joined() const { return inputs + hidden; }
   Index begin(Index block) const { return share(batch, 2, block, blocks); }
+  // Small blocks do what does not wait for the step before for some steps at once, so that the
+  // weights pass by less often; more steps if they are too large for a core's cache.
+  template <typename T>
+  Index steps(Index rows) const {
+    const bool large = 4 * hidden * joined() * sizeof(T) > (1 << 20);
+    return std::clamp<Index>((large ? 3 : 1) * kBlock / std::max<Index>(1, rows), 1, time);
+  }
   // Rows a little longer than a power of two do not all fall into the same lines of a cache.
   template <typename T>
   static Index stride(Index columns) {
@@ -544,28 +609,37 @@ struct Shape {
   }
 };
 
-// Rows [x_t, h_{t-1}] of the sequences [first, last); h is zero where an episode begins.
+// The rows x_t of the sequences [first, last).
 template <typename T>
-void join(const Shape& shape, Index t, Index first, Index last, const T* x, const T* start,
-          const T* hidden, const bool* done, T* rows, Index stride) {
+void copy_inputs(const Shape& shape, Index t, Index first, Index last, const T* x, T* rows,
+                 Index stride) {
+  for (Index r = first; r < last; ++r, rows += stride) {
+    std::copy_n(x + (r * shape.time + t) * shape.inputs, shape.inputs, rows);
+  }
+}
+
+// The rows h_{t-1}; zero where an episode begins.
+template <typename T>
+void copy_states(const Shape& shape, Index t, Index first, Index last, const T* start,
+                 const T* hidden, const bool* done, T* rows, Index stride) {
   for (Index r = first; r < last; ++r, rows += stride) {
     const Index at = r * shape.time + t;
-    std::copy_n(x + at * shape.inputs, shape.inputs, rows);
     const T* before = t == 0 ? start + r * shape.hidden : hidden + (at - 1) * shape.hidden;
     if (done[at]) {
-      std::fill_n(rows + shape.inputs, shape.hidden, T(0));
+      std::fill_n(rows, shape.hidden, T(0));
     } else {
-      std::copy_n(before, shape.hidden, rows + shape.inputs);
+      std::copy_n(before, shape.hidden, rows);
     }
   }
 }
 
 // kept (time, batch, 5, hidden), if any: the gates i, f, g, o and the cell, for the gradient.
 template <typename T>
-void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, const T* bias,
-                  const T* x, const T* h, const T* c, const bool* done, T* outputs, T* h_last,
-                  T* c_last, T* kept) {
+void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, const T* of_h,
+                  const T* bias, const T* x, const T* h, const T* c, const bool* done, T* outputs,
+                  T* h_last, T* c_last, T* kept) {
   const Index hidden = shape.hidden, joined = shape.joined(), time = shape.time;
+  const Index inputs = shape.inputs;
   constexpr Index lanes = kLanes<T>;
   const Index panels = (hidden + lanes - 1) / lanes;
   T* packed = scratch<T, 0>(panels * 4 * lanes * (joined + 1));
@@ -579,31 +653,51 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, co
       T* own = biases + (p * 4 + gate) * lanes;
       std::copy_n(bias + row, units, own);
       std::fill(own + units, own + lanes, T(0));
-      for (Index k = 0; k < joined; ++k) {
-        T* to = panel + (k * 4 + gate) * lanes;
-        for (Index unit = 0; unit < units; ++unit) to[unit] = weight[(row + unit) * joined + k];
-        std::fill(to + units, to + lanes, T(0));
-      }
+      T* to = panel + gate * lanes;
+      transpose(of_x + row * inputs, inputs, units, inputs, to, 4 * lanes);
+      transpose(of_h + row * hidden, hidden, units, hidden, to + inputs * 4 * lanes, 4 * lanes);
+      if (units == lanes) continue;
+      for (Index k = 0; k < joined; ++k, to += 4 * lanes) std::fill(to + units, to + lanes, T(0));
     }
   });
   const auto block = [&](Index first, Index last) {
-    const Index rows = last - first, stride = Shape::stride<T>(joined);
+    const Index rows = last - first, steps = shape.steps<T>(rows);
+    const Index stride = Shape::stride<T>(joined), wide = 4 * lanes;
     constexpr int tile_rows = kTileRows[4], most_rows = kSplits<4> ? kTileRows[2] : tile_rows;
-    T* row = scratch<T, 1>(rows * stride);
+    // Rows [x_t, h_{t-1}], and of some steps what x_t gives to the gates: (panels, rows, wide).
+    T* row = scratch<T, 1>(steps * rows * stride);
+    T* given = scratch<T, 2>(steps > 1 ? panels * steps * rows * wide : 0);
     T* cells = c_last + first * hidden;
     std::copy_n(c + first * hidden, rows * hidden, cells);
+    const Index own = steps > 1 ? inputs : 0;  // the rows' part left to each step begins here
     for (Index t = 0; t < time; ++t) {
-      join(shape, t, first, last, x, h, outputs, done, row, stride);
+      const Index step = t % steps;
+      if (step == 0) {
+        const Index ahead = std::min(steps, time - t);
+        for (Index i = 0; i < ahead; ++i) {
+          copy_inputs(shape, t + i, first, last, x, row + i * rows * stride, stride);
+        }
+        for (Index p = 0; p < panels && steps > 1; ++p) {
+          const Product<T> product{1, 0, inputs, 1, packed + p * wide * joined, wide};
+          multiply<T, 4>(
+              product, ahead * rows, wide, [&](Index m) { return row + m * stride; },
+              [&](Index) { return biases + p * wide; },
+              [&](Index m) { return given + (p * steps * rows + m) * wide; });
+        }
+      }
+      copy_states(shape, t, first, last, h, outputs, done, row + inputs, stride);
       for (Index p = 0; p < panels; ++p) {
         const Index units = std::min(lanes, hidden - p * lanes);
-        const Product<T> product{1, 0, joined, 1, packed + p * 4 * lanes * joined, 4 * lanes};
+        const Product<T> product{1,    0, joined - own, 1, packed + (p * joined + own) * wide,
+                                 wide};
         alignas(kBytes) T sums[most_rows * 4 * lanes];
         for (Index m = 0, valid; m < rows; m += valid) {
           valid = rows - m <= most_rows ? rows - m : tile_rows;
+          const T* begin = given + (p * steps * rows + step * rows + m) * wide;
           multiply<T, 4>(
-              product, valid, 4 * lanes, [&](Index i) { return row + (m + i) * stride; },
-              [&](Index) { return biases + p * 4 * lanes; },
-              [&](Index i) { return sums + i * 4 * lanes; });
+              product, valid, wide, [&](Index i) { return row + (m + i) * stride + own; },
+              [&](Index i) { return own ? begin + i * wide : biases + p * wide; },
+              [&](Index i) { return sums + i * wide; });
           const auto finish = [&](auto side_by_side, Index i) {
             constexpr int N = side_by_side;
             Group<T, 4 * N> gates;
@@ -643,14 +737,14 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, co
   parallel(pool, shape.blocks, [&](Index i) { block(shape.begin(i), shape.begin(i + 1)); });
 }
 
-ffi::Error LstmForward(ffi::ThreadPool pool, In weight, In bias, In x, In h, In c, In done,
+ffi::Error LstmForward(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In h, In c, In done,
                        Out outputs, Out h_last, Out c_last, Out kept) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
     T* keep = kept->element_count() ? out<T>(kept) : nullptr;
-    lstm_forward<T>(pool, Shape(x, h, pool), in<T>(weight), in<T>(bias), in<T>(x), in<T>(h),
-                    in<T>(c), in<bool>(done), out<T>(outputs), out<T>(h_last), out<T>(c_last),
-                    keep);
+    lstm_forward<T>(pool, Shape(x, h, pool), in<T>(of_x), in<T>(of_h), in<T>(bias), in<T>(x),
+                    in<T>(h), in<T>(c), in<bool>(done), out<T>(outputs), out<T>(h_last),
+                    out<T>(c_last), keep);
   });
 }
 
@@ -663,30 +757,32 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
   constexpr Index lanes = kLanes<T>, wide = width * lanes, kUnits = 16;
   const Index panels = (batch + wide - 1) / wide, groups = (hidden + kUnits - 1) / kUnits;
   const Index size = (inputs + 2 * hidden) * wide;
-  const bool large = batch > 16;  // otherwise other threads wake up too late to help
+  const bool large = batch * (inputs + hidden) * hidden * 4 / (2 * lanes) > kWorthwhile;
   T* packed = scratch<T, 0>(panels * size);
   parallel(pool, panels, [&](Index p) {
     const Index first = p * wide, count = std::min(wide, batch - first);
     T* panel = packed + p * size;
-    pack(x + first * inputs, 1, inputs, inputs, count, wide, panel);
-    pack(h + first * hidden, 1, hidden, hidden, count, wide, panel + inputs * wide);
-    pack(c + first * hidden, 1, hidden, hidden, count, wide, panel + (inputs + hidden) * wide);
+    pack_transposed(x + first * inputs, inputs, inputs, count, wide, panel);
+    pack_transposed(h + first * hidden, hidden, hidden, count, wide, panel + inputs * wide);
+    T* cells = panel + (inputs + hidden) * wide;
+    pack_transposed(c + first * hidden, hidden, hidden, count, wide, cells);
   }, large);
   parallel(pool, panels * groups, [&](Index task) {
     const Index first = task / groups * wide, count = std::min(wide, batch - first);
     const Index unit = task % groups * kUnits, units = std::min(kUnits, hidden - unit);
     const T* panel = packed + task / groups * size;
-    alignas(kBytes) T gates[4][kUnits][wide];
-    for (Index gate = 0; gate < 4; ++gate) {
-      const Index row = gate * hidden + unit;
-      const auto to = [&](Index m) { return gates[gate][m]; };
-      multiply<T, width>(
-          {1, 0, inputs, 1, panel, wide}, units, wide,
-          [&](Index m) { return of_x + (row + m) * inputs; }, nothing<T>, to);
-      multiply<T, width>(
-          {1, 0, hidden, 1, panel + inputs * wide, wide}, units, wide,
-          [&](Index m) { return of_h + (row + m) * hidden; }, to, to);
-    }
+    alignas(kBytes) T gates[4 * kUnits][wide];
+    // Row m is of a unit's gate; where there are too few units, the last one's again.
+    const auto row = [&](Index m) {
+      return m / kUnits * hidden + unit + std::min(m % kUnits, units - 1);
+    };
+    const auto to = [&](Index m) { return gates[m]; };
+    multiply<T, width>(
+        {1, 0, inputs, 1, panel, wide}, 4 * kUnits, wide,
+        [&](Index m) { return of_x + row(m) * inputs; }, nothing<T>, to);
+    multiply<T, width>(
+        {1, 0, hidden, 1, panel + inputs * wide, wide}, 4 * kUnits, wide,
+        [&](Index m) { return of_h + row(m) * hidden; }, to, to);
     for (Index m = 0; m < units; ++m) {
       const T* own = bias + unit + m;
       const T* cells = panel + (inputs + hidden + unit + m) * wide;
@@ -695,7 +791,7 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
         constexpr int N = 4 * side_by_side;
         Group<T, N> all;
         Group<T, side_by_side> after, squashed;
-        EACH all[i] = load(gates[i % 4][m] + v + i / 4 * lanes) + own[i % 4 * hidden];
+        EACH all[i] = load(gates[i % 4 * kUnits + m] + v + i / 4 * lanes) + own[i % 4 * hidden];
         squash<T, N>(all);
 #pragma GCC unroll 2
         for (int k = 0; k < side_by_side; ++k) {
@@ -705,18 +801,14 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
         tanh<T, side_by_side>(squashed);
 #pragma GCC unroll 2
         for (int k = 0; k < side_by_side; ++k) {
-          store(gates[0][m] + v + k * lanes, after[k]);
-          store(gates[1][m] + v + k * lanes, squashed[k] * all[4 * k + 3]);
+          store(gates[m] + v + k * lanes, after[k]);
+          store(gates[kUnits + m] + v + k * lanes, squashed[k] * all[4 * k + 3]);
         }
       }
     }
-    for (Index b = 0; b < count; ++b) {
-      const Index at = (first + b) * hidden + unit;
-      for (Index m = 0; m < units; ++m) {
-        c_next[at + m] = gates[0][m][b];
-        h_next[at + m] = gates[1][m][b];
-      }
-    }
+    const Index at = first * hidden + unit;
+    transpose(gates[0], wide, units, count, c_next + at, hidden);
+    transpose(gates[kUnits], wide, units, count, h_next + at, hidden);
   }, large);
 }
 
@@ -733,36 +825,41 @@ ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In h,
 }
 
 template <typename T>
-void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, const T* x,
-                   const T* h, const T* c, const bool* done, const T* outputs, const T* kept,
-                   const T* d_outputs, const T* dh_last, const T* dc_last, T* d_weight,
-                   T* d_bias, T* dx, T* dh, T* dc) {
+void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, const T* of_h,
+                   const T* x, const T* h, const T* c, const bool* done, const T* outputs,
+                   const T* kept, const T* d_outputs, const T* dh_last, const T* dc_last,
+                   T* d_of_x, T* d_of_h, T* d_bias, T* dx, T* dh, T* dc) {
   const Index hidden = shape.hidden, joined = shape.joined(), time = shape.time;
   const Index gates = 4 * hidden, inputs = shape.inputs;
   constexpr Index lanes = kLanes<T>, wide = 4 * lanes;
-  // [dx, dh] = d_gates @ weight: panels of the columns that belong to x, then to h.
-  const Index of_x = (inputs + wide - 1) / wide, of_h = (hidden + wide - 1) / wide;
-  T* packed = scratch<T, 0>((of_x + of_h) * wide * gates);
-  parallel(pool, of_x + of_h, [&](Index p) {
-    const Index column = p < of_x ? p * wide : inputs + (p - of_x) * wide;
-    const Index columns = std::min(wide, (p < of_x ? inputs : joined) - column);
-    pack(weight + column, joined, 1, gates, columns, wide, packed + p * wide * gates);
+  // dx = d_gates @ of_x, dh = d_gates @ of_h: panels of their columns.
+  const Index x_panels = (inputs + wide - 1) / wide, h_panels = (hidden + wide - 1) / wide;
+  T* packed = scratch<T, 0>((x_panels + h_panels) * wide * gates);
+  parallel(pool, x_panels + h_panels, [&](Index p) {
+    T* to = packed + p * wide * gates;
+    if (p < x_panels) {
+      pack(of_x + p * wide, inputs, gates, std::min(wide, inputs - p * wide), wide, to);
+    } else {
+      const Index column = (p - x_panels) * wide;
+      pack(of_h + column, hidden, gates, std::min(wide, hidden - column), wide, to);
+    }
   });
   // Gradients of the weights, one sum a part; the first where the result goes.
-  const Index size = gates * joined;
-  std::unique_ptr<T[]> others(new T[(shape.parts - 1) * (size + gates)]);
-  const auto sum_of = [&](Index part) {
-    return part ? others.get() + (part - 1) * (size + gates) : d_weight;
+  struct Sums {
+    T *of_x, *of_h, *bias;
   };
-  const auto bias_of = [&](Index part) { return part ? sum_of(part) + size : d_bias; };
+  const Index size_x = gates * inputs, size_h = gates * hidden, size = size_x + size_h + gates;
+  std::unique_ptr<T[]> others(new T[(shape.parts - 1) * size]);
+  const auto sums_of = [&](Index part) {
+    if (part == 0) return Sums{d_of_x, d_of_h, d_bias};
+    T* own = others.get() + (part - 1) * size;
+    return Sums{own, own + size_x, own + size_x + size_h};
+  };
 
-  const auto block = [&](Index first, Index last, T* d_w, T* d_b) {
+  const auto block = [&](Index first, Index last, const Sums& sums) {
     const Index rows = last - first;
     const Index stride = Shape::stride<T>(joined), d_stride = Shape::stride<T>(gates);
-    // Small blocks collect some steps before they add to the weights' gradient, more of them if it
-    // is too large for a core's cache.
-    const Index enough = size * sizeof(T) > (1 << 20) ? 3 * kBlock : kBlock;
-    const Index slots = std::max<Index>(1, enough / std::max<Index>(1, rows));
+    const Index slots = shape.steps<T>(rows);
     T* inputs_rows = scratch<T, 1>(slots * rows * stride);
     T* d_rows = scratch<T, 2>(slots * rows * d_stride);
     T* tanh_row = scratch<T, 3>(hidden);
@@ -772,7 +869,9 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, c
     Index slot = 0;
     for (Index t = time - 1; t >= 0; --t) {
       T* d_now = d_rows + slot * rows * d_stride;
-      join(shape, t, first, last, x, h, outputs, done, inputs_rows + slot * rows * stride, stride);
+      T* row = inputs_rows + slot * rows * stride;
+      copy_inputs(shape, t, first, last, x, row, stride);
+      copy_states(shape, t, first, last, h, outputs, done, row + inputs, stride);
       for (Index r = 0; r < rows; ++r) {
         const Index at = (first + r) * time + t;
         const T* keep = kept + (t * shape.batch + first + r) * 5 * hidden;
@@ -800,66 +899,76 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* weight, c
                                      d_c * i * (1 - g * g), d_h * tanh_c * o * (1 - o)};
           for (int gate = 0; gate < 4; ++gate) {
             store(d_row + gate * hidden + j, parts[gate], units);
-            T* sum = d_b + gate * hidden + j;
+            T* sum = sums.bias + gate * hidden + j;
             store(sum, load(sum, units) + parts[gate], units);
           }
           store(dc_at, done[at] ? Vector<T>{} : d_c * f, units);
         }
       }
-      for (Index p = 0; p < of_x + of_h; ++p) {
-        const Product<T> product{1, 0, gates, 1, packed + p * wide * gates, wide};
-        const auto from = [&](Index r) { return d_now + r * d_stride; };
-        if (p < of_x) {
-          multiply<T, 4>(product, rows, inputs - p * wide, from, nothing<T>, [&](Index r) {
-            return dx + ((first + r) * time + t) * inputs + p * wide;
-          });
-        } else {
-          const Index q = p - of_x;
-          multiply<T, 4>(product, rows, hidden - q * wide, from, nothing<T>,
-                         [&](Index r) { return dh + (first + r) * hidden + q * wide; });
-        }
+      for (Index q = 0; q < h_panels; ++q) {
+        const Product<T> product{1, 0, gates, 1, packed + (x_panels + q) * wide * gates, wide};
+        multiply<T, 4>(
+            product, rows, hidden - q * wide, [&](Index r) { return d_now + r * d_stride; },
+            nothing<T>, [&](Index r) { return dh + (first + r) * hidden + q * wide; });
       }
       for (Index r = first; r < last; ++r) {
         if (done[r * time + t]) std::fill_n(dh + r * hidden, hidden, T(0));
       }
       if (++slot < slots && t > 0) continue;
-      for (Index n = 0; n < joined; n += wide) {
-        const Product<T> product{1, 0, slot * rows, d_stride, inputs_rows + n, stride};
-        const auto sum = [&](Index m) { return d_w + m * joined + n; };
-        multiply<T, 4>(product, gates, joined - n, [&](Index m) { return d_rows + m; }, sum, sum);
+      for (Index p = 0; p < x_panels; ++p) {
+        const Product<T> product{1, 0, gates, 1, packed + p * wide * gates, wide};
+        multiply<T, 4>(
+            product, slot * rows, inputs - p * wide,
+            [&](Index m) { return d_rows + m * d_stride; }, nothing<T>, [&](Index m) {
+              const Index at = (first + m % rows) * time + t + slot - 1 - m / rows;
+              return dx + at * inputs + p * wide;
+            });
       }
+      const auto add = [&](const T* rows_of, Index columns, T* sum) {
+        for (Index n = 0; n < columns; n += wide) {
+          const Product<T> product{1, 0, slot * rows, d_stride, rows_of + n, stride};
+          const auto to = [&](Index m) { return sum + m * columns + n; };
+          multiply<T, 4>(product, gates, columns - n, [&](Index m) { return d_rows + m; }, to, to);
+        }
+      };
+      add(inputs_rows, inputs, sums.of_x);
+      add(inputs_rows + inputs, hidden, sums.of_h);
       slot = 0;
     }
   };
   parallel(pool, shape.parts, [&](Index part) {
-    std::fill_n(sum_of(part), size, T(0));
-    std::fill_n(bias_of(part), gates, T(0));
+    const Sums sums = sums_of(part);
+    std::fill_n(sums.of_x, size_x, T(0));
+    std::fill_n(sums.of_h, size_h, T(0));
+    std::fill_n(sums.bias, gates, T(0));
     const Index each = shape.blocks / shape.parts;
     for (Index i = part * each; i < (part + 1) * each; ++i) {
-      block(shape.begin(i), shape.begin(i + 1), sum_of(part), bias_of(part));
+      block(shape.begin(i), shape.begin(i + 1), sums);
     }
   });
   parallel(pool, shape.parts, [&](Index piece) {
-    const Index begin = size * piece / shape.parts, end = size * (piece + 1) / shape.parts;
+    const auto add = [&](const T* other, Index count, T* sum) {
+      const Index end = share(count, 1, piece + 1, shape.parts);
+      for (Index i = share(count, 1, piece, shape.parts); i < end; ++i) sum[i] += other[i];
+    };
     for (Index part = 1; part < shape.parts; ++part) {
-      const T* other = sum_of(part);
-      for (Index i = begin; i < end; ++i) d_weight[i] += other[i];
+      const Sums other = sums_of(part);
+      add(other.of_x, size_x, d_of_x);
+      add(other.of_h, size_h, d_of_h);
+      add(other.bias, gates, d_bias);
     }
   });
-  for (Index part = 1; part < shape.parts; ++part) {
-    for (Index i = 0; i < gates; ++i) d_bias[i] += bias_of(part)[i];
-  }
 }
 
-ffi::Error LstmBackward(ffi::ThreadPool pool, In weight, In x, In h, In c, In done, In outputs,
-                        In kept, In d_outputs, In dh_last, In dc_last, Out d_weight, Out d_bias,
-                        Out dx, Out dh, Out dc) {
+ffi::Error LstmBackward(ffi::ThreadPool pool, In of_x, In of_h, In x, In h, In c, In done,
+                        In outputs, In kept, In d_outputs, In dh_last, In dc_last, Out d_of_x,
+                        Out d_of_h, Out d_bias, Out dx, Out dh, Out dc) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    lstm_backward<T>(pool, Shape(x, h, pool), in<T>(weight), in<T>(x), in<T>(h), in<T>(c),
-                     in<bool>(done), in<T>(outputs), in<T>(kept), in<T>(d_outputs),
-                     in<T>(dh_last), in<T>(dc_last), out<T>(d_weight), out<T>(d_bias), out<T>(dx),
-                     out<T>(dh), out<T>(dc));
+    lstm_backward<T>(pool, Shape(x, h, pool), in<T>(of_x), in<T>(of_h), in<T>(x), in<T>(h),
+                     in<T>(c), in<bool>(done), in<T>(outputs), in<T>(kept), in<T>(d_outputs),
+                     in<T>(dh_last), in<T>(dc_last), out<T>(d_of_x), out<T>(d_of_h),
+                     out<T>(d_bias), out<T>(dx), out<T>(dh), out<T>(dc));
   });
 }
 
@@ -1022,7 +1131,9 @@ struct Layers {
         inputs(x.dimensions()[1]),
         hidden(w1.dimensions()[1]),
         outputs(w2.dimensions()[1]) {
-    parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, batch / 32));
+    const Index cycles = batch * hidden * (inputs + outputs + 48) / 32;
+    const Index most = cycles > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
+    parts = std::clamp<Index>(pool.num_threads(), 1, most);
     blocks = parts * std::max<Index>(1, (batch + parts * kBlock - 1) / (parts * kBlock));
   }
 
@@ -1031,15 +1142,16 @@ struct Layers {
 
 // The panels of a matrix (rows, columns), or of its transpose.
 template <typename T, int purpose>
-const T* panels_of(const T* matrix, Index rows, Index columns, bool transpose, Index lanes) {
+const T* panels_of(const T* matrix, Index rows, Index columns, bool transposed, Index lanes) {
   const Index panels = (columns + lanes - 1) / lanes;
   T* packed = scratch<T, purpose>(panels * rows * lanes);
   for (Index p = 0; p < panels; ++p) {
     const Index count = std::min(lanes, columns - p * lanes);
-    if (transpose) {
-      pack(matrix + p * lanes * rows, 1, rows, rows, count, lanes, packed + p * rows * lanes);
+    T* to = packed + p * rows * lanes;
+    if (transposed) {
+      pack_transposed(matrix + p * lanes * rows, rows, rows, count, lanes, to);
     } else {
-      pack(matrix + p * lanes, columns, 1, rows, count, lanes, packed + p * rows * lanes);
+      pack(matrix + p * lanes, columns, rows, count, lanes, to);
     }
   }
   return packed;
@@ -1104,7 +1216,7 @@ void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T*
   const T* second_weights = panels_of<T, 1>(w2, hidden, outputs, false, lanes_of<T>(outputs));
   const Index few_stride = (hidden + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   T* few = scratch<T, 6>(kFewOutputs * few_stride);
-  if (outputs <= kFewOutputs) pack(w2, 1, outputs, outputs, hidden, few_stride, few);
+  if (outputs <= kFewOutputs) pack_transposed(w2, outputs, outputs, hidden, few_stride, few);
   parallel(pool, shape.blocks, [&](Index i) {
     const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
     const Index stride = outputs ? Shape::stride<T>(hidden) : hidden;
@@ -1189,7 +1301,7 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
       if (outputs == 0) continue;
       add_rows(d_result + first * outputs, rows, outputs, outputs, sum + size - sizes[3]);
       T* d_rows = scratch<T, 4>(rows * d_stride + kWidest * kLanes<T>);
-      pack(d_result + first * outputs, outputs, 1, rows, outputs, d_stride, d_rows);
+      pack(d_result + first * outputs, outputs, rows, outputs, d_stride, d_rows);
       with_width(panel_width<T>(outputs), [&](auto width) {
         constexpr Index lanes = width * kLanes<T>;
         for (Index p = 0; p < outputs; p += lanes) {
@@ -1367,7 +1479,7 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kern
     const Index panels = (outputs + lanes - 1) / lanes;
     T* packed = scratch<T, 0>(panels * numbers * lanes);
     for (Index p = 0; p < panels; ++p) {
-      pack(kernel + p * lanes, outputs, 1, numbers, std::min(lanes, outputs - p * lanes), lanes,
+      pack(kernel + p * lanes, outputs, numbers, std::min(lanes, outputs - p * lanes), lanes,
            packed + p * numbers * lanes);
     }
     const Index row = w.sides.columns * w.x.channels, pixels = w.out.height * w.out.width;
@@ -1421,8 +1533,8 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
           for (Index j = count.columns - 1; j >= 0; --j, to += outputs * lanes) {
             const Index tap = (at.rows + i * w.stride.rows) * w.size.columns + at.columns +
                               j * w.stride.columns;
-            pack(kernel + (tap * channels + p * lanes) * outputs, 1, outputs, outputs, columns,
-                 lanes, to);
+            pack_transposed(kernel + (tap * channels + p * lanes) * outputs, outputs, outputs,
+                            columns, lanes, to);
           }
         }
       }
@@ -1681,13 +1793,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron_gradient, PerceptronGradient
                               ARG ARG ARG ARG ARG RET RET RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_forward, LstmForward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-                              ARG ARG ARG ARG ARG ARG RET RET RET RET);
+                              ARG ARG ARG ARG ARG ARG ARG RET RET RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_step, LstmStep,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG ARG RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_backward, LstmBackward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-                              ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG RET RET RET RET RET);
+                              ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG RET RET RET RET RET
+                              RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_recur, Recur,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_threefry, Threefry,
