@@ -320,18 +320,15 @@ class Windows(NamedTuple):
     """Of other images: a ReLU comes first."""
 
     def attributes(self) -> dict[str, Any]:
-        """What every kernel is told."""
+        """What the kernels are told."""
         return {
+            "channels_first": self.channels_first,
+            "rectify": self.rectify,
             "stride_rows": np.int64(self.strides[0]),
             "stride_columns": np.int64(self.strides[1]),
             "pad_rows": np.int64(self.pads[0]),
             "pad_columns": np.int64(self.pads[1]),
         }
-
-    def of_images(self) -> dict[str, Any]:
-        """What those are told that read the images."""
-        own = {"channels_first": self.channels_first, "rectify": self.rectify}
-        return self.attributes() | own
 
 
 def convolution(windows: Windows, keep: bool, *arrays: Array) -> tuple[Array, None]:
@@ -349,7 +346,7 @@ def convolution(windows: Windows, keep: bool, *arrays: Array) -> tuple[Array, No
     sides = zip(shape[1:], kernel.shape, windows.strides, windows.pads, strict=False)
     height, width = ((side + 2 * pad - size) // stride + 1 for side, size, stride, pad in sides)
     result = jax.ShapeDtypeStruct((x.shape[0], height, width, kernel.shape[3]), kernel.dtype)
-    return _call("puffer_jax_convolve", result, *arrays, **windows.of_images()), None
+    return _call("puffer_jax_convolve", result, *arrays, **windows.attributes()), None
 
 
 def convolution_gradient(
@@ -358,13 +355,13 @@ def convolution_gradient(
     """Backward of `convolution`."""
     x, *weights = arrays
     name = "puffer_jax_convolve_weights_gradient"
-    gradients = _call(name, _like(*weights), x, d_out, **windows.of_images())
+    gradients = _call(name, _like(*weights), x, d_out, **windows.attributes())
     if not _is_number(x):
         return tuple(gradients)
     # A call of its own: the images' gradient is not computed where nobody asks for it.
     name = "puffer_jax_convolve_images_gradient"
-    (dx,) = _call(name, _like(x), weights[0], d_out, **windows.attributes())
-    return jnp.where(x > 0, dx, 0) if windows.rectify else dx, *gradients
+    (dx,) = _call(name, _like(x), x, weights[0], d_out, **windows.attributes())
+    return dx, *gradients
 
 
 def max_pool(keep: bool, x: Array) -> tuple[Array, Array]:

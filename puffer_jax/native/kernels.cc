@@ -543,7 +543,7 @@ template <typename T>
 void pack_transposed(const T* matrix, Index step, Index rows, Index columns, Index lanes, T* out) {
   transpose(matrix, step, columns, rows, out, lanes);
   if (columns == lanes) return;
-  for (Index k = 0; k < rows; ++k) std::fill(out + k * lanes + columns, out + (k + 1) * lanes, T(0));
+  for (Index k = 0; k < rows; ++k, out += lanes) std::fill(out + columns, out + lanes, T(0));
 }
 
 // --- buffers ---------------------------------------------------------------------------------
@@ -1503,9 +1503,10 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kern
 }
 
 // The pixels that one number of the windows meets are `stride` apart, so each of the stride's
-// phases is a convolution of d_out with every stride-th number of the reversed windows.
+// phases is a convolution of d_out with every stride-th number of the reversed windows. With images
+// `x`, a ReLU came first.
 template <typename T>
-void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* kernel,
+void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* kernel,
                               const T* d_out, T* dx) {
   const Index outputs = w.out.channels, channels = w.x.channels;
   const auto taps = [](Index size, Index stride, Index phase) {
@@ -1577,6 +1578,12 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
               });
         }
       }
+      const Index begin = n * w.x.size();
+      for (Index i = 0; i < w.x.size() && x != nullptr; i += kLanes<T>) {
+        const Index left = w.x.size() - i;
+        const Vector<T> d = load(dx + begin + i, left);
+        store(dx + begin + i, load(x + begin + i, left) > 0 ? d : Vector<T>{}, left);
+      }
     });
   });
 }
@@ -1643,7 +1650,8 @@ void with_images(const In& x, bool channels_first, bool rectify, const Body& bod
 }
 
 ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, bool channels_first,
-                    bool rectify, Index stride_rows, Index stride_columns, Index pad_rows, Index pad_columns) {
+                    bool rectify, Index stride_rows, Index stride_columns, Index pad_rows,
+                    Index pad_columns) {
   const Windows windows(Images(x.dimensions(), channels_first), kernel.dimensions(),
                         Images(result->dimensions()), {stride_rows, stride_columns},
                         {pad_rows, pad_columns});
@@ -1655,14 +1663,16 @@ ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, 
   });
 }
 
-ffi::Error ConvolveImagesGradient(ffi::ThreadPool pool, In kernel, In d_out, Out dx,
-                                  Index stride_rows, Index stride_columns, Index pad_rows,
-                                  Index pad_columns) {
-  const Windows windows(Images(dx->dimensions()), kernel.dimensions(), Images(d_out.dimensions()),
-                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
+ffi::Error ConvolveImagesGradient(ffi::ThreadPool pool, In x, In kernel, In d_out, Out dx,
+                                  bool channels_first, bool rectify, Index stride_rows,
+                                  Index stride_columns, Index pad_rows, Index pad_columns) {
+  const Windows windows(Images(dx->dimensions(), channels_first), kernel.dimensions(),
+                        Images(d_out.dimensions()), {stride_rows, stride_columns},
+                        {pad_rows, pad_columns});
   return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    convolve_images_gradient<T>(pool, windows, in<T>(kernel), in<T>(d_out), out<T>(dx));
+    convolve_images_gradient<T>(pool, windows, rectify ? in<T>(x) : nullptr, in<T>(kernel),
+                                in<T>(d_out), out<T>(dx));
   });
 }
 
@@ -1768,19 +1778,16 @@ ffi::Error MaxPoolGradient(ffi::ThreadPool pool, In taken, In d_out, Out dx) {
 #define ARG .Arg<In>()
 #define RET .Ret<ffi::AnyBuffer>()
 #define WINDOWS                                                                  \
-  .Attr<std::int64_t>("stride_rows").Attr<std::int64_t>("stride_columns")        \
+  .Attr<bool>("channels_first").Attr<bool>("rectify")                            \
+      .Attr<std::int64_t>("stride_rows").Attr<std::int64_t>("stride_columns")    \
       .Attr<std::int64_t>("pad_rows").Attr<std::int64_t>("pad_columns")
 
-#define IMAGES .Attr<bool>("channels_first").Attr<bool>("rectify")
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve, Convolve,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-                              ARG ARG ARG RET IMAGES WINDOWS);
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG ARG RET WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_images_gradient, ConvolveImagesGradient,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET WINDOWS);
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG ARG RET WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_weights_gradient, ConvolveWeightsGradient,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET RET IMAGES
-                              WINDOWS);
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET RET WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_max_pool, MaxPool,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_max_pool_gradient, MaxPoolGradient,
