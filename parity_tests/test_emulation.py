@@ -545,6 +545,7 @@ def test_the_first_observation_is_within_bounds():
     [
         (Discrete(3), 3, "Discrete\\(3\\): int, 3"),
         (Discrete(3), 1.0, "float, 1.0"),
+        (Discrete(3), None, "NoneType, None"),
         (Discrete(3), np.array([1, 2]), "int64 of shape \\(2,\\)"),
         (MultiDiscrete([2, 3]), np.array([0, 3]), "int64 of shape"),
         (MultiDiscrete([2, 3]), np.array([1]), "int64 of shape \\(1,\\)"),

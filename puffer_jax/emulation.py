@@ -293,7 +293,8 @@ class _Reader:
         self._shapes = ((1, *shape), shape)
         self._dtype = dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
         self._checked = False
-        self._known: np.ndarray | None = None  # found in order: vecenvs hand out one, ever again
+        # An array found in order: vecenvs hand out the same one again and again.
+        self._known = np.empty(0)
         self._scalar = self._kind == "discrete" and build is None
         self._own: Callable[[Any], Any]  # of an array that is in order
         if build is not None:

@@ -450,6 +450,9 @@ class _HostSource:
         finish = rollout.make_finish(config, actor, self.sizes.agents, env.own_last)
         self._finish = jax.jit(finish)
         self._value = jax.jit(self._final_value)
+        self._start = jax.jit(
+            lambda key: (actor.initial_state(self.sizes.agents), jax.random.key_data(key))
+        )
         space = env.single_action_space
         self._bounds = (space.low, space.high) if hasattr(space, "low") else None
         self._pending: Received | None = None
@@ -483,8 +486,7 @@ class _HostSource:
 
     def _begin(self, params: Any, arrival: rollout.Arrival, key: PRNGKeyArray) -> rollout.HostState:
         """The state before a rollout: buffers, recurrent state and key."""
-        key = jnp.copy(jax.random.key_data(key))
-        state = _owned(self._actor.initial_state(self.sizes.agents))
+        state, key = self._start(key)
         if self._host is None:
             experience = rollout.empty_experience(
                 self._config, self.sizes, self._actor, params, arrival, self._masked
