@@ -262,6 +262,22 @@ def programs_run(function, folder):
     return sum(name.endswith("::ExecuteHelperOnSingleDevice") for name in events)
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_keep_their_implementation(tmp_path, impl):
+    """Also where another is the default by the time of the rollout."""
+    actions = []
+    for other in ("threefry2x32", "unsafe_rbg"):
+        with jax.default_prng_impl(impl):
+            vecenv = puffer_jax.vector.make("CartPole-v1", num_envs=2)
+            policy = recurrent(vecenv.driver_env, 4, jnp.float32)
+            config = small_config(data_dir=str(tmp_path), batch_size=16, bptt_horizon=8)
+            trainer = PuffeRL(config, vecenv, policy)
+        with trainer, jax.default_prng_impl(other):
+            trainer.evaluate()
+            actions.append(np.asarray(trainer.experience.actions))
+    np.testing.assert_array_equal(*actions)
+
+
 def test_a_step_is_one_dispatch_and_nothing_retraces(tmp_path):
     double = jax.jit(lambda x: 2 * x)
     x = double(jnp.ones(3))

@@ -79,7 +79,8 @@ def make_actor(config: PuffeRLConfig, policy: nnx.Module, action_space: Any) -> 
     def act(
         params: Params, obs: Any, state: State | None, start: Array | None, key: PRNGKeyArray
     ) -> tuple[Array, Array, Array, State | None]:
-        if start is not None and config.reset_on_done:
+        if config.reset_on_done:
+            assert start is not None
             state = jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
         logits, values, state = forward(params, obs, state)
         action, logprob, _ = sample_logits(logits, key=key)
@@ -310,13 +311,15 @@ def make_host_step(
         `row` .. `row + batch - 1`. The actions are the sampled ones; a Box's bounds are applied
         where they are sent.
     """
+    # That of the trainer's keys, which are made where this is; the default may change.
+    impl = jax.random.key_impl(jax.random.key(0))
 
     def host_step(
         params: Params, host: HostState, arrival: Arrival, place: Array
     ) -> tuple[HostState, Array]:
         agent, row, time = place
         batch = arrival.reward.shape[0]
-        key, act_key = random.split(jax.random.wrap_key_data(host.key))
+        key, act_key = random.split(jax.random.wrap_key_data(host.key, impl=impl))
         state = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, agent, batch), host.state)
         action, logprob, values, new = actor.act(params, arrival.obs, state, arrival.start, act_key)
         if own_last and config.bootstrap_truncation:

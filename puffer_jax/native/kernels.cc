@@ -688,8 +688,8 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
       copy_states(shape, t, first, last, h, outputs, done, row + inputs, stride);
       for (Index p = 0; p < panels; ++p) {
         const Index units = std::min(lanes, hidden - p * lanes);
-        const Product<T> product{1,    0, joined - own, 1, packed + (p * joined + own) * wide,
-                                 wide};
+        const T* panel = packed + (p * joined + own) * wide;
+        const Product<T> product{1, 0, joined - own, 1, panel, wide};
         alignas(kBytes) T sums[most_rows * 4 * lanes];
         for (Index m = 0, valid; m < rows; m += valid) {
           valid = rows - m <= most_rows ? rows - m : tile_rows;
@@ -1131,6 +1131,7 @@ struct Layers {
         inputs(x.dimensions()[1]),
         hidden(w1.dimensions()[1]),
         outputs(w2.dimensions()[1]) {
+    // GELU costs about as much as 48 more inputs.
     const Index cycles = batch * hidden * (inputs + outputs + 48) / 32;
     const Index most = cycles > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
     parts = std::clamp<Index>(pool.num_threads(), 1, most);
