@@ -485,3 +485,69 @@ def test_torch_layout_refuses_what_does_not_fit():
         torch_layout(Hidden())
     with pytest.raises(TypeError, match="no torch rule for this LinearGeneral"):
         torch_layout(nnx.LinearGeneral(2, (3,), rngs=nnx.Rngs(0)))
+
+
+# --- a step in place ---------------------------------------------------------------------------
+
+
+def tree_of(dtype, seed):
+    """Whole vectors and rests, one number, and enough of them for several threads."""
+    rng = np.random.default_rng(seed)
+    shapes = {"few": (37,), "many": (300, 501), "one": ()}
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def both_steps(dtype):
+    """(by `make_step`, by the transformation): (carry, (gradients, skip)) -> (carry, None)."""
+    layout = (dict, dict)
+    numbers = hyper_parameters(0.01)
+    ours, tx = optim.make_step("adam", *layout, **numbers), optim.make("adam", *layout, **numbers)
+
+    def by_us(carry, given):
+        return ours(*carry, *given), None
+
+    def by_optax(carry, given):
+        gradients, skip = given
+        updates, state = tx.update(gradients, carry[1])
+        new = optax.apply_updates(carry[0], updates), state
+        return jax.tree.map(lambda old, new: jnp.where(skip, old, new), carry, new), None
+
+    params = tree_of(dtype, 0)
+    return (params, tx.init(params)), by_us, by_optax
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [("float32", 1e-6), ("float64", 1e-14)])
+def test_a_step_in_place_is_that_of_the_transformation(dtype, bar):
+    with jax.enable_x64(dtype == "float64"):
+        start, *steps = both_steps(dtype)
+        gradients = jax.tree.map(lambda *x: np.stack(x), *(tree_of(dtype, i) for i in (1, 2, 3)))
+        skip = np.array([False, True, False])
+        found, expected = (
+            jax.jit(functools.partial(jax.lax.scan, s))(start, (gradients, skip))[0] for s in steps
+        )
+        assert int(found[1][1].count) == 2
+        jax.tree.map(
+            lambda old, new: np.testing.assert_array_less(0, np.abs(old - new).max()),
+            start[0],
+            found[0],
+        )
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=bar, atol=bar / 100), found, expected
+        )
+        # Several at once, of other gradients.
+        both = jax.tree.map(lambda x: np.stack([x, 2 * x]), gradients)
+        many = jax.vmap(functools.partial(jax.lax.scan, steps[0]), (None, (0, None)))
+        together = jax.jit(many)(start, (both, skip))[0]
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y), together, found)
+
+
+def test_a_step_that_is_skipped_changes_nothing():
+    start, step, _ = both_steps("float32")
+    for skip in (True, False):
+        gradients = tree_of("float32", 1)
+        gradients["few"][3] = np.nan
+        (params, state), _ = jax.jit(step)(start, (gradients, skip))
+        if skip:
+            jax.tree.map(np.testing.assert_array_equal, (params, state), start)
+        else:
+            assert all(np.isnan(x).all() for x in jax.tree.leaves(params))

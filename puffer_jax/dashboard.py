@@ -3,7 +3,7 @@
 import atexit
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
@@ -59,6 +59,23 @@ class Profile:
         if phase is None:
             phase = parent.children[name] = _Phase(self, parent)
         return phase
+
+    def laps(self) -> Callable[[str], None]:
+        """The phases of a loop inside the phase that is open now, one after the other.
+
+        Returns:
+            What to call at the end of each, with its name: it counts the time since the last call.
+            In a loop with much Python in it, `with` takes three times as long.
+        """
+        last = perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal last
+            now = perf_counter()
+            self(name).seconds += now - last
+            last = now
+
+        return lap
 
     def seconds(self) -> dict[str, float]:
         """Total seconds of each phase, those of finished passes; every phase before its parts."""

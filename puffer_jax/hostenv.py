@@ -5,9 +5,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from puffer_jax.vector import Serial
+
 
 class Received(NamedTuple):
     """What a batch of agents receives; arrays (batch, ...), NumPy.
+
+    They may be the environments' own, which their next step overwrites.
 
     Attributes:
         agent: number of the first agent; the others follow it.
@@ -42,6 +46,7 @@ class HostEnv(Protocol):
         agents_per_batch: that act at once.
         masked: whether `Received.mask` must always be honoured.
         own_last: whether the observation that comes with an episode's end is its last one.
+        overlaps: whether `send` does not wait for actions that are still being computed.
         single_observation_space: of one agent.
         single_action_space: of one agent.
     """
@@ -50,6 +55,7 @@ class HostEnv(Protocol):
     agents_per_batch: int
     masked: bool
     own_last: bool
+    overlaps: bool
     single_observation_space: Any
     single_action_space: Any
 
@@ -60,8 +66,8 @@ class HostEnv(Protocol):
         """Wait for a batch."""
         ...
 
-    def send(self, actions: np.ndarray) -> None:
-        """Act on the batch received last."""
+    def send(self, actions: Any) -> None:
+        """Act on the batch received last; arrays, JAX's if it `overlaps`."""
 
     def close(self) -> None:
         """Close the environments."""
@@ -88,25 +94,30 @@ def as_host_env(env: Any) -> HostEnv | None:
     return None
 
 
-class _Episodes:
-    """Return and length of the running episode of each agent."""
+class _Agents:
+    """Agents that act together: what goes on from step to step.
 
-    def __init__(self, agents: int):
-        self._returns = np.zeros(agents)
-        self._lengths = np.zeros(agents, int)
+    Attributes:
+        first: number of the first.
+        waiting: whether the next observation is the first of an episode.
+    """
 
-    def add(self, rows: slice, received: Received) -> None:
+    def __init__(self, first: int, count: int):
+        self.first, self.waiting = first, np.ones(count, bool)
+        self._returns, self._lengths = np.zeros(count), np.zeros(count, int)
+
+    def add(self, received: Received, done: np.ndarray) -> None:
         """Count a step, and put the episodes that ended with it into `received.stats`."""
-        returns, lengths = self._returns[rows], self._lengths[rows]
-        done = received.terminated | received.truncated
-        # The observation that starts an episode came with no reward of it, unless the episode
-        # before it ended in the same step.
-        fresh = received.start & ~done
+        returns, lengths = self._returns, self._lengths
         returns += received.reward
         lengths += 1
-        returns[fresh] = 0
-        lengths[fresh] = 0
-        if done.any():
+        if np.count_nonzero(received.start):
+            # The observation that starts an episode came with no reward of it, unless the episode
+            # before it ended in the same step.
+            fresh = received.start & ~done
+            returns[fresh] = 0
+            lengths[fresh] = 0
+        if np.count_nonzero(done):
             if "episode_return" not in received.stats:
                 received.stats["episode_return"] = returns[done].tolist()
                 received.stats["episode_length"] = lengths[done].tolist()
@@ -131,36 +142,47 @@ class PufferVecEnv:
         self.single_action_space = vecenv.single_action_space
         driver = getattr(vecenv, "driver_env", vecenv)
         self.own_last = bool(getattr(driver, "emulated", False))
-        self._waiting = np.ones(self.num_agents, bool)
-        self._episodes = _Episodes(self.num_agents)
+        self.overlaps = isinstance(vecenv, Serial) and vecenv.num_buffers > 1
+        self._batches: dict[bytes, _Agents] = {}  # by the agents' numbers
 
     def async_reset(self, seed: int) -> None:  # noqa: D102
         self.vecenv.async_reset(seed)
-        self._waiting[:] = True
+        for agents in self._batches.values():
+            agents.waiting = np.ones_like(agents.waiting)
+
+    def _agents(self, ids: np.ndarray) -> _Agents:
+        agents = self._batches.get(ids.tobytes())
+        if agents is None:
+            first, count = int(ids.flat[0]), ids.size
+            if ids.ravel().tolist() != [*range(first, first + count)]:
+                raise ValueError(
+                    f"the vecenv handed out agents {ids.tolist()}; batches must be of agents in a "
+                    "row (Multiprocessing's zero_copy=True does so)"
+                )
+            if count != self.agents_per_batch or first % count:
+                raise ValueError(
+                    f"the vecenv handed out {count} agents from agent {first} on; it must hand out "
+                    f"always the same {self.agents_per_batch}"
+                )
+            agents = self._batches[ids.tobytes()] = _Agents(first, count)
+        return agents
 
     def recv(self) -> Received:  # noqa: D102
         obs, reward, terminated, truncated, *_, infos, ids, mask = self.vecenv.recv()
-        ids = np.asarray(ids).reshape(-1)
-        first, count = int(ids[0]), len(ids)
-        if not np.array_equal(ids, np.arange(first, first + count)):
-            raise ValueError(
-                f"the vecenv handed out agents {ids.tolist()}; batches must be of agents in a row "
-                "(Multiprocessing's zero_copy=True does so)"
-            )
-        rows = slice(first, first + count)
-        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
-        mask = np.array(mask, bool)
-        done = terminated | truncated
+        agents = self._agents(np.asarray(ids))
+        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
+        mask = np.asarray(mask, bool)
+        waiting, done = agents.waiting, terminated | truncated
+        all_play = np.count_nonzero(mask) == mask.size
         if self.own_last:
-            start = self._waiting[rows] & mask
-            self._waiting[rows] = done | (self._waiting[rows] & ~mask)
-            played = mask & ~done
+            start = waiting if all_play else waiting & mask
+            agents.waiting = done if all_play else done | (waiting & ~mask)
+            played = ~done if all_play else mask & ~done
         else:
-            start = done | self._waiting[rows]
-            self._waiting[rows] = False
-            played = mask
+            start, played = done | waiting, mask
+            agents.waiting = np.zeros_like(waiting)
         received = Received(
-            first,
+            agents.first,
             np.asarray(obs),
             np.asarray(reward, np.float32),
             terminated,
@@ -168,12 +190,12 @@ class PufferVecEnv:
             start,
             played,
             None,
-            _collect(infos),
+            _collect(infos) if infos else {},
         )
-        self._episodes.add(rows, received)
+        agents.add(received, done)
         return received
 
-    def send(self, actions: np.ndarray) -> None:  # noqa: D102
+    def send(self, actions: Any) -> None:  # noqa: D102
         self.vecenv.send(actions)
 
     def close(self) -> None:  # noqa: D102
@@ -189,6 +211,7 @@ class GymnasiumVecEnv:
     """
 
     masked = True
+    overlaps = False
 
     def __init__(self, envs: Any):
         self.envs = envs
@@ -200,7 +223,7 @@ class GymnasiumVecEnv:
         if self._mode not in ("nextstep", "samestep", "disabled"):
             raise ValueError(f"{envs}: unknown autoreset_mode {mode!r}")
         self.own_last = self._mode == "nextstep"
-        self._episodes = _Episodes(self.num_agents)
+        self._agents = _Agents(0, self.num_agents)
         self._received: Received | None = None
         self._done = np.zeros(self.num_agents, bool)
 
@@ -248,7 +271,7 @@ class GymnasiumVecEnv:
         self._received = Received(
             0, _copy(obs), reward, terminated, truncated, start, mask, final, stats
         )
-        self._episodes.add(slice(None), self._received)
+        self._agents.add(self._received, terminated | truncated)
 
     def recv(self) -> Received:  # noqa: D102
         if self._received is None:

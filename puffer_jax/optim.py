@@ -16,6 +16,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from puffer_jax import native
+
 Layout = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 OPTIMIZERS = ("adam", "muon")
@@ -66,6 +68,57 @@ def make(
     return optax.chain(clip_by_global_norm(max_grad_norm), optimizer)
 
 
+def make_step(
+    name: str, to_torch: Layout, from_torch: Layout, **numbers: Any
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
+    """A step of the trainer's optimizer, as the update takes it.
+
+    Args:
+        name: see `make`, as what follows.
+        to_torch: see there.
+        from_torch: see there.
+        numbers: see there.
+
+    Returns:
+        (params, opt_state, gradients, skip) -> (params, opt_state), with opt_state as the `init` of
+        `make(...)` gives it; where `skip`, a bool, they stay as they are.
+    """
+    transformation = make(name, to_torch, from_torch, **numbers)
+
+    def by_optax(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
+        change, new_state = transformation.update(gradients, state, params)
+        new = optax.apply_updates(params, change), new_state
+        return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (params, state))
+
+    def by_us(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
+        scale = _clip_scale(gradients, numbers["max_grad_norm"])
+        empty, moments = state
+        leaves, treedef = jax.tree.flatten(params)
+        others = (treedef.flatten_up_to(x) for x in (moments.mu, moments.nu, gradients))
+        beta1, beta2 = numbers["beta1"], numbers["beta2"]
+        rate, root = _adam_scalars(moments.count + 1, numbers["learning_rate"], beta1, beta2)
+        given = (scale, beta1, 1 - beta1, beta2, 1 - beta2, rate, 1 / root, numbers["eps"], skip)
+
+        def step(p: Array, m: Array, v: Array, g: Array) -> tuple[Array, ...]:
+            array = jnp.stack([jnp.asarray(x, p.dtype) for x in given])
+            return native.adam(array, g, p, m, v)
+
+        new = [step(*arrays) for arrays in zip(leaves, *others, strict=True)]
+        params, mu, nu = (treedef.unflatten(x) for x in zip(*new, strict=True))
+        count = jnp.where(skip, moments.count, moments.count + 1)
+        return params, (empty, optax.ScaleByAdamState(count, mu, nu))
+
+    def step(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
+        arrays = jax.tree.leaves((params, gradients))
+        if name != "adam" or not native.serves(*arrays):
+            return by_optax(params, state, gradients, skip)
+        return jax.lax.platform_dependent(
+            params, state, gradients, skip, cpu=by_us, default=by_optax
+        )
+
+    return step
+
+
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)), norm over all of them together.
 
@@ -75,10 +128,14 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        scale = jnp.minimum(1, max_norm / (optax.global_norm(updates) + 1e-6))
+        scale = _clip_scale(updates, max_norm)
         return jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _clip_scale(gradients: Any, max_norm: ArrayLike) -> Array:
+    return jnp.minimum(1, max_norm / (optax.global_norm(gradients) + 1e-6))
 
 
 def adam(
@@ -99,11 +156,7 @@ def adam(
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: _average(m, g, beta1), state.mu, updates)
         nu = jax.tree.map(lambda v, g: _average(v, g * g, beta2), state.nu, updates)
-        # 1 - beta^t, without the cancellation
-        correction1, correction2 = (
-            -jnp.expm1(count * jnp.log1p(beta - 1)) for beta in (beta1, beta2)
-        )
-        scalars = jnp.negative(learning_rate) / correction1, jnp.sqrt(correction2), eps
+        scalars = *_adam_scalars(count, learning_rate, beta1, beta2), eps
 
         def step(m: Array, v: Array) -> Array:
             rate, root, epsilon = (jnp.asarray(x, m.dtype) for x in scalars)
@@ -112,6 +165,14 @@ def adam(
         return jax.tree.map(step, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _adam_scalars(
+    count: Array, learning_rate: ArrayLike, beta1: ArrayLike, beta2: ArrayLike
+) -> tuple[Array, Array]:
+    # 1 - beta^t, without the cancellation
+    correction1, correction2 = (-jnp.expm1(count * jnp.log1p(beta - 1)) for beta in (beta1, beta2))
+    return jnp.negative(learning_rate) / correction1, jnp.sqrt(correction2)
 
 
 class MuonState(NamedTuple):

@@ -299,8 +299,8 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
     )
     count, accumulate = sizes.minibatches, sizes.accumulate
 
-    def optimizer(hypers: Hypers, learning_rate: Any) -> Any:
-        return optim.make(
+    def optimizer(make: Callable[..., Any], hypers: Hypers, learning_rate: Any) -> Any:
+        return make(
             config.optimizer,
             to_torch,
             from_torch,
@@ -313,7 +313,7 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
 
     def init(params: Params) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        opt_state = optimizer(config.hypers(), config.learning_rate).init(params)
+        opt_state = optimizer(optim.make, config.hypers(), config.learning_rate).init(params)
         return TrainState(params, opt_state, zero, zero, zero - 1)
 
     def gradient(
@@ -367,7 +367,7 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
         epoch = state.epoch.astype(float)
         if config.anneal_lr:
             rate = optim.cosine_schedule(rate, sizes.epochs)(epoch)
-        step = optimizer(hypers, rate)
+        step = optimizer(optim.make_step, hypers, rate)
         beta = beta0 + (1 - beta0) * hypers["prio_alpha"] * epoch / sizes.epochs
         rows = jnp.asarray(indices) if key is None else jax.random.split(key, count)
         rows = jnp.reshape(rows, (count // accumulate, accumulate, *rows.shape[1:]))
@@ -390,22 +390,22 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
                 drawn.append(index)
             if config.mean_accumulate:
                 grads = jax.tree.map(lambda g: g / accumulate, grads)
-            change, opt_state = step.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(jnp.add, state.params, change)
-            kept = params, opt_state, values, ratio
-            if config.on_nonfinite != "ignore":
-                before = state.params, state.opt_state, carry[1].values, carry[1].ratio
-                kept = jax.tree.map(lambda new, old: jnp.where(bad.any(), old, new), kept, before)
+            skip = bad.any() & (config.on_nonfinite != "ignore")
+            params, opt_state = step(state.params, state.opt_state, grads, skip)
+            before = carry[1].values, carry[1].ratio
+            values, ratio = (
+                jnp.where(skip, old, new) for new, old in zip((values, ratio), before, strict=True)
+            )
             first = jnp.where((state.culprit < 0) & bad.any(), bad.argmax(), state.culprit)
             state = TrainState(
-                params=kept[0],
-                opt_state=kept[1],
+                params=params,
+                opt_state=opt_state,
                 epoch=state.epoch,
                 nonfinite=state.nonfinite + bad.any(),
                 culprit=first.astype(jnp.int32),
             )
             metrics = jax.tree.map(lambda *x: sum(x), *outputs)
-            details = details._replace(values=kept[2], ratio=kept[3])
+            details = details._replace(values=values, ratio=ratio)
             return (state, details), (metrics, jnp.stack(drawn))
 
         ones = jnp.ones_like(values)

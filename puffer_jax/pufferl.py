@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import checkpoint, optim, rollout
+from puffer_jax import checkpoint, optim, random, rollout
 from puffer_jax.config import PuffeRLConfig
 from puffer_jax.dashboard import Dashboard, Profile, Snapshot
 from puffer_jax.hostenv import Received, as_host_env
@@ -445,18 +446,17 @@ class _HostSource:
         masked = env.masked or config.use_mask
         actor = rollout.make_actor(config, policy, env.single_action_space)
         self._actor, self._masked = actor, masked
-        step = rollout.make_host_step(config, actor, masked, env.own_last)
-        self._step = jax.jit(step, donate_argnums=1)
-        finish = rollout.make_finish(config, actor, self.sizes.agents, env.own_last)
+        self._step = jax.jit(rollout.make_host_step(config, actor))
+        agents, batch = self.sizes.agents, env.agents_per_batch
+        finish = rollout.make_finish(config, actor, agents, masked, env.own_last)
         self._finish = jax.jit(finish)
         self._value = jax.jit(self._final_value)
-        self._start = jax.jit(
-            lambda key: (actor.initial_state(self.sizes.agents), jax.random.key_data(key))
-        )
-        space = env.single_action_space
-        self._bounds = (space.low, space.high) if hasattr(space, "low") else None
+        steps = self.sizes.segments // batch * self.sizes.horizon
+        self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
+        self._firsts = range(0, agents, batch)  # numbers of the batches' first agents
+        self._zero = jax.jit(partial(actor.initial_state, batch))()
+        self._states = dict.fromkeys(self._firsts, self._zero)
         self._pending: Received | None = None
-        self._host: rollout.HostState | None = None
 
     def _final_value(self, params: Any, state: Any, obs: Any, cut: Array) -> Array:
         return jnp.where(cut, self._actor.value(params, obs, state), 0)
@@ -470,9 +470,7 @@ class _HostSource:
             cut = received.truncated & ~received.terminated
             final_value = np.zeros(len(cut), np.float32)
             if received.final_obs is not None and cut.any():
-                rows = slice(received.agent, received.agent + len(cut))
-                state = None if self._host is None else self._host.state
-                state = jax.tree.map(lambda s: s[rows], state)
+                state = self._states[received.agent]
                 final_value = self._value(params, state, received.final_obs, cut)
         return rollout.Arrival(
             received.obs,
@@ -484,66 +482,70 @@ class _HostSource:
             final_value,
         )
 
-    def _begin(self, params: Any, arrival: rollout.Arrival, key: PRNGKeyArray) -> rollout.HostState:
-        """The state before a rollout: buffers, recurrent state and key."""
-        state, key = self._start(key)
-        if self._host is None:
-            experience = rollout.empty_experience(
-                self._config, self.sizes, self._actor, params, arrival, self._masked
-            )
-            return rollout.HostState(_owned(experience), state, key)
-        if self._config.store_initial_state:
-            state = self._host.state
-        return rollout.HostState(self._host.experience, state, key)
-
     def collect(
         self, params: Any, key: PRNGKeyArray, profile: Profile
     ) -> tuple[Experience, int, dict[str, list[Any]]]:
         env, sizes = self._env, self.sizes
-        rows = {agent: agent for agent in range(0, sizes.agents, env.agents_per_batch)}
-        times = dict.fromkeys(rows, 0)
-        free, full, steps, fresh = sizes.agents, 0, 0, True
+        row_of = {agent: agent for agent in self._firsts}
+        times = dict.fromkeys(row_of, 0)
+        free, full, steps = sizes.agents, 0, 0
         stats: dict[str, list[Any]] = defaultdict(list)
+        keys = iter(np.asarray(self._keys(key)))
+        arrivals, outputs = (rollout.Rows(sizes.segments, sizes.horizon) for _ in range(2))
+        steps_taken: list[tuple[int, int, rollout.Outputs]] = []
+        first_states: dict[int, Any] = {}  # of a segment's first row
+        if not self._config.store_initial_state:
+            self._states = dict.fromkeys(self._firsts, self._zero)
+        lap = profile.laps()
         while full < sizes.segments:
-            with profile("env"):
-                received = self._pending or env.recv()
+            received = self._pending or env.recv()
             self._pending = None
-            with profile("copy"):
-                arrival = self._arrival(params, received)
-                if fresh:
-                    self._host = self._begin(params, arrival, key)
-                    fresh = False
+            lap("env")
             agent, batch = received.agent, len(received.reward)
-            row, at = rows[agent], times[agent]
+            row, time = row_of[agent], times[agent]
             if row + batch > sizes.segments:
                 raise RuntimeError(
                     f"agents {agent} to {agent + batch - 1} filled their segments before others "
                     "began: the vecenv must hand out its batches in turn (sync_traj=True)"
                 )
-            with profile("forward"):
-                place = np.array([agent, row, at], np.int32)
-                self._host, action = self._step(params, self._host, arrival, place)
+            arrival = self._arrival(params, received)
+            if time == 0:
+                first_states[row] = self._states[agent]
+            self._states[agent], output, played = self._step(
+                params, self._states[agent], arrival.obs, arrival.start, next(keys)
+            )
+            lap("forward")
+            arrivals.write(row, time, arrival)  # while the device is busy
+            steps_taken.append((row, time, output))
+            for name, values in received.stats.items():
+                stats[name].extend(values)
+            steps += int(received.mask.sum()) if self._masked else batch
+            times[agent] += 1
+            if times[agent] == sizes.horizon:
+                row_of[agent], times[agent] = free, 0
+                free, full = free + batch, full + batch
+            lap("copy")
+            action = output.action if played is None else played
+            if not env.overlaps:
                 action = np.asarray(action)
-            with profile("misc"):
-                for name, values in received.stats.items():
-                    stats[name].extend(values)
-                steps += int(received.mask.sum()) if self._masked else batch
-                if self._bounds is not None:
-                    action = np.clip(action, *self._bounds)
-                times[agent] += 1
-                if times[agent] == sizes.horizon:
-                    rows[agent], times[agent] = free, 0
-                    free, full = free + batch, full + batch
-            with profile("env"):
-                env.send(action)
-        assert self._host is not None
-        experience = self._host.experience
+                lap("forward")
+            env.send(action)
+            lap("env")
+        state = after = None
         if self._config.bootstrap_last:
-            with profile("env"):
-                self._pending = received = env.recv()
-            with profile("copy"):
-                arrival = self._arrival(params, received)
-                experience = self._finish(params, self._host, arrival)
+            self._pending = received = env.recv()
+            lap("env")
+            state, after = self._states[0], self._arrival(params, received)
+        for step in steps_taken:
+            outputs.write(*step)
+        arrival = arrivals.tree()
+        firsts = [first_states[row] for row in sorted(first_states)]
+        experience = self._finish(
+            params, arrival._replace(obs=None), outputs.tree(), firsts, state, after
+        )
+        # Nobody writes to them any more, so that a CPU need not copy them.
+        experience = experience._replace(observations=jax.device_put(arrival.obs))
+        lap("copy")
         return experience, steps, stats
 
     def close(self) -> None:

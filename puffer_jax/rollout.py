@@ -280,116 +280,114 @@ def _with_following(experience: Experience, after: Last, agents: int) -> Last:
 # --- environments on the host ---------------------------------------------------------------
 
 
-class HostState(NamedTuple):
-    """What stays on the device between the steps of host environments; see `make_host_step`.
+class Outputs(NamedTuple):
+    """What a policy's step leaves for the experience; arrays (agents, ...)."""
 
-    Attributes:
-        experience: the rows filled so far; `last` is None until the rollout's end.
-        state: the recurrent state of all agents, (agents, hidden).
-        key: of the actions to come, as `jax.random.key_data`: typed keys cost 20 us a dispatch.
-    """
-
-    experience: Experience
-    state: State | None
-    key: Array
+    action: Any
+    logprob: Any
+    value: Any
 
 
-def make_host_step(
-    config: PuffeRLConfig, actor: Actor, masked: bool, own_last: bool
-) -> Callable[..., tuple[HostState, Array]]:
-    """The one dispatch of an environment step: act, and store what happened.
+def make_host_step(config: PuffeRLConfig, actor: Actor) -> Callable[..., tuple[Any, ...]]:
+    """The one dispatch of an environment step.
 
-    Args:
-        config: says what to store.
-        actor: acts.
-        masked: store the mask.
-        own_last: the observation that comes with an episode's end is the episode's last one.
+    It takes and gives few arrays, as each costs some microseconds: what happened is kept on the
+    host (`Rows`).
 
     Returns:
-        (params, host_state, arrival, place) -> (host_state, actions), with place an int32 array
-        [agent, row, time]: of the agents `agent` .. `agent + batch - 1`, whose step is stored at
-        `row` .. `row + batch - 1`. The actions are the sampled ones; a Box's bounds are applied
-        where they are sent.
+        (params, state, obs, start, key) -> (state, Outputs, played), with key as
+        `jax.random.key_data`, since typed ones cost 20 us a dispatch, and `played` what to send
+        instead of the action sampled: within the bounds of a Box; None: the same.
     """
     # That of the trainer's keys, which are made where this is; the default may change.
     impl = jax.random.key_impl(jax.random.key(0))
 
     def host_step(
-        params: Params, host: HostState, arrival: Arrival, place: Array
-    ) -> tuple[HostState, Array]:
-        agent, row, time = place
-        batch = arrival.reward.shape[0]
-        key, act_key = random.split(jax.random.wrap_key_data(host.key, impl=impl))
-        state = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, agent, batch), host.state)
-        action, logprob, values, new = actor.act(params, arrival.obs, state, arrival.start, act_key)
-        if own_last and config.bootstrap_truncation:
-            arrival = with_own_value(arrival, values)
-        parts = stored(config, arrival, masked) | {
-            "actions": action,
-            "logprobs": logprob,
-            "values": values,
-        }
-
-        def write(buffer: Array, value: Array) -> Array:
-            value = jnp.asarray(value, buffer.dtype)[:, None]
-            start = (row, time) + (np.int32(0),) * (buffer.ndim - 2)
-            return jax.lax.dynamic_update_slice(buffer, value, start)
-
-        def keep_first(buffer: Array, value: Array) -> Array:
-            old = jax.lax.dynamic_slice_in_dim(buffer, row, batch)
-            value = jnp.where(time == 0, value, old)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, value, row, 0)
-
-        old = host.experience
-        filled = {name: jax.tree.map(write, getattr(old, name), parts[name]) for name in parts}
-        first = jax.tree.map(keep_first, old.state, state) if old.state is not None else None
-        experience = Experience(**filled, state=first)
-        state = jax.tree.map(
-            lambda s, n: jax.lax.dynamic_update_slice_in_dim(s, n, agent, 0), host.state, new
-        )
-        return HostState(experience, state, jax.random.key_data(key)), action
+        params: Params, state: State | None, obs: Any, start: Array | None, key: Array
+    ) -> tuple[State | None, Outputs, Array | None]:
+        act_key = jax.random.wrap_key_data(key, impl=impl)
+        action, logprob, values, state = actor.act(params, obs, state, start, act_key)
+        played = actor.playable(action)
+        return state, Outputs(action, logprob, values), None if played is action else played
 
     return host_step
 
 
-def empty_experience(
-    config: PuffeRLConfig,
-    sizes: Sizes,
-    actor: Actor,
-    params: Params,
-    arrival: Arrival,
-    masked: bool,
-) -> Experience:
-    """A buffer of zeros for the arrivals of a host environment."""
+class Rows:
+    """Trees of arrays (segments, time, ...) on the host, filled block by block.
 
-    def shapes(params: Params, arrival: Arrival) -> dict[str, Any]:
-        state = actor.initial_state(arrival.reward.shape[0])
-        key = jax.random.key(0)
-        action, logprob, values, _ = actor.act(params, arrival.obs, state, arrival.start, key)
-        parts = {"actions": action, "logprobs": logprob, "values": values}
-        return stored(config, arrival, masked) | parts
+    Args:
+        segments: rows of each array.
+        horizon: steps of each row.
+    """
 
-    def zeros(x: Any) -> Array:
-        return jnp.zeros((sizes.segments, sizes.horizon, *x.shape[1:]), x.dtype)
+    def __init__(self, segments: int, horizon: int):
+        self._shape = (segments, horizon)
+        self._leaves: list[np.ndarray] = []
+        self._treedef: Any = None
 
-    rows = jax.tree.map(zeros, jax.eval_shape(shapes, params, arrival))
-    state = actor.initial_state(sizes.segments) if config.store_initial_state else None
-    return Experience(**rows, state=state)
+    def write(self, row: int, time: int, tree: Any) -> None:
+        """Set the step `time` of the rows from `row` on; arrays (rows, ...), JAX's or NumPy's."""
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        if self._treedef is None:
+            self._treedef = jax.tree.structure(tree)
+            self._leaves = [np.empty(self._shape + x.shape[1:], x.dtype) for x in leaves]
+        for buffer, leaf in zip(self._leaves, leaves, strict=True):
+            buffer[row : row + len(leaf), time] = leaf
+
+    def tree(self) -> Any:
+        """The arrays themselves, in the form that was written."""
+        return jax.tree.unflatten(self._treedef, self._leaves)
 
 
 def make_finish(
-    config: PuffeRLConfig, actor: Actor, agents: int, own_last: bool
-) -> Callable[[Params, HostState, Arrival], Experience]:
-    """(params, host_state, arrival after the last action) -> Experience with `last`."""
+    config: PuffeRLConfig, actor: Actor, agents: int, masked: bool, own_last: bool
+) -> Callable[..., Experience]:
+    """The experience of a rollout in host environments, but for its observations.
 
-    def close(params: Params, host: HostState, arrival: Arrival) -> Experience:
-        state = host.state
-        if config.reset_on_done:
-            state = jax.tree.map(lambda s: jnp.where(arrival.start[:, None], 0, s), state)
-        values = actor.value(params, arrival.obs, state)
+    Args:
+        config: says what to store.
+        actor: has acted.
+        agents: in all.
+        masked: keep the mask.
+        own_last: the observation that comes with an episode's end is the episode's last one.
+
+    Returns:
+        (params, arrivals, outputs, firsts, state, after) -> Experience, with arrivals and outputs
+        (segments, time, ...), firsts a list of the states before the segments, in the order of
+        rows, and with `bootstrap_last` the present state and the arrival after the last actions.
+    """
+
+    def own(arrival: Arrival, values: Array) -> Arrival:
         if own_last and config.bootstrap_truncation:
-            arrival = with_own_value(arrival, values)
-        after = last_of(config, arrival, values)
-        return host.experience._replace(last=_with_following(host.experience, after, agents))
+            return with_own_value(arrival, values)
+        return arrival
 
-    return close
+    def finish(
+        params: Params,
+        arrivals: Arrival,
+        outputs: Outputs,
+        firsts: list[State | None],
+        state: State | None,
+        after: Arrival | None,
+    ) -> Experience:
+        outputs = jax.tree.map(jnp.asarray, outputs)
+        arrivals = jax.tree.map(jnp.asarray, arrivals)
+        experience = Experience(
+            **stored(config, own(arrivals, outputs.value), masked),
+            actions=outputs.action,
+            logprobs=outputs.logprob,
+            values=outputs.value,
+        )
+        if config.store_initial_state:
+            first = jax.tree.map(lambda *states: jnp.concatenate(states), *firsts)
+            experience = experience._replace(state=first)
+        if after is None:
+            return experience
+        if config.reset_on_done:
+            state = jax.tree.map(lambda s: jnp.where(after.start[:, None], 0, s), state)
+        values = actor.value(params, after.obs, state)
+        last = last_of(config, own(after, values), values)
+        return experience._replace(last=_with_following(experience, last, agents))
+
+    return finish

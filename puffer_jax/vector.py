@@ -9,6 +9,7 @@ ignores the action; a native PufferLib environment resets itself within the step
 imports neither JAX nor torch, and no environment.
 """
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -71,7 +72,10 @@ class VecEnv(ABC):
         num_agents: of all environments.
         agents_per_batch: that act at once.
         agent_ids: of all agents.
+        num_buffers: groups that act by turns in this process, see `Serial`.
     """
+
+    num_buffers = 1
 
     def __init__(self, driver_env: Any, layout: Layout, num_envs: int, batch_envs: int):
         self.driver_env = driver_env
@@ -84,6 +88,7 @@ class VecEnv(ABC):
         self.agent_ids = np.arange(self.num_agents)
         self._state = "reset"  # what must be called next; or "closed"
         self._action = structured_dtype(layout.action_space)
+        self._actions_shape = (self.agents_per_batch, *self._action.shape)
         self._actions_checked = False
 
     @property
@@ -136,7 +141,8 @@ class VecEnv(ABC):
 
         Args:
             actions: (agents_per_batch, ...), of the joint `action_space`; whether their values are
-                in it is only looked at the first time.
+                in it is only looked at the first time. With several buffers, JAX may still be
+                computing them.
 
         Raises:
             RuntimeError: `recv` did not come before.
@@ -144,7 +150,8 @@ class VecEnv(ABC):
             WorkerError: a worker failed. Then everything is closed.
         """
         self._expect("send")
-        actions = self._check_actions(np.asarray(actions))
+        can_wait = self.num_buffers > 1 and hasattr(actions, "block_until_ready")
+        actions = self._check_actions(actions if can_wait else np.asarray(actions))
         self._or_close(self._send, actions)
         self._state = "recv"
 
@@ -193,14 +200,13 @@ class VecEnv(ABC):
             self.close()
             raise
 
-    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
-        expected = (self.agents_per_batch, *self._action.shape)
-        problem = "" if actions.shape == expected else f"shape {expected}"
+    def _check_actions(self, actions: Any) -> Any:
+        problem = "" if actions.shape == self._actions_shape else f"shape {self._actions_shape}"
         if not problem and not self._actions_checked:
             space = self.action_space
             if not np.can_cast(actions.dtype, space.dtype, "same_kind"):
                 problem = f"{space.dtype}"
-            elif not space.contains(actions.astype(space.dtype)):
+            elif not space.contains(np.asarray(actions).astype(space.dtype)):
                 problem = f"values in {space}"
             self._actions_checked = not problem
         if problem:
@@ -217,7 +223,7 @@ class VecEnv(ABC):
     def _recv(self) -> Received: ...
 
     @abstractmethod
-    def _send(self, actions: np.ndarray) -> None: ...
+    def _send(self, actions: Any) -> None: ...
 
     @abstractmethod
     def _notify(self) -> None: ...
@@ -230,6 +236,22 @@ class Serial(VecEnv):
     """All environments in this process, one after the other. Made by `make`.
 
     What an environment raises comes through as it is, with a note that says which it was.
+
+    With several buffers (double-buffered sampling, Petrenko et al. 2020), they are as many groups,
+    which act by turns: a group steps when `recv` comes to it again, and until then the device has
+    time to compute its actions, while other groups step.
+
+    Args:
+        env_creators: see `make`; one for each environment, as what follows.
+        env_args: see `make`.
+        env_kwargs: see `make`.
+        num_envs: see `make`.
+        seed: see `make`.
+        num_buffers: a divisor of `num_envs`; a batch is that part of them.
+        restart_failed: see `make`.
+
+    Raises:
+        ValueError: `num_buffers` is not possible.
     """
 
     def __init__(
@@ -239,40 +261,77 @@ class Serial(VecEnv):
         env_kwargs: Sequence[dict[str, Any]],
         num_envs: int,
         seed: int = 0,
+        num_buffers: int = 1,
         restart_failed: bool = False,
         **_: Any,  # those of the other backends
     ):
+        if num_buffers not in range(1, num_envs + 1) or num_envs % num_buffers:
+            raise ValueError(
+                f"num_buffers must divide the number of environments, {num_envs}; got {num_buffers}"
+            )
         makers = [*map(Maker, env_creators, env_args, env_kwargs)]
         driver = makers[0]()
         layout = Layout.of(driver)
         driver.close()
-        self._buffers = layout.buffers(layout.num_agents * num_envs)
-        self._envs = Envs(makers, layout, self._buffers, seed, restart_failed=restart_failed)
-        super().__init__(self.envs[0], layout, num_envs, num_envs)
-        self._infos: list[Info] = []
-        self._given = [self._buffers[name] for name in GIVEN]
+        each = self._each = num_envs // num_buffers
+        self._groups: list[Envs] = []
+        try:
+            for first in range(0, num_envs, each):
+                part, buffers = (
+                    makers[first : first + each],
+                    layout.buffers(layout.num_agents * each),
+                )
+                self._groups.append(
+                    Envs(part, layout, buffers, seed + first, first, restart_failed)
+                )
+        except BaseException:
+            self._close()
+            raise
+        super().__init__(self.envs[0], layout, num_envs, each)
+        self.num_buffers = num_buffers
+        self._turn = 0
+        self._actions: list[Any] = [None] * num_buffers  # that a group has not played yet
+        self._infos: list[list[Info]] = [[]] * num_buffers
+        self._given = [[group.buf[name] for name in GIVEN] for group in self._groups]
+        self._ids = np.split(self.agent_ids, num_buffers)
 
     @property
     def envs(self) -> list[Any]:
         """The environments."""
-        return self._envs.envs
+        return [env for group in self._groups for env in group.envs]
 
     def _reset(self, seed: int | None) -> None:
-        self._infos = self._envs.reset(seed)
+        self._turn = 0
+        for i, group in enumerate(self._groups):
+            self._actions[i] = None
+            self._infos[i] = group.reset(None if seed is None else seed + i * self._each)
 
     def _recv(self) -> Received:
-        obs, rewards, terminals, truncations, masks = self._given
-        return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
+        turn = self._turn
+        if self._actions[turn] is not None:
+            self._step(turn)
+        obs, rewards, terminals, truncations, masks = self._given[turn]
+        return obs, rewards, terminals, truncations, self._infos[turn], self._ids[turn], masks
 
-    def _send(self, actions: np.ndarray) -> None:
-        self._buffers["actions"][:] = actions
-        self._infos = self._envs.step()
+    def _send(self, actions: Any) -> None:
+        turn, self._turn = self._turn, (self._turn + 1) % self.num_buffers
+        self._actions[turn] = actions
+        if self.num_buffers == 1:
+            self._step(turn)
+
+    def _step(self, turn: int) -> None:
+        actions, self._actions[turn] = self._actions[turn], None
+        self._groups[turn].buf["actions"][:] = actions
+        self._infos[turn] = self._groups[turn].step()
 
     def _notify(self) -> None:
-        self._envs.notify()
+        for group in self._groups:
+            group.notify()
 
     def _close(self) -> None:
-        self._envs.close()
+        with contextlib.ExitStack() as stack:
+            for group in self._groups:
+                stack.callback(group.close)
 
 
 class _Pool(VecEnv):
@@ -804,7 +863,7 @@ def _fill(fields: np.ndarray, tree: Any) -> None:
 BACKENDS: dict[str, Any] = {backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)}
 _OPTIONS = (
     *("num_workers", "batch_size", "zero_copy", "sync_traj", "overwork"),
-    *("timeout", "restart_failed"),
+    *("timeout", "restart_failed", "num_buffers"),
 )
 
 
@@ -833,7 +892,8 @@ def make(
             restart_failed: an environment that raises, and those of a worker that dies or hangs,
             are made anew, with other seeds; the step counts as truncated, and infos have
             {"restarts": how many}; what then fails before it has made a step is an error. `Serial`
-            knows the last only; as in the reference, it makes no more than batch_size environments.
+            knows the last and its own num_buffers only; as in the reference, it makes no more than
+            batch_size environments.
 
     Raises:
         ValueError: a number that is not possible, or numbers that do not go together.
@@ -854,6 +914,8 @@ def make(
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise TypeError(f"no option {name!r}; {hint}There are: {', '.join(_OPTIONS)}")
+    if "num_buffers" in kwargs and backend in (Multiprocessing, Ray):
+        raise TypeError(f"num_buffers is Serial's; {backend.__name__} has batch_size")
     if kwargs.get("num_workers") == "auto":
         kwargs["num_workers"] = None
     if kwargs.get("batch_size") == "auto":

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
 _logger = logging.getLogger(__name__)
-_FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
 _TYPES = {"float32": "float", "float64": "double"}
 _NAMES = (
     "puffer_jax_lstm_forward",
@@ -44,6 +44,7 @@ _NAMES = (
     "puffer_jax_perceptron",
     "puffer_jax_perceptron_gradient",
     "puffer_jax_recur",
+    "puffer_jax_adam",
     "puffer_jax_threefry",
     "puffer_jax_categorical",
 )
@@ -257,6 +258,30 @@ def _recurrence_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Arr
 
 
 recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+# --- Adam ----------------------------------------------------------------------------------
+
+
+def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
+    """A step of `puffer_jax.optim.adam`, in place; without derivatives.
+
+    Args:
+        numbers: (9,) as in the struct AdamNumbers of kernels.cc.
+        gradient: of any shape, and one dtype with all others.
+        arrays: the parameters and both moments.
+
+    Returns:
+        The new ones.
+    """
+    name = f"puffer_jax_adam_{gradient.dtype.name}"
+    call = jax.ffi.ffi_call(
+        name,
+        _like(*arrays),
+        vmap_method="sequential",
+        input_output_aliases={2: 0, 3: 1, 4: 2},
+    )
+    return tuple(call(numbers, gradient, *arrays))
+
 
 # --- random numbers ------------------------------------------------------------------------
 

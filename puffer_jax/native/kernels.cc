@@ -280,7 +280,7 @@ inline T total(Vector<T> x) {
 // --- threads ---------------------------------------------------------------------------------
 
 // Other threads wake up too late to help with less work, in cycles of one core.
-constexpr Index kWorthwhile = 1 << 16;
+constexpr Index kWorthwhile = 1 << 17;
 
 // Runs body(0) ... body(tasks - 1) on XLA's pool. The caller works, too, and waits only for what
 // has begun, so a pool that is busy with other work cannot deadlock it.
@@ -1774,6 +1774,51 @@ ffi::Error MaxPoolGradient(ffi::ThreadPool pool, In taken, In d_out, Out dx) {
   });
 }
 
+// --- Adam ------------------------------------------------------------------------------------
+
+struct AdamNumbers {
+  enum : Index { scale, decay1, new1, decay2, new2, rate, inverse_root, eps, skip, count };
+};
+
+// One pass over what XLA goes through three times, and copies.
+template <typename T>
+void adam(ffi::ThreadPool& pool, Index size, const T* numbers, const T* gradient, T* params,
+          T* first, T* second) {
+  using Is = AdamNumbers;
+  if (numbers[Is::skip] != 0) return;
+  constexpr Index lanes = kLanes<T>;
+  const Index parts = size * 4 > kWorthwhile ? std::max<Index>(1, pool.num_threads()) : 1;
+  parallel(pool, parts, [&](Index part) {
+    const Index end = share(size, lanes, part + 1, parts);
+    for (Index i = share(size, lanes, part, parts); i < end; i += lanes) {
+      const Index count = std::min(end - i, lanes);
+      const Vector<T> g = load(gradient + i, count) * numbers[Is::scale];
+      const Vector<T> m = load(first + i, count) * numbers[Is::decay1] + g * numbers[Is::new1];
+      const Vector<T> v = load(second + i, count) * numbers[Is::decay2] + g * g * numbers[Is::new2];
+      Vector<T> deviation;
+      for (Index k = 0; k < lanes; ++k) deviation[k] = std::sqrt(v[k]);
+      const Vector<T> step =
+          m * numbers[Is::rate] / (deviation * numbers[Is::inverse_root] + numbers[Is::eps]);
+      store(params + i, load(params + i, count) + step, count);
+      store(first + i, m, count);
+      store(second + i, v, count);
+    }
+  });
+}
+
+// The results are the parameters and the moments themselves.
+ffi::Error Adam(ffi::ThreadPool pool, In numbers, In gradient, In, In, In, Out params, Out first,
+                Out second) {
+  if (numbers.element_count() != AdamNumbers::count) {
+    return ffi::Error::InvalidArgument("not the numbers of Adam");
+  }
+  return with_type(gradient.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    adam<T>(pool, gradient.element_count(), in<T>(numbers), in<T>(gradient), out<T>(params),
+            out<T>(first), out<T>(second));
+  });
+}
+
 }  // namespace
 
 #define ARG .Arg<In>()
@@ -1811,6 +1856,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_backward, LstmBackward,
                               RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_recur, Recur,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_adam, Adam,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG ARG ARG RET RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_threefry, Threefry,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_categorical, Categorical,
