@@ -263,6 +263,11 @@ def test_ways_to_vectorise(monkeypatch):
     assert (puffer.num_agents, driver.emulated is not None) == (3, True)
     assert driver.env.spec.max_episode_steps == 9
 
+    assert make("puffer_jax", num_buffers=3)[0].num_buffers == 3
+    for mode, backend in (("auto", "Serial"), ("puffer_jax", "Multiprocessing")):
+        with pytest.raises(ValueError, match=f"num-buffers 3 is for .* got {mode} with {backend}"):
+            make(mode, backend=backend, num_buffers=3)
+
     # A process that has used JAX should not be forked.
     calls = []
     other = lambda *args, **options: calls.append(options) or puffer  # noqa: E731

@@ -218,6 +218,67 @@ def test_pufferlib_and_gymnasium_give_the_same_experience():
     assert not results[0].mask.all()  # an episode ended
 
 
+class Count(gymnasium.Env):
+    """Shows its number, its step and the action before; remembers what it got."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def __init__(self, number, action_space):
+        self.number, self.action_space = number, action_space
+
+    def reset(self, *, seed=None, options=None):
+        self.step_number = 0
+        return np.array([self.number, 0, 0], np.float32), {}
+
+    def step(self, action):
+        self.step_number += 1
+        seen = float(np.sum(action))
+        obs = np.array([self.number, self.step_number, seen], np.float32)
+        return obs, 10.0 * self.number + self.step_number, self.step_number == 13, False, {}
+
+
+@pytest.mark.parametrize("net", ["default", "lstm"])
+@pytest.mark.parametrize("space", ["discrete", "box"])
+def test_buffers_overlap_and_mix_nothing_up(net, space, tmp_path):
+    box = gymnasium.spaces.Box(-0.5, 0.25, (2,), np.float32)
+    action_space = box if space == "box" else gymnasium.spaces.Discrete(5)
+    vecenv = puffer_jax.vector.make(
+        [Count] * 6, [(i, action_space) for i in range(6)], num_envs=6, num_buffers=3
+    )
+    env = vecenv.driver_env
+    policy = default(env) if net == "default" else recurrent(env, 8, jnp.float32)
+    config = small_config(data_dir=str(tmp_path), batch_size=96, bptt_horizon=8)
+    with PuffeRL(config, vecenv, policy) as trainer:
+        for _ in range(2):
+            trainer.evaluate()
+            experience = on_host(trainer.experience)
+            obs, actions = experience.observations, experience.actions
+            assert obs.shape == (12, 8, 3) and trainer.global_step % 96 == 0
+            number, step, seen = np.moveaxis(obs, -1, 0)
+            np.testing.assert_array_equal(number, np.tile(np.arange(6), 2)[:, None] * np.ones(8))
+            going_on = step[:, 1:] == step[:, :-1] + 1
+            assert 0.8 < going_on.mean() < 1
+            played = np.clip(actions, -0.5, 0.25).sum(-1) if space == "box" else actions
+            np.testing.assert_allclose(seen[:, 1:][going_on], played[:, :-1][going_on], rtol=1e-5)
+            rewards = np.where(step == 0, 0, 10 * number + step)
+            np.testing.assert_array_equal(experience.rewards, np.clip(rewards, -1, 1))
+            np.testing.assert_array_equal(experience.terminals, step == 13)
+            # The log-probabilities and values are those of these observations and actions.
+            # (An LSTM's next segments begin with the state that the ones before have left.)
+            rows = 6 if net == "lstm" else 12
+            given = obs[:rows] if net == "lstm" else obs.reshape(-1, 3)
+            logits, values = trainer.policy(given)[:2]
+            taken = actions[:rows].reshape(rows * 8, *actions.shape[2:])
+            _, logprob, _ = puffer_jax.sample_logits(logits, action=taken)
+            for found, stored in ((logprob, experience.logprobs), (values, experience.values)):
+                expected = stored[:rows].ravel()
+                np.testing.assert_allclose(np.ravel(found), expected, rtol=1e-4, atol=1e-5)
+            trainer.train()
+        assert trainer._source._step._cache_size() == 1
+        with pytest.raises(ValueError, match="2 of 6"):
+            PuffeRL(small_config(bootstrap_last=True), vecenv, policy)
+
+
 @pytest.mark.parametrize("batch", [4, 2], ids=["synchronous", "asynchronous"])
 def test_pufferlib_multiprocessing(batch, tmp_path):
     vecenv = pufferlib.vector.make(

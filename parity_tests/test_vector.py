@@ -84,12 +84,12 @@ def test_every_backend_plays_the_same_thousand_steps(name):
     assert terminals.any() and expected[1] and len(np.unique(rewards)) > 1000
     assert (masks.all(), truncations.any()) == (name != "pair", name == "walk")
     assert (np.ptp(observations[0].astype(float), axis=0) > 0).any()  # the seeds differ
-    splits = [workers(2), workers(4, batch_size=2, sync_traj=False)]
+    splits = [workers(2), workers(4, batch_size=2, sync_traj=False), {"num_buffers": 2}]
     if name == "walk":
         splits += [workers(1), workers(4, batch_size=3, zero_copy=False)]
     for options in splits:
         with vector.make(creator, num_envs=4, **options) as vecenv:
-            same(play(vecenv, 1000), expected, infos="batch_size" not in options)
+            same(play(vecenv, 1000), expected, {"batch_size", "num_buffers"}.isdisjoint(options))
 
 
 def test_trajectories_are_the_references():
@@ -139,6 +139,8 @@ def test_ends_and_resets():
 def test_batches():
     """Which agents come, in which order, and that rows in a row are no copies."""
     for options, expected in (
+        ({"num_buffers": 2}, [[0, 1], [2, 3], [0, 1], [2, 3]]),
+        ({"num_buffers": 4}, [[0], [1], [2], [3], [0]]),
         (workers(4, batch_size=2), [[0, 1], [2, 3], [0, 1], [2, 3]]),
         (workers(4, batch_size=2, zero_copy=False), [[0, 1], [2, 3], [0, 1], [2, 3]]),
         (workers(4, batch_size=3, zero_copy=False), [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]),
@@ -206,6 +208,26 @@ def test_call_order_and_actions():
                 call()
 
 
+def test_a_buffer_steps_when_its_turn_comes():
+    with vector.make(Tick, num_envs=4, num_buffers=2, seed=3) as vecenv:
+        assert (vecenv.num_buffers, vecenv.num_agents, vecenv.agents_per_batch) == (2, 4, 2)
+        vecenv.async_reset(3)
+        counts = []
+        for _ in range(4):
+            obs, *_ = vecenv.recv()
+            counts.append(obs[:, 1].tolist())
+            vecenv.send(jax.numpy.zeros(2, int))  # may still be computed, and is not waited for
+            assert obs[:, 1].tolist() == counts[-1]
+        assert counts == [[0, 0], [0, 0], [1, 1], [1, 1]]
+        vecenv.recv()
+        with pytest.raises(ValueError, match=r"shape \(2,\); got shape \(3,\)"):
+            vecenv.send(jax.numpy.zeros(3, int))
+        vecenv.send(np.zeros(2, int))
+        vecenv.async_reset(3)  # forgets the steps under way
+        assert vecenv.recv()[0][:, 1].tolist() == [0, 0]
+        assert vecenv.recv.__self__._actions == [None, None]
+
+
 def not_puffer(buf=None, seed=0):
     return Native()
 
@@ -222,6 +244,9 @@ def not_puffer(buf=None, seed=0):
         (Walk, {"num_envs": 4, "batch_size": 5} | workers(2), r"1 .. num_envs \(4\); got 5"),
         (Walk, {"num_envs": 4, "batch_size": 3} | workers(4), "multiple of batch_size; got 4 and"),
         (Walk, {"num_envs": 4, "batch_size": 1} | workers(2), r"one worker \(4 / 2\); got 1"),
+        (Walk, {"num_envs": 4, "num_buffers": 3}, "divide the number of environments, 4; got 3"),
+        (Walk, {"num_buffers": 0}, "divide the number of environments, 1; got 0"),
+        (Walk, {"num_buffers": 1} | workers(1), "num_buffers is Serial's; Multiproc.* batch_size"),
         (3, {}, "creator 0 must be callable, or a name; got 3"),
         ([Walk], {"num_envs": 2}, r"creators must be a list of num_envs \(2\)"),
         ([Walk], {"env_args": [3]}, "env_args of environment 0 must be a list; got 3"),

@@ -64,6 +64,9 @@ class VecOptions:
     """Environments that Multiprocessing hands out at once; auto: half of them."""
     zero_copy: bool = True
     """Multiprocessing hands out only batches that lie in a row."""
+    num_buffers: int = 1
+    """Groups in which the environments of puffer_jax's Serial take turns: while one steps, the
+    policy acts for another. 2 is often faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,10 +475,18 @@ def _make_envs(
         if mode not in ("auto", "puffer_jax"):
             raise ValueError(f"--vec.mode {mode} is for gymnasium's, not for --env {name}")
         mode = "puffer_jax"
+    if vec.num_buffers != 1 and (mode, vec.backend) != ("puffer_jax", "Serial"):
+        raise ValueError(
+            f"--vec.num-buffers {vec.num_buffers} is for --vec.mode puffer_jax with the backend "
+            f"Serial; got {mode} with {vec.backend}"
+        )
     count = vec.num_envs or (64 if mode in ("auto", "sync", "vector") else 8)
     if mode == "puffer_jax":
         create = environments.env_creator(name)
-        envs = vector.make(create, env_kwargs=arguments, **_backend(vec, count))
+        options = _backend(vec, count)
+        if vec.backend == "Serial":
+            options["num_buffers"] = vec.num_buffers
+        envs = vector.make(create, env_kwargs=arguments, **options)
         return envs, envs.driver_env, None
     with _naming_the_flag():
         host.check_gymnasium(name, known, arguments)

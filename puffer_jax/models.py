@@ -319,8 +319,9 @@ class LSTMWrapper(nnx.Module):
 
     def initial_state(self, batch_size: int) -> State:
         """The zero state of a new episode for `batch_size` agents."""
-        zeros = jnp.zeros((batch_size, self.hidden_size), self.lstm.param_dtype)
-        return {"hidden": zeros, "lstm_c": zeros, "lstm_h": zeros}
+        shape, dtype = (batch_size, self.hidden_size), self.lstm.param_dtype
+        # Three arrays: donating one buffer twice is an error.
+        return {name: jnp.zeros(shape, dtype) for name in ("hidden", "lstm_c", "lstm_h")}
 
     def forward_eval(
         self, observations: Any, state: State | None = None
