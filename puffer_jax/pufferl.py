@@ -445,21 +445,27 @@ class _HostSource:
             )
         masked = env.masked or config.use_mask
         actor = rollout.make_actor(config, policy, env.single_action_space)
-        self._actor, self._masked = actor, masked
-        self._step = jax.jit(rollout.make_host_step(config, actor))
+        self._masked = masked
         agents, batch = self.sizes.agents, env.agents_per_batch
-        finish = rollout.make_finish(config, actor, agents, masked, env.own_last)
+        of_params = rollout.Packing(split(policy)[1])
+        of_state = rollout.Packing(jax.eval_shape(partial(actor.initial_state, batch)))
+        self._step = jax.jit(rollout.make_host_step(config, actor, (of_params, of_state)))
+        finish = rollout.make_finish(config, actor, of_state, agents, masked, env.own_last)
         self._finish = jax.jit(finish)
-        self._value = jax.jit(self._final_value)
         steps = self.sizes.segments // batch * self.sizes.horizon
-        self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
+
+        def begin(params: Any, key: PRNGKeyArray) -> tuple[Any, Array]:
+            return of_params.pack(params), jax.random.key_data(random.split(key, steps))
+
+        def final_value(params: Any, state: Any, obs: Any, cut: Array) -> Array:
+            return jnp.where(cut, actor.value(params, obs, of_state.unpack(state)), 0)
+
+        self._begin, self._value = jax.jit(begin), jax.jit(final_value)
         self._firsts = range(0, agents, batch)  # numbers of the batches' first agents
-        self._zero = jax.jit(partial(actor.initial_state, batch))()
+        # Recurrent states are packed.
+        self._zero = jax.jit(lambda: of_state.pack(actor.initial_state(batch)))()
         self._states = dict.fromkeys(self._firsts, self._zero)
         self._pending: Received | None = None
-
-    def _final_value(self, params: Any, state: Any, obs: Any, cut: Array) -> Array:
-        return jnp.where(cut, self._actor.value(params, obs, state), 0)
 
     def reset(self, params: Any, key: PRNGKeyArray) -> None:
         self._env.async_reset(self._config.seed)
@@ -490,7 +496,8 @@ class _HostSource:
         times = dict.fromkeys(row_of, 0)
         free, full, steps = sizes.agents, 0, 0
         stats: dict[str, list[Any]] = defaultdict(list)
-        keys = iter(np.asarray(self._keys(key)))
+        packed, keys = self._begin(params, key)
+        keys = iter(np.asarray(keys))
         arrivals, outputs = (rollout.Rows(sizes.segments, sizes.horizon) for _ in range(2))
         steps_taken: list[tuple[int, int, rollout.Outputs]] = []
         first_states: dict[int, Any] = {}  # of a segment's first row
@@ -512,7 +519,7 @@ class _HostSource:
             if time == 0:
                 first_states[row] = self._states[agent]
             self._states[agent], output, played = self._step(
-                params, self._states[agent], arrival.obs, arrival.start, next(keys)
+                packed, self._states[agent], arrival.obs, arrival.start, next(keys)
             )
             lap("forward")
             arrivals.write(row, time, arrival)  # while the device is busy

@@ -4,6 +4,7 @@ Both store what the reference's `PuffeRL.evaluate` stores, in its order: row `r 
 r-th segment of agent i, and a step's reward is the one that came with its observation.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -280,35 +281,87 @@ def _with_following(experience: Experience, after: Last, agents: int) -> Last:
 # --- environments on the host ---------------------------------------------------------------
 
 
+class Packing:
+    """Puts the small arrays of a tree side by side into one, of each dtype.
+
+    Between the steps of Python environments a dispatch takes 6 us for each array that goes in or
+    comes out, which is more than most of them take inside.
+
+    Args:
+        tree: what such trees are like: arrays, or their shapes and dtypes.
+    """
+
+    _SMALL = 1 << 14  # numbers
+
+    def __init__(self, tree: Any):
+        self._leaves, self._treedef = jax.tree.flatten(tree)
+        together: dict[Any, list[int]] = defaultdict(list)
+        for i, leaf in enumerate(self._leaves):
+            together[leaf.dtype if leaf.size <= self._SMALL else i].append(i)
+        self._parts = [*together.values()]
+
+    def pack(self, tree: Any) -> list[Array]:
+        """The few arrays of a tree."""
+        leaves = jax.tree.leaves(tree)
+        return [
+            leaves[part[0]]
+            if len(part) == 1
+            else jnp.concatenate([leaves[i].reshape(-1) for i in part])
+            for part in self._parts
+        ]
+
+    def unpack(self, arrays: list[Array]) -> Any:
+        """The tree again."""
+        leaves: list[Any] = [None] * len(self._leaves)
+        for array, part in zip(arrays, self._parts, strict=True):
+            sizes = [self._leaves[i].size for i in part]
+            for i, leaf in zip(
+                part, jnp.split(array.reshape(-1), np.cumsum(sizes)[:-1]), strict=True
+            ):
+                leaves[i] = leaf.reshape(self._leaves[i].shape)
+        return jax.tree.unflatten(self._treedef, leaves)
+
+
 class Outputs(NamedTuple):
-    """What a policy's step leaves for the experience; arrays (agents, ...)."""
+    """What a policy's step leaves for the experience.
+
+    Attributes:
+        action: (agents, ...), as `sample_logits` gives them.
+        scores: (agents, 2), log-probability and value; of a whole rollout (segments, time, 2).
+    """
 
     action: Any
-    logprob: Any
-    value: Any
+    scores: Any
 
 
-def make_host_step(config: PuffeRLConfig, actor: Actor) -> Callable[..., tuple[Any, ...]]:
-    """The one dispatch of an environment step.
+def make_host_step(
+    config: PuffeRLConfig, actor: Actor, packings: tuple[Packing, Packing]
+) -> Callable[..., tuple[Any, ...]]:
+    """The one dispatch of an environment step; what happened is kept on the host (`Rows`).
 
-    It takes and gives few arrays, as each costs some microseconds: what happened is kept on the
-    host (`Rows`).
+    Args:
+        config: says when states begin anew.
+        actor: acts.
+        packings: of the parameters and of a batch's state.
 
     Returns:
-        (params, state, obs, start, key) -> (state, Outputs, played), with key as
-        `jax.random.key_data`, since typed ones cost 20 us a dispatch, and `played` what to send
-        instead of the action sampled: within the bounds of a Box; None: the same.
+        (params, state, obs, start, key) -> (state, Outputs, played), with params and state packed,
+        key as `jax.random.key_data`, since typed ones cost 20 us a dispatch, and `played` what to
+        send instead of the action sampled: within the bounds of a Box; None: the same.
     """
     # That of the trainer's keys, which are made where this is; the default may change.
     impl = jax.random.key_impl(jax.random.key(0))
+    of_params, of_state = packings
 
     def host_step(
-        params: Params, state: State | None, obs: Any, start: Array | None, key: Array
-    ) -> tuple[State | None, Outputs, Array | None]:
+        params: Any, state: Any, obs: Any, start: Array | None, key: Array
+    ) -> tuple[Any, Outputs, Array | None]:
         act_key = jax.random.wrap_key_data(key, impl=impl)
-        action, logprob, values, state = actor.act(params, obs, state, start, act_key)
+        given = of_params.unpack(params), obs, of_state.unpack(state), start, act_key
+        action, logprob, values, state = actor.act(*given)
         played = actor.playable(action)
-        return state, Outputs(action, logprob, values), None if played is action else played
+        outputs = Outputs(action, jnp.stack([logprob, values], axis=1))
+        return of_state.pack(state), outputs, None if played is action else played
 
     return host_step
 
@@ -341,13 +394,19 @@ class Rows:
 
 
 def make_finish(
-    config: PuffeRLConfig, actor: Actor, agents: int, masked: bool, own_last: bool
+    config: PuffeRLConfig,
+    actor: Actor,
+    of_state: Packing,
+    agents: int,
+    masked: bool,
+    own_last: bool,
 ) -> Callable[..., Experience]:
     """The experience of a rollout in host environments, but for its observations.
 
     Args:
         config: says what to store.
         actor: has acted.
+        of_state: packing of a batch's state.
         agents: in all.
         masked: keep the mask.
         own_last: the observation that comes with an episode's end is the episode's last one.
@@ -355,7 +414,8 @@ def make_finish(
     Returns:
         (params, arrivals, outputs, firsts, state, after) -> Experience, with arrivals and outputs
         (segments, time, ...), firsts a list of the states before the segments, in the order of
-        rows, and with `bootstrap_last` the present state and the arrival after the last actions.
+        rows, and with `bootstrap_last` the present state and the arrival after the last actions;
+        states are packed.
     """
 
     def own(arrival: Arrival, values: Array) -> Arrival:
@@ -367,23 +427,26 @@ def make_finish(
         params: Params,
         arrivals: Arrival,
         outputs: Outputs,
-        firsts: list[State | None],
-        state: State | None,
+        firsts: list[Any],
+        state: Any,
         after: Arrival | None,
     ) -> Experience:
-        outputs = jax.tree.map(jnp.asarray, outputs)
+        action, scores = map(jnp.asarray, outputs)
+        logprobs, values = scores[..., 0], scores[..., 1]
         arrivals = jax.tree.map(jnp.asarray, arrivals)
         experience = Experience(
-            **stored(config, own(arrivals, outputs.value), masked),
-            actions=outputs.action,
-            logprobs=outputs.logprob,
-            values=outputs.value,
+            **stored(config, own(arrivals, values), masked),
+            actions=action,
+            logprobs=logprobs,
+            values=values,
         )
         if config.store_initial_state:
-            first = jax.tree.map(lambda *states: jnp.concatenate(states), *firsts)
+            states = map(of_state.unpack, firsts)
+            first = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
             experience = experience._replace(state=first)
         if after is None:
             return experience
+        state = of_state.unpack(state)
         if config.reset_on_done:
             state = jax.tree.map(lambda s: jnp.where(after.start[:, None], 0, s), state)
         values = actor.value(params, after.obs, state)
