@@ -294,7 +294,7 @@ class _Reader:
         self._dtype = dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
         self._checked = False
         # An array found in order: vecenvs hand out the same one again and again.
-        self._known = np.empty(0)
+        self._known, self._is_one = np.empty(0), False
         self._scalar = self._kind == "discrete" and build is None
         self._own: Callable[[Any], Any]  # of an array that is in order
         if build is not None:
@@ -314,16 +314,16 @@ class _Reader:
             ValueError: it has another shape or a dtype that needs rounding; or it is the first one
                 and out of bounds.
         """
-        if action is not self._known:
-            array = np.asarray(action)
-            if array.shape not in self._shapes:
-                raise self._outside(action)
-            if not self._checked or array.dtype != self._dtype:
-                self._check(array, action)
-            if array is not action:
-                return self._own(array)
-            self._known = array
-        return self._own(action)
+        if action is self._known:
+            return action[0] if self._is_one else self._own(action)
+        array = np.asarray(action)
+        if array.shape not in self._shapes:
+            raise self._outside(action)
+        if not self._checked or array.dtype != self._dtype:
+            self._check(array, action)
+        if array is action:
+            self._known, self._is_one = array, self._scalar and array.ndim == 1
+        return self._own(array)
 
     def read_all(self, actions: np.ndarray) -> list[Any]:
         """The same of several agents, (agents, *shape)."""
@@ -535,8 +535,9 @@ class GymnasiumPufferEnv(_Emulated):
         if type(truncated) is not bool:
             truncated = bool(np.any(truncated))
         self._write(0, observation)
-        self.rewards[0], self.terminals[0], self.truncations[0] = reward, terminated, truncated
-        self.done = terminated or truncated
+        self.rewards[0] = reward
+        if terminated or truncated:  # both are False since the reset
+            self.terminals[0], self.truncations[0], self.done = terminated, truncated, True
         return self.observations, reward, terminated, truncated, info
 
 
