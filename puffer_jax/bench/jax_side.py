@@ -264,13 +264,15 @@ def update(net: str, envs: int) -> Case:
     return Case(call, outputs)
 
 
-def trainer(net: str, envs: int, native: bool = False, plain: bool = False) -> Case:
+def trainer(
+    net: str, envs: int, native: bool = False, plain: bool = False, buffers: int = 1
+) -> Case:
     """Epochs of training on CartPole: on the host, one; compiled, some in one call."""
     policy = _policy(net, (4,), 128, 2)
     steps = 64 * envs
     if not (native or plain):
         creator = puffer_jax.environments.env_creator("CartPole-v1")
-        vecenv = vector.make(creator, backend=vector.Serial, num_envs=envs)
+        vecenv = vector.make(creator, num_envs=envs, num_buffers=buffers)
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
         def epoch() -> None:

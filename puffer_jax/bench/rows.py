@@ -185,12 +185,13 @@ def _learning() -> Iterator[Row]:
 
 
 def _trainers() -> Iterator[Row]:
-    for net in ("default", "lstm"):
+    for net, buffers in (("default", 1), ("lstm", 2)):
+        how = f", ours with num_buffers={buffers}" if buffers > 1 else ""
         yield Row(
             f"trainer-host-64-{net}",
-            "PuffeRL, gymnasium's CartPole, 64 environments, vector.Serial of each side",
+            f"PuffeRL, gymnasium's CartPole, 64 environments, vector.Serial of each side{how}",
             "trainer",
-            {"ours": {}, "torch": {}},
+            {"ours": {"buffers": buffers}, "torch": {}},
             {"net": net, "envs": 64},
             unit="steps/s",
         )
