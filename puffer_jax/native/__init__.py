@@ -277,7 +277,7 @@ def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
     call = jax.ffi.ffi_call(
         name,
         _like(*arrays),
-        vmap_method="sequential",
+        vmap_method="broadcast_all",
         input_output_aliases={2: 0, 3: 1, 4: 2},
     )
     return tuple(call(numbers, gradient, *arrays))

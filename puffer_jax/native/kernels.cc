@@ -1809,13 +1809,16 @@ void adam(ffi::ThreadPool& pool, Index size, const T* numbers, const T* gradient
 // The results are the parameters and the moments themselves.
 ffi::Error Adam(ffi::ThreadPool pool, In numbers, In gradient, In, In, In, Out params, Out first,
                 Out second) {
-  if (numbers.element_count() != AdamNumbers::count) {
-    return ffi::Error::InvalidArgument("not the numbers of Adam");
-  }
+  // Each with its numbers: `vmap` puts several into one call.
+  const Index several = numbers.element_count() / AdamNumbers::count;
+  const Index size = gradient.element_count() / several;
   return with_type(gradient.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    adam<T>(pool, gradient.element_count(), in<T>(numbers), in<T>(gradient), out<T>(params),
-            out<T>(first), out<T>(second));
+    for (Index i = 0; i < several; ++i) {
+      const Index at = i * size;
+      adam<T>(pool, size, in<T>(numbers) + i * AdamNumbers::count, in<T>(gradient) + at,
+              out<T>(params) + at, out<T>(first) + at, out<T>(second) + at);
+    }
   });
 }
 
