@@ -222,10 +222,13 @@ def test_a_buffer_steps_when_its_turn_comes():
         vecenv.recv()
         with pytest.raises(ValueError, match=r"shape \(2,\); got shape \(3,\)"):
             vecenv.send(jax.numpy.zeros(3, int))
-        vecenv.send(np.zeros(2, int))
+        own = np.zeros(2, int)
+        vecenv.send(own)
+        own[:] = 99  # too late to be played
+        np.testing.assert_array_equal(vecenv._actions[0], 0)
         vecenv.async_reset(3)  # forgets the steps under way
         assert vecenv.recv()[0][:, 1].tolist() == [0, 0]
-        assert vecenv.recv.__self__._actions == [None, None]
+        assert vecenv._actions == [None, None]
 
 
 def not_puffer(buf=None, seed=0):

@@ -150,8 +150,11 @@ class VecEnv(ABC):
             WorkerError: a worker failed. Then everything is closed.
         """
         self._expect("send")
-        can_wait = self.num_buffers > 1 and hasattr(actions, "block_until_ready")
-        actions = self._check_actions(actions if can_wait else np.asarray(actions))
+        if self.num_buffers == 1:
+            actions = np.asarray(actions)
+        elif not hasattr(actions, "block_until_ready"):
+            actions = np.array(actions)  # the caller may write to its own before they are played
+        self._check_actions(actions)
         self._or_close(self._send, actions)
         self._state = "recv"
 
@@ -200,7 +203,7 @@ class VecEnv(ABC):
             self.close()
             raise
 
-    def _check_actions(self, actions: Any) -> Any:
+    def _check_actions(self, actions: Any) -> None:
         problem = "" if actions.shape == self._actions_shape else f"shape {self._actions_shape}"
         if not problem and not self._actions_checked:
             space = self.action_space
@@ -214,7 +217,6 @@ class VecEnv(ABC):
                 f"actions must have {problem}; got shape {actions.shape} of {actions.dtype}"
                 + (f" in {actions.min()} .. {actions.max()}" if actions.size else "")
             )
-        return actions
 
     @abstractmethod
     def _reset(self, seed: int | None) -> None: ...
@@ -277,13 +279,10 @@ class Serial(VecEnv):
         self._groups: list[Envs] = []
         try:
             for first in range(0, num_envs, each):
-                part, buffers = (
-                    makers[first : first + each],
-                    layout.buffers(layout.num_agents * each),
-                )
-                self._groups.append(
-                    Envs(part, layout, buffers, seed + first, first, restart_failed)
-                )
+                part = makers[first : first + each]
+                buffers = layout.buffers(layout.num_agents * each)
+                group = Envs(part, layout, buffers, seed + first, first, restart_failed)
+                self._groups.append(group)
         except BaseException:
             self._close()
             raise
