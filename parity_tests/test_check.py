@@ -208,9 +208,12 @@ class Counting(Custom):
         return super().encode_observations(observations)
 
 
+NOISE = np.random.default_rng(0)
+
+
 class Noisy(Custom):
     def encode_observations(self, observations, state=None):
-        return super().encode_observations(observations) + np.random.standard_normal()
+        return super().encode_observations(observations) + NOISE.standard_normal()
 
 
 class Dropout(Custom):
