@@ -472,7 +472,7 @@ class _HostSource:
 
     def _arrival(self, params: Any, received: Received) -> rollout.Arrival:
         config, final_value = self._config, None
-        if config.bootstrap_truncation:
+        if config.bootstrap_truncation and not self._env.own_last:
             cut = received.truncated & ~received.terminated
             final_value = np.zeros(len(cut), np.float32)
             if received.final_obs is not None and cut.any():

@@ -294,10 +294,11 @@ class Packing:
     _SMALL = 1 << 14  # numbers
 
     def __init__(self, tree: Any):
-        self._leaves, self._treedef = jax.tree.flatten(tree)
-        together: dict[Any, list[int]] = defaultdict(list)
+        leaves, self._treedef = jax.tree.flatten(tree)
+        self._leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        together: dict[str, list[int]] = defaultdict(list)
         for i, leaf in enumerate(self._leaves):
-            together[leaf.dtype if leaf.size <= self._SMALL else i].append(i)
+            together[leaf.dtype.name if leaf.size <= self._SMALL else f"{i}"].append(i)
         self._parts = [*together.values()]
 
     def pack(self, tree: Any) -> list[Array]:
