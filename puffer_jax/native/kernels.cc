@@ -45,15 +45,18 @@ namespace {
 #endif
 constexpr int kBytes = VECTOR_BYTES;
 
-// By panel width: what fits into the registers.
+// Rows of a tile, by the width of its panel: what fits into the registers. With few of them wide
+// panels leave too few rows, and each vector of a panel is read too often.
 #if VECTOR_BYTES == 64
 constexpr int kTileRows[] = {0, 8, 8, 8, 6};
+constexpr int kWidest = 4;
 #elif VECTOR_BYTES == 32
-constexpr int kTileRows[] = {0, 8, 6, 4, 2};
+constexpr int kTileRows[] = {0, 8, 6};
+constexpr int kWidest = 2;
 #else
 constexpr int kTileRows[] = {0, 8, 6, 4, 4};
-#endif
 constexpr int kWidest = 4;
+#endif
 
 template <typename T>
 constexpr Index kLanes = kBytes / sizeof(T);
@@ -475,8 +478,8 @@ void with_width(int width, const Body& body) {
   switch (width) {
     case 1: return body(std::integral_constant<int, 1>());
     case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    default: return body(std::integral_constant<int, 4>());
+    case 3: return body(std::integral_constant<int, std::min(3, kWidest)>());
+    default: return body(std::integral_constant<int, kWidest>());
   }
 }
 
@@ -644,26 +647,37 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
   const Index panels = (hidden + lanes - 1) / lanes;
   T* packed = scratch<T, 0>(panels * 4 * lanes * (joined + 1));
   T* biases = packed + panels * 4 * lanes * joined;
-  // A panel holds the four gates of as many units as a vector has lanes.
+  // The four gates of as many units as a vector has lanes, side by side in as few panels as can be.
+  constexpr Index piece = kWidest * lanes;
   parallel(pool, panels, [&](Index p) {
     const Index units = std::min(lanes, hidden - p * lanes);
-    T* panel = packed + p * 4 * lanes * joined;
     for (Index gate = 0; gate < 4; ++gate) {
       const Index row = gate * hidden + p * lanes;
       T* own = biases + (p * 4 + gate) * lanes;
       std::copy_n(bias + row, units, own);
       std::fill(own + units, own + lanes, T(0));
-      T* to = panel + gate * lanes;
-      transpose(of_x + row * inputs, inputs, units, inputs, to, 4 * lanes);
-      transpose(of_h + row * hidden, hidden, units, hidden, to + inputs * 4 * lanes, 4 * lanes);
+      T* to = packed + (p * 4 + gate / kWidest * kWidest) * lanes * joined + gate % kWidest * lanes;
+      transpose(of_x + row * inputs, inputs, units, inputs, to, piece);
+      transpose(of_h + row * hidden, hidden, units, hidden, to + inputs * piece, piece);
       if (units == lanes) continue;
-      for (Index k = 0; k < joined; ++k, to += 4 * lanes) std::fill(to + units, to + lanes, T(0));
+      for (Index k = 0; k < joined; ++k, to += piece) std::fill(to + units, to + lanes, T(0));
     }
   });
+  // to(m)[0:4 * lanes] = start(m) + from(m) @ these units' weights of the inputs [begin, end).
+  const auto gates_of = [&](Index p, Index begin, Index end, Index count, const auto& from,
+                            const auto& start, const auto& to) {
+    for (Index at = 0; at < 4 * lanes; at += piece) {
+      const T* panel = packed + (p * 4 * lanes + at) * joined + begin * piece;
+      multiply<T, kWidest>(
+          {1, 0, end - begin, 1, panel, piece}, count, piece, from,
+          [&](Index m) { return start(m) + at; }, [&](Index m) { return to(m) + at; });
+    }
+  };
   const auto block = [&](Index first, Index last) {
     const Index rows = last - first, steps = shape.steps<T>(rows);
     const Index stride = Shape::stride<T>(joined), wide = 4 * lanes;
-    constexpr int tile_rows = kTileRows[4], most_rows = kSplits<4> ? kTileRows[2] : tile_rows;
+    constexpr int tile_rows = kTileRows[kWidest];
+    constexpr int most_rows = kSplits<kWidest> ? kTileRows[kWidest / 2] : tile_rows;
     // Rows [x_t, h_{t-1}], and of some steps what x_t gives to the gates: (panels, rows, wide).
     T* row = scratch<T, 1>(steps * rows * stride);
     T* given = scratch<T, 2>(steps > 1 ? panels * steps * rows * wide : 0);
@@ -678,9 +692,8 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
           copy_inputs(shape, t + i, first, last, x, row + i * rows * stride, stride);
         }
         for (Index p = 0; p < panels && steps > 1; ++p) {
-          const Product<T> product{1, 0, inputs, 1, packed + p * wide * joined, wide};
-          multiply<T, 4>(
-              product, ahead * rows, wide, [&](Index m) { return row + m * stride; },
+          gates_of(
+              p, 0, inputs, ahead * rows, [&](Index m) { return row + m * stride; },
               [&](Index) { return biases + p * wide; },
               [&](Index m) { return given + (p * steps * rows + m) * wide; });
         }
@@ -688,14 +701,12 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
       copy_states(shape, t, first, last, h, outputs, done, row + inputs, stride);
       for (Index p = 0; p < panels; ++p) {
         const Index units = std::min(lanes, hidden - p * lanes);
-        const T* panel = packed + (p * joined + own) * wide;
-        const Product<T> product{1, 0, joined - own, 1, panel, wide};
         alignas(kBytes) T sums[most_rows * 4 * lanes];
         for (Index m = 0, valid; m < rows; m += valid) {
           valid = rows - m <= most_rows ? rows - m : tile_rows;
           const T* begin = given + (p * steps * rows + step * rows + m) * wide;
-          multiply<T, 4>(
-              product, valid, wide, [&](Index i) { return row + (m + i) * stride + own; },
+          gates_of(
+              p, own, joined, valid, [&](Index i) { return row + (m + i) * stride + own; },
               [&](Index i) { return own ? begin + i * wide : biases + p * wide; },
               [&](Index i) { return sums + i * wide; });
           const auto finish = [&](auto side_by_side, Index i) {
@@ -831,7 +842,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
                    T* d_of_x, T* d_of_h, T* d_bias, T* dx, T* dh, T* dc) {
   const Index hidden = shape.hidden, joined = shape.joined(), time = shape.time;
   const Index gates = 4 * hidden, inputs = shape.inputs;
-  constexpr Index lanes = kLanes<T>, wide = 4 * lanes;
+  constexpr Index lanes = kLanes<T>, wide = kWidest * lanes;
   // dx = d_gates @ of_x, dh = d_gates @ of_h: panels of their columns.
   const Index x_panels = (inputs + wide - 1) / wide, h_panels = (hidden + wide - 1) / wide;
   T* packed = scratch<T, 0>((x_panels + h_panels) * wide * gates);
@@ -907,7 +918,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
       }
       for (Index q = 0; q < h_panels; ++q) {
         const Product<T> product{1, 0, gates, 1, packed + (x_panels + q) * wide * gates, wide};
-        multiply<T, 4>(
+        multiply<T, kWidest>(
             product, rows, hidden - q * wide, [&](Index r) { return d_now + r * d_stride; },
             nothing<T>, [&](Index r) { return dh + (first + r) * hidden + q * wide; });
       }
@@ -917,7 +928,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
       if (++slot < slots && t > 0) continue;
       for (Index p = 0; p < x_panels; ++p) {
         const Product<T> product{1, 0, gates, 1, packed + p * wide * gates, wide};
-        multiply<T, 4>(
+        multiply<T, kWidest>(
             product, slot * rows, inputs - p * wide,
             [&](Index m) { return d_rows + m * d_stride; }, nothing<T>, [&](Index m) {
               const Index at = (first + m % rows) * time + t + slot - 1 - m / rows;
@@ -928,7 +939,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
         for (Index n = 0; n < columns; n += wide) {
           const Product<T> product{1, 0, slot * rows, d_stride, rows_of + n, stride};
           const auto to = [&](Index m) { return sum + m * columns + n; };
-          multiply<T, 4>(product, gates, columns - n, [&](Index m) { return d_rows + m; }, to, to);
+          multiply<T, kWidest>(product, gates, columns - n, [&](Index m) { return d_rows + m; }, to, to);
         }
       };
       add(inputs_rows, inputs, sums.of_x);
