@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
+import puffer_jax
 from puffer_jax import layers, native, random
 from puffer_jax.native import Windows
 
@@ -189,7 +190,9 @@ def test_perceptron(kernels, batch, inputs, hidden, outputs):
 
     def ours(x, *arrays):
         first, *heads = run(x, *arrays)
-        return layers.perceptron(x, first, heads)
+        results = layers.perceptron(x, first, heads)
+        assert [r.shape[1] for r in results] == (outputs or [hidden])
+        return jnp.concatenate(results, axis=-1)
 
     def plain(x, *arrays):
         first, *heads = run(x, *arrays)
@@ -198,6 +201,41 @@ def test_perceptron(kernels, batch, inputs, hidden, outputs):
 
     x = draw(0, batch, inputs)
     agree(both(ours, x, *arrays), both(plain, x, *arrays))
+
+
+@pytest.mark.parametrize("outputs", [[1], [2, 1], [7, 1], [5, 3, 30]])
+@pytest.mark.parametrize("batch, inputs", [(1, 3), (97, 40)])
+def test_linear(kernels, batch, inputs, outputs):
+    def linear(kernel, bias):
+        layer = nnx.Linear(*kernel.shape, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        layer.kernel[...], layer.bias[...] = kernel, bias
+        return layer
+
+    def ours(x, *arrays):
+        heads = [linear(*arrays[i : i + 2]) for i in range(0, len(arrays), 2)]
+        return jnp.concatenate(layers.linear(x, heads), axis=-1)
+
+    def plain(x, *arrays):
+        parts = (x @ arrays[i] + arrays[i + 1] for i in range(0, len(arrays), 2))
+        return jnp.concatenate(list(parts), axis=-1)
+
+    arrays = [a for i, n in enumerate(outputs) for a in (draw(i, inputs, n), draw(i, n))]
+    x = draw(9, batch, inputs)
+    agree(both(ours, x, *arrays), both(plain, x, *arrays))
+    tangents = [jnp.cos(a) for a in (x, *arrays)]
+    agree(*(jax.jvp(f, (x, *arrays), tuple(tangents)) for f in (ours, plain)))
+    xs = draw(8, 3, batch, inputs)
+    agree(*(jax.vmap(lambda x, f=f: f(x, *arrays))(xs) for f in (ours, plain)))
+
+
+def test_linear_leaves_other_layers_alone():
+    first = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
+    second = nnx.Linear(3, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    x = draw(0, 4, 3).astype(jnp.float32)
+    for heads in ([first], [second], [first, second]):
+        for mine, layer in zip(layers.linear(x, heads), heads, strict=True):
+            assert mine.dtype == layer(x).dtype
+            np.testing.assert_array_equal(mine, layer(x))
 
 
 @pytest.mark.parametrize("rows, time", [(1, 1), (3, 7), (21, 5)])
@@ -221,9 +259,9 @@ def test_float32_functions_are_accurate():
     """Against float64, over all arguments that matter; an LSTM of one unit, gelu of one layer."""
     with jax.enable_x64(False):
         z = jnp.linspace(-30, 30, 60001, dtype=jnp.float32)[:, None]
-        one, none = jnp.ones((1, 1), jnp.float32), jnp.zeros(0, jnp.float32)
+        one = jnp.ones((1, 1), jnp.float32)
         assert native.serves(z)
-        gelu = layers._perceptron_by_us(z, one, one[0] * 0, none.reshape(1, 0), none)[:, 0]
+        (gelu,) = layers._perceptron_by_us(z, one, one[0] * 0)
         # Input, forget and output gate take z, the candidate 1; what remains is sigmoid^2-like.
         weight = jnp.asarray([[1], [0], [0], [0]], jnp.float32)
         bias = jnp.asarray([0, 0, 20, 20], jnp.float32)
@@ -241,7 +279,7 @@ def test_float32_functions_are_accurate():
         few = jnp.asarray(z[::50], jnp.float32)[:, None]
         weights = jnp.ones((1, 200), jnp.float32)
         # Vectors that are computed side by side, and those that are left over.
-        wide = layers._perceptron_by_us(few, weights, weights[0] * 0, weights[:0].T, none)
+        (wide,) = layers._perceptron_by_us(few, weights, weights[0] * 0)
     np.testing.assert_allclose(wide, np.tile(gelu[::50, None], 200), rtol=2e-7)
     exact = z * 0.5 * scipy.special.erfc(-z / np.sqrt(2))
     assert np.abs(gelu - exact).max() < 2e-6 and np.abs(gelu - exact)[np.abs(z) < 4].max() < 5e-7
@@ -267,7 +305,7 @@ def test_nan_and_infinity_pass(kernels):
         x = jnp.asarray([[0.0], [jnp.nan], [jnp.inf], [-jnp.inf]], dtype)
         first = nnx.Linear(1, 1, param_dtype=dtype, rngs=nnx.Rngs(0))
         first.kernel[...] = jnp.ones((1, 1), dtype)
-        out = layers.perceptron(x, first, [])[:, 0]
+        out = layers.perceptron(x, first, [])[0][:, 0]
         np.testing.assert_array_equal(out, [0, np.nan, np.inf, np.nan])  # as jax.nn.gelu has it
         np.testing.assert_array_equal(out, jax.nn.gelu(x, approximate=False)[:, 0])
 
@@ -325,7 +363,7 @@ def test_kernels_are_built_once(tmp_path):
 LENGTHS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from puffer_jax import layers, native, random
+from puffer_jax import layers, native, random, sample_logits
 native._FLAGS += (f"-DVECTOR_BYTES={sys.argv[1]}", "-O1")  # compiles in two thirds of the time
 jax.config.update("jax_enable_x64", True)
 draw = lambda *shape: jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape))
@@ -334,15 +372,16 @@ images, kernel = draw(2, 9, 8, 3), draw(3, 4, 3, 18)
 windows = native.Windows((2, 2), (1, 1))
 key = jax.random.key(0)
 lstm = draw(148, 5), draw(148, 37), draw(148), draw(13, 3, 5), draw(13, 37), draw(13, 37)
-step = draw(148, 5), draw(148, 37), draw(148), draw(13, 5), draw(13, 37), draw(13, 37)
+step = draw(148, 5), draw(148, 37), draw(148), draw(148), draw(13, 5), draw(13, 37), draw(13, 37)
 calls = [
     (lambda *a: layers.convolution(*a, windows), (images, kernel, b2)),
     (lambda *a: jnp.concatenate(layers.lstm_scan(*a)[1:]), lstm),
     (lambda *a: jnp.concatenate(layers.lstm_step(*a)), step),
 ]
-for few in (0, 3, 18):
-    perceptron = layers._perceptron_by_us if native.serves(x) else None
-    calls.append((lambda *a: perceptron(*a), (x, w1, b1, w2[:, :few], b2[:few])))
+perceptron, linear = layers._perceptron_by_us, layers._linear_on_cpu
+for heads in ((), (w2[:, :3], b2[:3]), (w2[:, :2], b2[:2], w2, b2)):
+    calls.append((lambda *a: jnp.concatenate(perceptron(*a), 1), (x, w1, b1, *heads)))
+calls.append((lambda *a: jnp.concatenate(linear(*a), 1), (draw(23, 137), *heads)))
 
 
 def results():
@@ -354,12 +393,14 @@ def results():
         for n in (2, 700):
             logits = draw(3, n).astype(dtype)
             yield random.categorical(key, logits) + 1
+            action, *scores = sample_logits(logits, key=key)
+            yield from (action + 1, *scores)
     yield jax.random.uniform(random.fast(key), (70,))
 
 
 ours = list(results())
 native.at_hand = lambda dtype: False
-perceptron = layers._perceptron_by_xla
+perceptron, linear = layers._perceptron_by_xla, layers._linear_by_xla
 for a, b in zip(ours, results(), strict=True):
     if a.size:
         bar = 0 if a.dtype == jnp.int32 else 2e-5 if a.dtype == jnp.float32 else 1e-13
@@ -400,7 +441,7 @@ def layer_and_head(x, *arrays):
     linear = [nnx.Linear(*s, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for s in sizes]
     for i, layer in enumerate(linear):
         layer.kernel[...], layer.bias[...] = arrays[2 * i : 2 * i + 2]
-    return layers.perceptron(x, linear[0], linear[1:])
+    return layers.perceptron(x, linear[0], linear[1:])[0]
 
 
 DONE = jnp.asarray([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
@@ -422,7 +463,7 @@ TWICE = {
         lambda *arrays: layers.lstm_scan(*arrays, DONE),
         [(8, 3), (8, 2), (8,), (3, 4, 3), (3, 2), (3, 2)],
     ),
-    "lstm_step": (layers.lstm_step, [(8, 3), (8, 2), (8,), (3, 3), (3, 2), (3, 2)]),
+    "lstm_step": (layers.lstm_step, [(8, 3), (8, 2), (8,), (8,), (3, 3), (3, 2), (3, 2)]),
 }
 
 
@@ -545,6 +586,39 @@ def test_categorical(kernels, rows, n, dtype):
     np.testing.assert_array_equal(gradient, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows, n", [(1, 2), (5, 1), (9, 3), (3000, 2), (40, 300)])
+def test_sampling(monkeypatch, rows, n, dtype):
+    """`sample_logits` by its kernel and by JAX's operations: all of it, bad rows and masks, too."""
+    logits = (4 * draw(0, rows, n)).astype(dtype)
+    if rows > 8:
+        masked = logits.at[6, 0].set(-jnp.inf).at[7, 1:].set(-jnp.inf).at[5].add(300)
+        logits = masked.at[0, 0].set(jnp.nan).at[1].set(-jnp.inf).at[2, 1].set(jnp.inf)
+        logits = logits.at[3].set(0).at[4, 0].set(80).at[8, 0].set(-2e4)
+    keys, many = jax.random.split(THREEFRY, 3), jnp.stack([logits, logits[::-1], -2 * logits])
+
+    def results():
+        def scores(logits):  # of two components, with keys of their own
+            action, *rest = puffer_jax.sample_logits((logits, logits[:, ::-1]), key=THREEFRY)
+            return jnp.where(jnp.isnan(rest[0] + rest[1]), 0, 2 * rest[0] + rest[1]), action
+
+        draw = lambda key, logits: puffer_jax.sample_logits(logits, key=key)  # noqa: E731
+        yield from draw(THREEFRY, logits)
+        yield from jax.jit(jax.vmap(draw))(keys, many)
+        yield from jax.jit(jax.vmap(draw, (None, 0)))(THREEFRY, many)
+        out, backward, action = jax.vjp(scores, logits, has_aux=True)
+        yield from (out, action, *backward(jnp.cos(out)))
+        yield jax.jvp(lambda x: scores(x)[0], (logits,), (jnp.cos(many[2]),))[1]
+
+    ours = list(results())
+    monkeypatch.setattr(native, "at_hand", lambda dtype: False)
+    for mine, other in zip(ours, results(), strict=True):
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        bar = {"rtol": 0, "atol": 0} if mine.dtype == jnp.int32 else {"rtol": 1e-13, "atol": 1e-13}
+        bar = {"rtol": 3e-6, "atol": 3e-5} if mine.dtype == jnp.float32 else bar
+        np.testing.assert_allclose(mine, other, **bar)
+
+
 def test_gelu():
     x = jnp.concatenate([jnp.linspace(-9.0, 9.0, 1001), draw(0, 100)])
 
@@ -599,13 +673,17 @@ def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
         assert done.any() and not done.all()
 
 
-@pytest.mark.parametrize("batch, inputs, hidden", [(1, 3, 2), (5, 20, 33), (70, 16, 16)])
+@pytest.mark.parametrize(
+    "batch, inputs, hidden", [(1, 3, 2), (5, 20, 33), (70, 16, 16), (1025, 3, 7)]
+)
 def test_lstm_step(kernels, batch, inputs, hidden):
     arrays = [draw(0, 4 * hidden, inputs), draw(1, 4 * hidden, hidden), draw(2, 4 * hidden)]
+    arrays += [draw(6, 4 * hidden)]
     arrays += [draw(3, batch, inputs), draw(4, batch, hidden), draw(5, batch, hidden)]
 
-    def plain(weight_ih, weight_hh, bias, x, h, c):
-        i, f, g, o = jnp.split(x @ weight_ih.T + h @ weight_hh.T + bias, 4, axis=1)
+    def plain(weight_ih, weight_hh, bias_ih, bias_hh, x, h, c):
+        gates = x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh
+        i, f, g, o = jnp.split(gates, 4, axis=1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         return jnp.stack([jax.nn.sigmoid(o) * jnp.tanh(c), c])
 

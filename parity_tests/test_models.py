@@ -241,6 +241,9 @@ def test_default_with_other_actions(action):
 def test_lstm_on_every_space(kind, action):
     their_env, x, env, our_x = setting(kind, ACTIONS[action], BATCH * TIME)
     policy, build = lstm(env, their_env)
+    if kind == "uint8":
+        # Bytes make gates of 300, at which torch itself was seen 1.3e-14 from the exact numbers.
+        policy.policy.encoder[0].weight.data /= 255
     x, our_x = in_time(x), in_time(our_x)
     first, our_first = x[:, 0], jax.tree.map(lambda leaf: leaf[:, 0], our_x)
     h, c = normal(2, BATCH, HIDDEN)

@@ -357,6 +357,25 @@ def test_a_step_is_one_dispatch_and_nothing_retraces(tmp_path):
     assert counts[1] - counts[0] == 2 * 8  # two rounds more of eight steps
 
 
+@pytest.mark.parametrize("lstm", [False, True])
+def test_a_step_has_few_operations(lstm):
+    """XLA:CPU runs at most eight in the thread that asks, and hands more of them to others."""
+    with puffer_jax.vector.make("CartPole-v1", num_envs=4) as vecenv:
+        env, space = vecenv.driver_env, vecenv.single_action_space
+        policy = recurrent(env, dtype=jnp.float32) if lstm else default(env)
+    actor = rollout.make_actor(PuffeRLConfig.from_dict(small_config()), policy, space)
+    _, params = puffer_jax.split(policy)
+    obs, key = np.zeros((4, 4), np.float32), np.zeros(2, np.uint32)
+    # The kernels draw with threefry's keys; those of `quick` are others.
+    with jax.default_prng_impl("threefry2x32"):
+        step = jax.jit(rollout.make_host_step(actor))
+        text = step.lower(params, actor.initial_state(4), obs, None, key).compile().as_text()
+    lines = text[text.index("ENTRY") :].split("\n}")[0].splitlines()[1:]
+    free = (" parameter(", " constant(", " tuple(", " get-tuple-element(", " bitcast(")
+    operations = [line for line in lines if not any(name in line for name in free)]
+    assert 3 <= len(operations) <= 8, operations
+
+
 def test_bootstrap_last_needs_one_batch():
     vecenv = pufferlib.vector.make(cartpole, backend=pufferlib.vector.Serial, num_envs=4)
     vecenv.agents_per_batch = 2

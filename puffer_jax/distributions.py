@@ -9,6 +9,7 @@ and their log-probabilities and entropies returned, in float32.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +19,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from puffer_jax import random
+from puffer_jax import native, random
 
 # Trapezoidal rule for expectations under N(0, 1): for a smooth integrand it converges
 # exponentially in the number of nodes, and for tanh's it beats Gauss-Hermite at the same cost.
@@ -274,12 +275,15 @@ def sample_logits(
         raise ValueError(f"logits must be (batch, n) with one batch and n > 0; got shapes {shapes}")
     k = len(components)
     actions = [None] * k if action is None else _rows(action, shapes[0][0], k, shapes).T
-    keys = [None] * k if key is None else random.split(key, k)
     labels = [f" (component {i})" if is_multi else "" for i in range(k)]
-    parts = map(_sample_discrete, components, actions, keys, labels)
+    if key is None:
+        parts = map(_score, components, actions, labels)
+    else:
+        parts = [_draw(key, i, k, logits) for i, logits in enumerate(components)]
     columns, logprobs, entropies = zip(*parts, strict=True)
-    sums = jnp.stack(logprobs).sum(0), jnp.stack(entropies).sum(0)
-    return jnp.stack(columns, 1) if is_multi else columns[0], *sums
+    if not is_multi:
+        return columns[0], logprobs[0], entropies[0]
+    return jnp.stack(columns, 1), jnp.stack(logprobs).sum(0), jnp.stack(entropies).sum(0)
 
 
 def _rows(action: ArrayLike, batch: int, k: int, shapes: object) -> Array:
@@ -292,21 +296,53 @@ def _rows(action: ArrayLike, batch: int, k: int, shapes: object) -> Array:
     return action.reshape(batch, k)
 
 
-def _sample_discrete(
-    logits: ArrayLike, action: Array | None, key: PRNGKeyArray | None, label: str
-) -> tuple[Array, Array, Array]:
-    logits = _at_least_float32(logits)
+def _normalised(logits: Array) -> tuple[Array, Array]:
+    """Normalised logits (batch, n), those of bad rows uniform; and which rows are bad (batch,)."""
     masked = logits == -jnp.inf  # no max here: XLA's CPU reduction drops NaNs of large arrays
     bad = ~(jnp.isfinite(logits) | masked).all(-1) | masked.all(-1)
     safe = jnp.where(bad[:, None], 0, logits)
-    normalised = safe - jax.nn.logsumexp(safe, axis=-1, keepdims=True)
-    if key is not None:
-        # Noise added to large logits would be rounded off, hence the normalised ones.
-        action = random.categorical(key, normalised)
-    elif action is None:
-        action = safe.argmax(-1).astype(jnp.int32)
+    return safe - jax.nn.logsumexp(safe, axis=-1, keepdims=True), bad
+
+
+def _score(logits: ArrayLike, action: Array | None, label: str = "") -> tuple[Array, Array, Array]:
+    """(action, logprob, entropy) of a given action, or of the most likely one."""
+    normalised, bad = _normalised(_at_least_float32(logits))
+    if action is None:
+        action = normalised.argmax(-1).astype(jnp.int32)
     logprob = jnp.where(bad, jnp.nan, _pick(normalised, action, label))
     return action, logprob, jnp.where(bad, jnp.nan, entropy(normalised))
+
+
+def _draw(
+    key: PRNGKeyArray, component: int, components: int, logits: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """(action, logprob, entropy) of a random action of one of so many components."""
+    logits = _at_least_float32(logits)
+
+    def plain(key: Array, logits: Array) -> tuple[Array, Array, Array]:
+        own = random.split(key, components)[component]
+        # Noise added to large logits would be rounded off, hence the normalised ones.
+        return _score(logits, random.categorical(own, _normalised(logits)[0]))
+
+    if not random.serves(key, logits):
+        return plain(key, logits)
+    by_us = partial(_draw_on_cpu, component)
+    return jax.lax.platform_dependent(
+        key, logits, cpu=lambda key, x: by_us(random.data_of(key), x), default=plain
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _draw_on_cpu(component: int, key: Array, logits: Array) -> tuple[Array, Array, Array]:
+    return tuple(native.sample(key, logits, component))  # type: ignore[return-value]
+
+
+@_draw_on_cpu.defjvp
+def _draw_jvp(component: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (key, logits), (_, d_logits) = primals, tangents
+    results = action, *_ = _draw_on_cpu(component, key, logits)
+    d_scores = jax.jvp(lambda x: _score(x, action)[1:], (logits,), (d_logits,))[1]
+    return results, (np.zeros(action.shape, jax.dtypes.float0), *d_scores)
 
 
 def _sample_continuous(

@@ -136,8 +136,8 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 
 def perceptron(
     x: Float[Array, "batch inputs"], first: Any, heads: Sequence[Any] = ()
-) -> Float[Array, "batch outputs_or_hidden"]:
-    """`gelu(first(x))`, and if there are `heads`, their outputs side by side.
+) -> tuple[Float[Array, "batch outputs_or_hidden"], ...]:
+    """The outputs of each of the heads for `gelu(first(x))`; that itself if there are none.
 
     All are `nnx.Linear` with bias.
 
@@ -145,24 +145,50 @@ def perceptron(
     and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
     """
     dtype = first.param_dtype if first.dtype is None else first.dtype
-    layers = [(layer.kernel[...], layer.bias[...]) for layer in (first, *heads)]
-    nothing = [(jnp.zeros((first.out_features, 0)), jnp.zeros(0))]
-    joined = [jnp.concatenate(parts, axis=-1) for parts in zip(*layers[1:] or nothing, strict=True)]
-    arrays = [jnp.asarray(array, dtype) for array in (x, *layers[0], *joined)]
-
-    if not native.serves(*arrays[:3]):
+    layers = [array for layer in (first, *heads) for array in (layer.kernel[...], layer.bias[...])]
+    arrays = [jnp.asarray(array, dtype) for array in (x, *layers)]
+    if not native.serves(*arrays):
         return _perceptron_by_xla(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=_perceptron_by_us, default=_perceptron_by_xla)
 
 
-def _perceptron_by_xla(x: Array, w1: Array, b1: Array, w2: Array, b2: Array) -> Array:
+def _perceptron_by_xla(x: Array, w1: Array, b1: Array, *layers: Array) -> tuple[Array, ...]:
     activations = gelu(x @ w1 + b1)
-    return activations @ w2 + b2 if w2.shape[1] else activations
+    return _linear_by_xla(activations, *layers) if layers else (activations,)
 
 
 _perceptron_by_us = native.differentiable(
     native.perceptron, native.perceptron_gradient, _perceptron_by_xla
 )
+
+
+def linear(x: Float[Array, "batch inputs"], layers: Sequence[Any]) -> tuple[Array, ...]:
+    """The outputs of each of some `nnx.Linear` for the same vectors.
+
+    On a CPU the forward pass is one call of `puffer_jax.native.linear` where that serves.
+    """
+    if not all(type(layer) is nnx.Linear and layer.bias is not None for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    weights = [array for layer in layers for array in (layer.kernel[...], layer.bias[...])]
+    arrays = [jnp.asarray(array) for array in (x, *weights)]
+    dtypes = {layer.dtype or x.dtype for layer in layers}
+    if dtypes != {x.dtype} or not native.serves(*arrays):
+        return tuple(layer(x) for layer in layers)
+    return jax.lax.platform_dependent(*arrays, cpu=_linear_on_cpu, default=_linear_by_xla)
+
+
+def _linear_by_xla(x: Array, *layers: Array) -> tuple[Array, ...]:
+    return tuple(x @ w + b for w, b in zip(layers[::2], layers[1::2], strict=True))
+
+
+@jax.custom_jvp
+def _linear_on_cpu(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(native.linear(*arrays))
+
+
+@_linear_on_cpu.defjvp
+def _linear_jvp(arrays: tuple[Array, ...], tangents: tuple[Array, ...]) -> Any:
+    return _linear_on_cpu(*arrays), jax.jvp(_linear_by_xla, arrays, tangents)[1]
 
 
 def recurrence(
@@ -364,7 +390,9 @@ class LSTM(nnx.Module):
         self, x: Float[Array, "batch input"], h: Float[Array, "batch hidden"], c: Array
     ) -> tuple[Array, Array]:
         """One step: inputs and state (h, c) in, new state (h, c) out; h is the output."""
-        return lstm_step(*self._weights(), x, h, c, self.dtype)
+        weights = self.weight_ih_l0[...], self.weight_hh_l0[...]
+        biases = self.bias_ih_l0[...], self.bias_hh_l0[...]
+        return lstm_step(*weights, *biases, x, h, c, self.dtype)
 
     def scan(
         self,
@@ -413,16 +441,17 @@ def lstm_cell(
 def lstm_step(
     weight_ih: Float[Array, "gates input"],
     weight_hh: Float[Array, "gates hidden"],
-    bias: Float[Array, "gates"],
+    bias_ih: Float[Array, "gates"],
+    bias_hh: Float[Array, "gates"],
     x: Float[Array, "batch input"],
     h: Float[Array, "batch hidden"],
     c: Float[Array, "batch hidden"],
     dtype: Any = None,
 ) -> tuple[Array, Array]:
     """`lstm_cell` with the weights apart; on a CPU `puffer_jax.native.lstm_step`."""
-    arrays = weight_ih, weight_hh, bias, x, h, c
+    arrays = weight_ih, weight_hh, bias_ih, bias_hh, x, h, c
     by_xla = partial(_step_by_xla, dtype)
-    if not _kernels_take(dtype, x, *arrays[:3], h, c):
+    if not _kernels_take(dtype, x, *arrays[:4], h, c):
         return by_xla(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=_step_on_cpu, default=by_xla)
 
@@ -432,11 +461,10 @@ def _kernels_take(dtype: Any, x: Array, *others: Array) -> bool:
     return dtype in (None, others[0].dtype) and x.size > 0 and native.serves(*others)
 
 
-def _step_by_xla(
-    dtype: Any, weight_ih: Array, weight_hh: Array, bias: Array, x: Array, h: Array, c: Array
-) -> tuple[Array, Array]:
+def _step_by_xla(dtype: Any, *arrays: Array) -> tuple[Array, Array]:
+    weight_ih, weight_hh, bias_ih, bias_hh, x, h, c = arrays
     weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
-    return lstm_cell(weight, bias, x, h, c, dtype)
+    return lstm_cell(weight, bias_ih + bias_hh, x, h, c, dtype)
 
 
 @jax.custom_vjp

@@ -26,6 +26,7 @@ from puffer_jax.layers import (
     flatten_channels_first,
     gelu,
     layer_init,
+    linear,
     max_pool,
     perceptron,
     reset_orthogonal,
@@ -181,7 +182,7 @@ class Default(_Policy):
         """
         features = self._features(observations)
         if self._as_built():
-            return perceptron(features, self.encoder.layers[0])
+            return perceptron(features, self.encoder.layers[0])[0]
         return self.encoder(features)
 
     def forward_eval(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
@@ -189,8 +190,8 @@ class Default(_Policy):
         heads = getattr(self, self._actor), self.value
         if type(self) is not Default or not self._as_built(*heads):
             return super().forward_eval(observations, state)
-        outputs = perceptron(self._features(observations), self.encoder.layers[0], heads)
-        return self._actions(outputs[:, :-1]), outputs[:, -1:].astype(self.param_dtype)
+        outputs, values = perceptron(self._features(observations), self.encoder.layers[0], heads)
+        return self._actions(outputs), values.astype(self.param_dtype)
 
     def _as_built(self, *heads: Any) -> bool:
         """Whether nobody has exchanged the layers, or listens to them: one function may do all."""
@@ -228,8 +229,8 @@ class Default(_Policy):
 
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Logits, Array]:
         """Logits, see the class, and values (batch, 1)."""
-        values = self.value(hidden).astype(self.param_dtype)
-        return self._actions(getattr(self, self._actor)(hidden)), values
+        outputs, values = linear(hidden, (getattr(self, self._actor), self.value))
+        return self._actions(outputs), values.astype(self.param_dtype)
 
     @property
     def _actor(self) -> str:
@@ -546,7 +547,7 @@ class Convolutional(_Policy):
 
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Array, Array]:
         """Logits (batch, n) and values (batch, 1)."""
-        logits, values = self.actor(hidden), self.value_fn(hidden)
+        logits, values = linear(hidden, (self.actor, self.value_fn))
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
 
 
@@ -683,7 +684,7 @@ class ProcgenResnet(_Policy):
 
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Array, Array]:
         """Logits (batch, n) and values (batch, 1)."""
-        logits, values = self.actor(hidden), self.value(hidden)
+        logits, values = linear(hidden, (self.actor, self.value))
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
 
 

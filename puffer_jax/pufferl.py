@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -447,23 +446,18 @@ class _HostSource:
         actor = rollout.make_actor(config, policy, env.single_action_space)
         self._masked = masked
         agents, batch = self.sizes.agents, env.agents_per_batch
-        of_params = rollout.Packing(split(policy)[1])
-        of_state = rollout.Packing(jax.eval_shape(partial(actor.initial_state, batch)))
-        self._step = jax.jit(rollout.make_host_step(config, actor, (of_params, of_state)))
-        finish = rollout.make_finish(config, actor, of_state, agents, masked, env.own_last)
+        self._step = jax.jit(rollout.make_host_step(actor))
+        finish = rollout.make_finish(config, actor, agents, masked, env.own_last)
         self._finish = jax.jit(finish)
         steps = self.sizes.segments // batch * self.sizes.horizon
 
-        def begin(params: Any, key: PRNGKeyArray) -> tuple[Any, Array]:
-            return of_params.pack(params), jax.random.key_data(random.split(key, steps))
-
         def final_value(params: Any, state: Any, obs: Any, cut: Array) -> Array:
-            return jnp.where(cut, actor.value(params, obs, of_state.unpack(state)), 0)
+            return jnp.where(cut, actor.value(params, obs, state), 0)
 
-        self._begin, self._value = jax.jit(begin), jax.jit(final_value)
+        self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
+        self._value = jax.jit(final_value)
         self._firsts = range(0, agents, batch)  # numbers of the batches' first agents
-        # Recurrent states are packed.
-        self._zero = jax.jit(lambda: of_state.pack(actor.initial_state(batch)))()
+        self._zero = actor.initial_state(batch)
         self._states = dict.fromkeys(self._firsts, self._zero)
         self._pending: Received | None = None
 
@@ -496,8 +490,7 @@ class _HostSource:
         times = dict.fromkeys(row_of, 0)
         free, full, steps = sizes.agents, 0, 0
         stats: dict[str, list[Any]] = defaultdict(list)
-        packed, keys = self._begin(params, key)
-        keys = iter(np.asarray(keys))
+        keys = iter(np.asarray(self._keys(key)))
         arrivals, outputs = (rollout.Rows(sizes.segments, sizes.horizon) for _ in range(2))
         steps_taken: list[tuple[int, int, rollout.Outputs]] = []
         first_states: dict[int, Any] = {}  # of a segment's first row
@@ -519,7 +512,7 @@ class _HostSource:
             if time == 0:
                 first_states[row] = self._states[agent]
             self._states[agent], output, played = self._step(
-                packed, self._states[agent], arrival.obs, arrival.start, next(keys)
+                params, self._states[agent], arrival.obs, arrival.start, next(keys)
             )
             lap("forward")
             arrivals.write(row, time, arrival)  # while the device is busy

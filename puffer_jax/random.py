@@ -36,7 +36,7 @@ def fast(key: PRNGKeyArray) -> Array:
     """
     if not _is_served(key):
         return key
-    return jax.random.wrap_key_data(_data(key), impl=_implementation())
+    return jax.random.wrap_key_data(data_of(key), impl=_implementation())
 
 
 def categorical(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> Int32[Array, "batch"]:
@@ -50,18 +50,24 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> Int32[Arr
         return jax.random.categorical(key, logits, mode="high").astype(jnp.int32)
 
     logits = jax.lax.stop_gradient(logits)
-    if not (_is_served(key) and native.serves(logits) and 2 * logits.size < _COUNTERS):
+    if not serves(key, logits):
         return by_jax(key, logits)
     return jax.lax.platform_dependent(
-        key, logits, cpu=lambda key, x: native.categorical(_data(key), x), default=by_jax
+        key, logits, cpu=lambda key, x: native.categorical(data_of(key), x), default=by_jax
     )
+
+
+def serves(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> bool:
+    """Whether there are kernels to draw with this key from these logits."""
+    return _is_served(key) and native.serves(logits) and 2 * logits.size < _COUNTERS
 
 
 def _is_typed(key: Array) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
-def _data(key: Array) -> Array:
+def data_of(key: Array) -> Array:
+    """The words of a key, typed or not."""
     return jax.random.key_data(key) if _is_typed(key) else jnp.asarray(key)
 
 
@@ -101,13 +107,13 @@ def _bits(data: Array, width: int, shape: tuple[int, ...]) -> Array:
 
 @cache
 def _implementation() -> Any:
-    data_of = jax.random.key_data
+    words_of = jax.random.key_data
     return define_prng_impl(
         key_shape=(2,),
-        seed=lambda seed: data_of(jax.random.key(seed, impl=_THREEFRY)),
+        seed=lambda seed: words_of(jax.random.key(seed, impl=_THREEFRY)),
         split=_pairs,
         random_bits=_bits,
-        fold_in=lambda data, number: data_of(jax.random.fold_in(_plain(data), number)),
+        fold_in=lambda data, number: words_of(jax.random.fold_in(_plain(data), number)),
         name="puffer_jax_threefry2x32",
         tag="puf",
     )

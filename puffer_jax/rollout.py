@@ -4,7 +4,6 @@ Both store what the reference's `PuffeRL.evaluate` stores, in its order: row `r 
 r-th segment of agent i, and a step's reward is the one that came with its observation.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -281,48 +280,6 @@ def _with_following(experience: Experience, after: Last, agents: int) -> Last:
 # --- environments on the host ---------------------------------------------------------------
 
 
-class Packing:
-    """Puts the small arrays of a tree side by side into one, of each dtype.
-
-    Between the steps of Python environments a dispatch takes 6 us for each array that goes in or
-    comes out, which is more than most of them take inside.
-
-    Args:
-        tree: what such trees are like: arrays, or their shapes and dtypes.
-    """
-
-    _SMALL = 1 << 14  # numbers
-
-    def __init__(self, tree: Any):
-        leaves, self._treedef = jax.tree.flatten(tree)
-        self._leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        together: dict[str, list[int]] = defaultdict(list)
-        for i, leaf in enumerate(self._leaves):
-            together[leaf.dtype.name if leaf.size <= self._SMALL else f"{i}"].append(i)
-        self._parts = [*together.values()]
-
-    def pack(self, tree: Any) -> list[Array]:
-        """The few arrays of a tree."""
-        leaves = jax.tree.leaves(tree)
-        return [
-            leaves[part[0]]
-            if len(part) == 1
-            else jnp.concatenate([leaves[i].reshape(-1) for i in part])
-            for part in self._parts
-        ]
-
-    def unpack(self, arrays: list[Array]) -> Any:
-        """The tree again."""
-        leaves: list[Any] = [None] * len(self._leaves)
-        for array, part in zip(arrays, self._parts, strict=True):
-            sizes = [self._leaves[i].size for i in part]
-            for i, leaf in zip(
-                part, jnp.split(array.reshape(-1), np.cumsum(sizes)[:-1]), strict=True
-            ):
-                leaves[i] = leaf.reshape(self._leaves[i].shape)
-        return jax.tree.unflatten(self._treedef, leaves)
-
-
 class Outputs(NamedTuple):
     """What a policy's step leaves for the experience.
 
@@ -335,34 +292,28 @@ class Outputs(NamedTuple):
     scores: Any
 
 
-def make_host_step(
-    config: PuffeRLConfig, actor: Actor, packings: tuple[Packing, Packing]
-) -> Callable[..., tuple[Any, ...]]:
+def make_host_step(actor: Actor) -> Callable[..., tuple[Any, ...]]:
     """The one dispatch of an environment step; what happened is kept on the host (`Rows`).
 
-    Args:
-        config: says when states begin anew.
-        actor: acts.
-        packings: of the parameters and of a batch's state.
+    On CPUs XLA runs a program of at most eight operations in the calling thread, and hands those
+    of longer ones from thread to thread, which takes 0.2 ms: hence so few here and in the kernels.
 
     Returns:
-        (params, state, obs, start, key) -> (state, Outputs, played), with params and state packed,
-        key as `jax.random.key_data`, since typed ones cost 20 us a dispatch, and `played` what to
-        send instead of the action sampled: within the bounds of a Box; None: the same.
+        (params, state, obs, start, key) -> (state, Outputs, played), with key as
+        `jax.random.key_data`, since typed ones cost 20 us a dispatch, and `played` what to send
+        instead of the action sampled: within the bounds of a Box; None: the same.
     """
     # That of the trainer's keys, which are made where this is; the default may change.
     impl = jax.random.key_impl(jax.random.key(0))
-    of_params, of_state = packings
 
     def host_step(
-        params: Any, state: Any, obs: Any, start: Array | None, key: Array
-    ) -> tuple[Any, Outputs, Array | None]:
+        params: Params, state: State | None, obs: Any, start: Array | None, key: Array
+    ) -> tuple[State | None, Outputs, Array | None]:
         act_key = jax.random.wrap_key_data(key, impl=impl)
-        given = of_params.unpack(params), obs, of_state.unpack(state), start, act_key
-        action, logprob, values, state = actor.act(*given)
+        action, logprob, values, state = actor.act(params, obs, state, start, act_key)
         played = actor.playable(action)
         outputs = Outputs(action, jnp.stack([logprob, values], axis=1))
-        return of_state.pack(state), outputs, None if played is action else played
+        return state, outputs, None if played is action else played
 
     return host_step
 
@@ -397,7 +348,6 @@ class Rows:
 def make_finish(
     config: PuffeRLConfig,
     actor: Actor,
-    of_state: Packing,
     agents: int,
     masked: bool,
     own_last: bool,
@@ -407,7 +357,6 @@ def make_finish(
     Args:
         config: says what to store.
         actor: has acted.
-        of_state: packing of a batch's state.
         agents: in all.
         masked: keep the mask.
         own_last: the observation that comes with an episode's end is the episode's last one.
@@ -415,8 +364,7 @@ def make_finish(
     Returns:
         (params, arrivals, outputs, firsts, state, after) -> Experience, with arrivals and outputs
         (segments, time, ...), firsts a list of the states before the segments, in the order of
-        rows, and with `bootstrap_last` the present state and the arrival after the last actions;
-        states are packed.
+        rows, and with `bootstrap_last` the present state and the arrival after the last actions.
     """
 
     def own(arrival: Arrival, values: Array) -> Arrival:
@@ -442,12 +390,10 @@ def make_finish(
             values=values,
         )
         if config.store_initial_state:
-            states = map(of_state.unpack, firsts)
-            first = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
+            first = jax.tree.map(lambda *parts: jnp.concatenate(parts), *firsts)
             experience = experience._replace(state=first)
         if after is None:
             return experience
-        state = of_state.unpack(state)
         if config.reset_on_done:
             state = jax.tree.map(lambda s: jnp.where(after.start[:, None], 0, s), state)
         values = actor.value(params, after.obs, state)

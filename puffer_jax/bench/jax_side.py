@@ -81,7 +81,7 @@ def evaluate(net: str, batch: int) -> Case:
 
     @jax.jit
     def act(params: Any, obs: Any, state: Any, key: Any) -> Any:
-        key, sample_key = jax.random.split(key)
+        key, sample_key = puffer_jax.random.split(key)
         logits, values, *rest = puffer_jax.merge(graphdef, params).forward_eval(obs, state)
         sampled = puffer_jax.sample_logits(logits, key=sample_key)
         return *sampled, values, rest[0] if rest else None, key
@@ -264,15 +264,13 @@ def update(net: str, envs: int) -> Case:
     return Case(call, outputs)
 
 
-def trainer(
-    net: str, envs: int, native: bool = False, plain: bool = False, buffers: int = 1
-) -> Case:
+def trainer(net: str, envs: int, native: bool = False, plain: bool = False) -> Case:
     """Epochs of training on CartPole: on the host, one; compiled, some in one call."""
     policy = _policy(net, (4,), 128, 2)
     steps = 64 * envs
     if not (native or plain):
         creator = puffer_jax.environments.env_creator("CartPole-v1")
-        vecenv = vector.make(creator, num_envs=envs, num_buffers=buffers)
+        vecenv = vector.make(creator, num_envs=envs)
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
         def epoch() -> None:

@@ -185,13 +185,12 @@ def _learning() -> Iterator[Row]:
 
 
 def _trainers() -> Iterator[Row]:
-    for net, buffers in (("default", 1), ("lstm", 2)):
-        how = f", ours with num_buffers={buffers}" if buffers > 1 else ""
+    for net in ("default", "lstm"):
         yield Row(
             f"trainer-host-64-{net}",
-            f"PuffeRL, gymnasium's CartPole, 64 environments, vector.Serial of each side{how}",
+            "PuffeRL, gymnasium's CartPole, 64 environments, vector.Serial of each side",
             "trainer",
-            {"ours": {"buffers": buffers}, "torch": {}},
+            {"ours": {}, "torch": {}},
             {"net": net, "envs": 64},
             unit="steps/s",
         )

@@ -42,11 +42,13 @@ _NAMES = (
     "puffer_jax_max_pool",
     "puffer_jax_max_pool_gradient",
     "puffer_jax_perceptron",
+    "puffer_jax_linear",
     "puffer_jax_perceptron_gradient",
     "puffer_jax_recur",
     "puffer_jax_adam",
     "puffer_jax_threefry",
     "puffer_jax_categorical",
+    "puffer_jax_sample",
 )
 
 # --- the library ---------------------------------------------------------------------------
@@ -301,31 +303,62 @@ def categorical(
     return _call("puffer_jax_categorical", result, keys, logits, vmap_method="broadcast_all")
 
 
-# --- the perceptron ------------------------------------------------------------------------
+def sample(
+    key: UInt32[Array, "*batch 2"], logits: Float[Array, "*batch rows n"], component: int
+) -> tuple[Int32[Array, "*batch rows"], Float[Array, "*batch rows"], Float[Array, "*batch rows"]]:
+    """Actions, log-probabilities and entropies of `puffer_jax.sample_logits`; no derivatives.
 
-
-def perceptron(keep: bool, *arrays: Array) -> tuple[Array, None]:
-    """Forward of x, w1, b1, w2, b2: `gelu(x @ w1 + b1) @ w2 + b2`.
-
-    x is (batch, inputs), w1 (inputs, hidden), w2 (hidden, outputs). Without outputs there is no
-    second layer. The hidden vectors stay in cache, and are computed anew for the gradient.
+    Args:
+        key: of threefry.
+        logits: of one component.
+        component: which one: its key is that of this number among those `key` is split into.
     """
-    x, w1, _, w2, _ = arrays
-    size = w2.shape[1] or w1.shape[1]
-    result = jax.ShapeDtypeStruct((x.shape[0], size), x.dtype)
-    return _call("puffer_jax_perceptron", result, *arrays), None
+    of_rows = [jax.ShapeDtypeStruct(logits.shape[:-1], dtype) for dtype in (np.int32, logits.dtype)]
+    results = (*of_rows, of_rows[1])
+    given = {"vmap_method": "broadcast_all", "component": np.int64(component)}
+    return _call("puffer_jax_sample", results, key, logits, **given)
 
 
-def perceptron_gradient(arrays: Any, kept: None, d_result: Array) -> tuple[Array, ...]:
+# --- linear layers -------------------------------------------------------------------------
+
+
+def linear(x: Array, *layers: Array) -> tuple[Array, ...]:
+    """`x @ w + b` for each w, b among the layers; without derivatives."""
+    return _call("puffer_jax_linear", _outputs(x, layers), x, *layers)
+
+
+def perceptron(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
+    """Forward of x, w1, b1 and any number of w, b: `gelu(x @ w1 + b1) @ w + b` for each of these.
+
+    x is (batch, inputs), w1 (inputs, hidden), w (hidden, outputs). Without another layer the result
+    is the hidden vectors. With others they stay in cache, and are computed anew for the gradient.
+    """
+    x, *layers = arrays
+    results = _outputs(x, layers[2:] or layers)
+    return _call("puffer_jax_perceptron", results, *arrays), None
+
+
+def _outputs(x: Array, layers: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct((x.shape[0], *b.shape), x.dtype) for b in layers[1::2])
+
+
+def perceptron_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
     """Backward of `perceptron`."""
-    x, w1, b1, w2, b2 = arrays
+    x, w1, b1, *layers = arrays
+    # No outputs: the gradient is that of the hidden vectors.
+    weights, biases = layers[::2] or [w1[:0].T], layers[1::2] or [b1[:0]]
+    w2, b2 = jnp.concatenate(weights, axis=1), jnp.concatenate(biases)
+    d_result = jnp.concatenate(d_results, axis=1)
     given = _like(w1, b1, w2, b2)
-    gradients = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
+    d_w1, d_b1, *d_joined = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
+    ends = np.cumsum([b.shape[0] for b in biases])[:-1]
+    d_layers = zip(*(jnp.split(d, ends, axis=-1) for d in d_joined), strict=True)
     # Where x are observations nobody asks for this, and it is not computed.
     z = x @ w1 + b1
     slope = jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)
-    d_hidden = d_result @ w2.T if w2.shape[1] else d_result
-    return (d_hidden * slope) @ w1.T, *gradients
+    d_hidden = d_result @ w2.T if layers else d_result
+    gradients = [d for pair in d_layers for d in pair] if layers else []
+    return (d_hidden * slope) @ w1.T, d_w1, d_b1, *gradients
 
 
 # --- images ----------------------------------------------------------------------------------

@@ -393,6 +393,20 @@ __attribute__((noinline)) void tile(const Product<T>& product, const T* const* r
   }
 }
 
+// How many of `count` rows come next, in pieces of at most `most` and as even as can be: few rows
+// take nearly as long as many.
+inline Index even(Index count, Index most) { return count / ((count + most - 1) / most); }
+
+// A tile of the least rows, of `most` to `least`, that are enough for `count`.
+template <typename T, int width, int most, int least>
+INLINE void tile_of(Index count, const Product<T>& product, const T* const* row,
+                    const T* const* start, T* const* out) {
+  if constexpr (most > least) {
+    if (count < most) return tile_of<T, width, most - 1, least>(count, product, row, start, out);
+  }
+  tile<T, width, most>(product, row, start, out);
+}
+
 template <typename T>
 const T* nothing(Index) {
   return nullptr;
@@ -414,8 +428,8 @@ void multiply(const Product<T>& product, Index count, Index columns, const From&
   const T* row[rows];
   const T* begin[rows];
   T* out[rows];
-  for (Index first = 0; first < count; first += rows) {
-    const Index valid = std::min<Index>(rows, count - first);
+  for (Index first = 0, valid; first < count; first += valid) {
+    valid = even(count - first, rows);
     if constexpr (kSplits<width>) {
       constexpr int half = width / 2;
       if (const Index left = count - first; rows < left && left <= kTileRows[half]) {
@@ -441,11 +455,7 @@ void multiply(const Product<T>& product, Index count, Index columns, const From&
       out[m] = whole && m < valid ? to(at) : spare + m * lanes;
     }
     const T* const* add = from_zero || !whole ? nullptr : begin;
-    if (valid > rows / 2) {
-      tile<T, width, rows>(product, row, add, out);
-    } else {
-      tile<T, width, rows / 2>(product, row, add, out);
-    }
+    tile_of<T, width, rows, rows / 2>(valid, product, row, add, out);
     if (whole) continue;
     for (Index m = 0; m < valid; ++m) {
       T* final = to(first + m);
@@ -589,8 +599,8 @@ struct Shape {
 
   Shape(const In& x, const In& h, ffi::ThreadPool& pool)
       : batch(x.dimensions()[0]),
-        time(x.dimensions()[1]),
-        inputs(x.dimensions()[2]),
+        time(x.dimensions().size() == 3 ? x.dimensions()[1] : 1),
+        inputs(x.dimensions().back()),
         hidden(h.dimensions()[1]) {
     parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, batch / 6));
     blocks = parts * std::max<Index>(1, (batch + parts * kBlock - 1) / (parts * kBlock));
@@ -703,7 +713,7 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
         const Index units = std::min(lanes, hidden - p * lanes);
         alignas(kBytes) T sums[most_rows * 4 * lanes];
         for (Index m = 0, valid; m < rows; m += valid) {
-          valid = rows - m <= most_rows ? rows - m : tile_rows;
+          valid = rows - m <= most_rows ? rows - m : even(rows - m, tile_rows);
           const T* begin = given + (p * steps * rows + step * rows + m) * wide;
           gates_of(
               p, own, joined, valid, [&](Index i) { return row + (m + i) * stride + own; },
@@ -735,14 +745,15 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
             }
           };
           Index i = 0;
-          for (; i + 1 < valid; i += 2) finish(std::integral_constant<int, 2>(), i);
-          if (i < valid) finish(std::integral_constant<int, 1>(), i);
+          // Two at once need more registers than others have.
+          for (; kBytes == 64 && i + 1 < valid; i += 2) finish(std::integral_constant<int, 2>(), i);
+          for (; i < valid; ++i) finish(std::integral_constant<int, 1>(), i);
         }
       }
     }
     for (Index r = first; r < last; ++r) {
       const T* from = time ? outputs + (r * time + time - 1) * hidden : h + r * hidden;
-      std::copy_n(from, hidden, h_last + r * hidden);
+      if (from != h_last + r * hidden) std::copy_n(from, hidden, h_last + r * hidden);
     }
   };
   parallel(pool, shape.blocks, [&](Index i) { block(shape.begin(i), shape.begin(i + 1)); });
@@ -760,7 +771,9 @@ ffi::Error LstmForward(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In
 }
 
 // One step for acting. The batch is small, so the weights stay where they are: they are the rows,
-// and panels of the transposed inputs pass them by.
+// and panels of the transposed inputs pass them by. From so many states on, packing them pays.
+constexpr Index kManyStates = 1024;
+
 template <typename T, int width>
 void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, const T* of_x,
                const T* of_h, const T* bias, const T* x, const T* h, const T* c, T* h_next,
@@ -823,14 +836,23 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
   }, large);
 }
 
-ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In h, In c, Out h_next,
-                    Out c_next) {
+ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias_x, In bias_h, In x, In h, In c,
+                    Out h_next, Out c_next) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
     const Index batch = x.dimensions()[0], inputs = x.dimensions()[1], hidden = h.dimensions()[1];
+    T* bias = scratch<T, 6>(4 * hidden);
+    for (Index i = 0; i < 4 * hidden; ++i) bias[i] = in<T>(bias_x)[i] + in<T>(bias_h)[i];
+    if (batch >= kManyStates) {
+      bool* never = scratch<bool, 7>(batch);
+      std::fill_n(never, batch, false);
+      lstm_forward<T>(pool, Shape(x, h, pool), in<T>(of_x), in<T>(of_h), bias, in<T>(x), in<T>(h),
+                      in<T>(c), never, out<T>(h_next), out<T>(h_next), out<T>(c_next), nullptr);
+      return;
+    }
     with_width(panel_width<T>(batch), [&](auto width) {
-      lstm_step<T, width>(pool, batch, inputs, hidden, in<T>(of_x), in<T>(of_h), in<T>(bias),
-                          in<T>(x), in<T>(h), in<T>(c), out<T>(h_next), out<T>(c_next));
+      lstm_step<T, width>(pool, batch, inputs, hidden, in<T>(of_x), in<T>(of_h), bias, in<T>(x),
+                          in<T>(h), in<T>(c), out<T>(h_next), out<T>(c_next));
     });
   });
 }
@@ -1078,7 +1100,7 @@ inline void uniform(const std::uint32_t* key, Index first, T* to) {
 }
 
 // `jax.random.categorical(key, logits, mode="high")` of logits (rows, n), for one key: the largest
-// of the logits with Gumbel noise, -log(-log(1 - x)).
+// of the logits with Gumbel noise, -log(-log(1 - x)). Logits and result are of the rows [first, last).
 template <typename T>
 void categorical(const std::uint32_t* key, const T* logits, Index rows, Index n, Index first,
                  Index last, std::int32_t* result) {
@@ -1106,11 +1128,12 @@ void categorical(const std::uint32_t* key, const T* logits, Index rows, Index n,
     logarithm<T, N>(e);
     EACH {
       const Index next = at + i * kLanes<T>;
-      if (next < end) store(scores + next - begin, load(logits + next, end - next) - e[i]);
+      if (next >= end) continue;
+      store(scores + next - begin, load(logits + next - begin, end - next) - e[i]);
     }
   }
-  for (Index row = first; row < last; ++row) {
-    const T* of_row = scores + row * n - begin;
+  for (Index row = 0; row < last - first; ++row) {
+    const T* of_row = scores + row * n;
     result[row] = std::int32_t(std::max_element(of_row, of_row + n) - of_row);
   }
 }
@@ -1122,9 +1145,92 @@ ffi::Error Categorical(ffi::ThreadPool pool, In keys, In logits, Out result) {
     using T = decltype(zero);
     const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
     parallel(pool, draws * pieces, [&](Index task) {
-      const Index draw = task / pieces, first = task % pieces * each;
-      categorical<T>(in<std::uint32_t>(keys) + 2 * draw, in<T>(logits) + draw * rows * n, rows, n,
-                     first, std::min(rows, first + each), out<std::int32_t>(result) + draw * rows);
+      const Index draw = task / pieces, first = task % pieces * each, at = draw * rows + first;
+      categorical<T>(in<std::uint32_t>(keys) + 2 * draw, in<T>(logits) + at * n, rows, n, first,
+                     std::min(rows, first + each), out<std::int32_t>(result) + at);
+    });
+  });
+}
+
+// As in `sample_logits`: actions, their log-probabilities, and entropies, of logits (rows, n). All
+// but the key and `rows` are of the rows [first, last).
+template <typename T>
+void sample(const std::uint32_t* key, const T* logits, Index rows, Index n, Index first,
+            Index last, std::int32_t* actions, T* logprobs, T* entropies) {
+  const Index many = last - first;
+  T* normalised = scratch<T, 10>(many * n);
+  T* powers = scratch<T, 11>(many * n);
+  T* logs = scratch<T, 12>(2 * many);
+  T* largest = logs + many;
+  for (Index row = 0; row < many; ++row) {
+    const T* from = logits + row * n;
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    T most = -infinity;
+    bool bad = false;
+    for (Index k = 0; k < n; ++k) {
+      bad |= !(from[k] < infinity);
+      most = std::max(most, from[k]);
+    }
+    bad |= most == -infinity;
+    logprobs[row] = entropies[row] = bad ? std::numeric_limits<T>::quiet_NaN() : T(0);
+    largest[row] = bad ? T(0) : most;
+    for (Index k = 0; k < n; ++k) {
+      normalised[row * n + k] = bad ? T(0) : from[k];
+      powers[row * n + k] = bad ? T(0) : from[k] - most;
+    }
+  }
+  in_groups<T>(many * n, [&](auto size, Index at, Index left) {
+    constexpr int N = size;
+    Group<T, N> x, power, rest;
+    load_group<T, N>(powers + at, left, x);
+    EACH x[i] = at_least<T>(x[i], -kSteepest<T>);
+    split_exponential<T, N>(x, power, rest);
+    // Beyond, it is nothing beside the largest one.
+    EACH power[i] = x[i] > -kSteepest<T> ? power[i] * rest[i] + power[i] : Vector<T>{};
+    store_group<T, N>(powers + at, left, power);
+  });
+  for (Index row = 0; row < many; ++row) {
+    T sum = 0;
+    for (Index k = 0; k < n; ++k) sum += powers[row * n + k];
+    logs[row] = sum;
+    for (Index k = 0; k < n; ++k) powers[row * n + k] /= sum;
+  }
+  in_groups<T>(many, [&](auto size, Index at, Index left) {
+    constexpr int N = size;
+    Group<T, N> x;
+    load_group<T, N>(logs + at, left, x);
+    EACH x[i] = at_least<T>(x[i], 1);  // what lies beyond the end is 0
+    logarithm<T, N>(x);
+    store_group<T, N>(logs + at, left, x);
+  });
+  for (Index row = 0; row < many; ++row) {
+    const T log_sum = largest[row] + logs[row];
+    T sum = 0;
+    for (Index i = row * n; i < (row + 1) * n; ++i) {
+      normalised[i] -= log_sum;
+      if (powers[i] != 0) sum += normalised[i] * powers[i];
+    }
+    entropies[row] -= sum;
+  }
+  categorical(key, normalised, rows, n, first, last, actions);
+  for (Index row = 0; row < many; ++row) logprobs[row] += normalised[row * n + actions[row]];
+}
+
+// With the key of number `component` that the given one is split into.
+ffi::Error Sample(ffi::ThreadPool pool, In keys, In logits, Out actions, Out logprobs,
+                  Out entropies, Index component) {
+  const Index n = logits.dimensions().back(), draws = keys.element_count() / 2;
+  const Index rows = logits.element_count() / n / draws;
+  return with_type(logits.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
+    parallel(pool, draws * pieces, [&](Index task) {
+      const Index draw = task / pieces, first = task % pieces * each, at = draw * rows + first;
+      Words a, b;
+      threefry(in<std::uint32_t>(keys) + 2 * draw, std::uint32_t(component), a, b);
+      const std::uint32_t key[] = {a[0], b[0]};
+      sample<T>(key, in<T>(logits) + at * n, rows, n, first, std::min(rows, first + each),
+                out<std::int32_t>(actions) + at, out<T>(logprobs) + at, out<T>(entropies) + at);
     });
   });
 }
@@ -1137,11 +1243,8 @@ struct Layers {
   Index batch, inputs, hidden, outputs;
   Index parts, blocks;
 
-  Layers(const In& x, const In& w1, const In& w2, ffi::ThreadPool& pool)
-      : batch(x.dimensions()[0]),
-        inputs(x.dimensions()[1]),
-        hidden(w1.dimensions()[1]),
-        outputs(w2.dimensions()[1]) {
+  Layers(const In& x, Index hidden, Index outputs, ffi::ThreadPool& pool)
+      : batch(x.dimensions()[0]), inputs(x.dimensions()[1]), hidden(hidden), outputs(outputs) {
     // GELU costs about as much as 48 more inputs.
     const Index cycles = batch * hidden * (inputs + outputs + 48) / 32;
     const Index most = cycles > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
@@ -1220,38 +1323,89 @@ INLINE void dots(const T* x, Index inputs, const T* weights, Index stride, const
   EACH to[i] = bias[i] + total<T>(sums[i]);
 }
 
+// Linear layers of the same vectors, computed as one: each has weights (inputs, outputs), a bias,
+// and a result (batch, outputs).
+template <typename T>
+class Heads {
+ public:
+  Heads(Index inputs, const ffi::RemainingArgs& layers, const ffi::RemainingRets& results)
+      : inputs_(inputs), count_(layers.size() / 2) {
+    for (Index i = 0; i < count_; ++i) outputs_ += layers.get<In>(2 * i + 1)->element_count();
+    T* joined = scratch<T, 7>((inputs + 1) * outputs_);
+    heads_ = scratch<Head, 8>(count_);
+    for (Index i = 0, column = 0; i < count_; column += heads_[i++].outputs) {
+      const In weights = *layers.get<In>(2 * i), bias = *layers.get<In>(2 * i + 1);
+      Out result = *results.get<In>(i);
+      heads_[i] = {Index(bias.element_count()), out<T>(result)};
+      for (Index k = 0; k <= inputs; ++k) {
+        const T* from = k < inputs ? in<T>(weights) + k * heads_[i].outputs : in<T>(bias);
+        std::copy_n(from, heads_[i].outputs, joined + k * outputs_ + column);
+      }
+    }
+    bias_ = joined + inputs * outputs_;
+    stride_ = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    if (outputs_ > kFewOutputs) {
+      weights_ = panels_of<T, 1>(joined, inputs, outputs_, false, lanes_of<T>(outputs_));
+    } else {
+      T* few = scratch<T, 6>(kFewOutputs * stride_);
+      pack_transposed(joined, outputs_, outputs_, inputs, stride_, few);
+      weights_ = few;
+    }
+  }
+
+  Index outputs() const { return outputs_; }
+
+  // The rows [first, first + rows) of the results, from these vectors.
+  void operator()(Index first, Index rows, const T* vectors, Index stride) const {
+    T* all = count_ == 1 ? heads_[0].result + first * outputs_ : scratch<T, 9>(rows * outputs_);
+    if (outputs_ > kFewOutputs) {
+      times<T>(
+          weights_, inputs_, outputs_, rows, [&](Index m) { return vectors + m * stride; },
+          [&](Index) { return bias_; }, [&](Index m) { return all + m * outputs_; });
+    } else {
+      [&]<int... n>(std::integer_sequence<int, n...>) {
+        const auto all_rows = [&](auto count) {
+          for (Index m = 0; m < rows; ++m) {
+            dots<T, count>(vectors + m * stride, inputs_, weights_, stride_, bias_,
+                           all + m * outputs_);
+          }
+        };
+        ((outputs_ == n + 1 ? all_rows(std::integral_constant<int, n + 1>()) : void()), ...);
+      }(std::make_integer_sequence<int, kFewOutputs>());
+    }
+    for (Index i = 0, column = 0; i < count_ && count_ > 1; column += heads_[i++].outputs) {
+      const Head head = heads_[i];
+      for (Index m = 0; m < rows; ++m) {
+        std::copy_n(all + m * outputs_ + column, head.outputs,
+                    head.result + (first + m) * head.outputs);
+      }
+    }
+  }
+
+ private:
+  struct Head {
+    Index outputs;
+    T* result;
+  };
+  Index inputs_, count_, outputs_ = 0, stride_;
+  Head* heads_;
+  const T *weights_, *bias_;
+};
+
 template <typename T>
 void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T* w1, const T* b1,
-                const T* w2, const T* b2, T* result) {
-  const Index inputs = shape.inputs, hidden = shape.hidden, outputs = shape.outputs;
-  const T* first_weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
-  const T* second_weights = panels_of<T, 1>(w2, hidden, outputs, false, lanes_of<T>(outputs));
-  const Index few_stride = (hidden + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  T* few = scratch<T, 6>(kFewOutputs * few_stride);
-  if (outputs <= kFewOutputs) pack_transposed(w2, outputs, outputs, hidden, few_stride, few);
+                const Heads<T>* heads, T* result) {
+  const Index inputs = shape.inputs, hidden = shape.hidden;
+  const T* weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
   parallel(pool, shape.blocks, [&](Index i) {
     const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
-    const Index stride = outputs ? Shape::stride<T>(hidden) : hidden;
-    T* activations = outputs ? scratch<T, 2>(rows * stride) : result + first * hidden;
+    const Index stride = heads ? Shape::stride<T>(hidden) : hidden;
+    T* activations = heads ? scratch<T, 2>(rows * stride) : result + first * hidden;
     times<T>(
-        first_weights, inputs, hidden, rows, [&](Index m) { return x + (first + m) * inputs; },
+        weights, inputs, hidden, rows, [&](Index m) { return x + (first + m) * inputs; },
         [&](Index) { return b1; }, [&](Index m) { return activations + m * stride; });
     for (Index m = 0; m < rows; ++m) gelu<T>(activations + m * stride, hidden);
-    if (outputs > kFewOutputs) {
-      times<T>(
-          second_weights, hidden, outputs, rows, [&](Index m) { return activations + m * stride; },
-          [&](Index) { return b2; }, [&](Index m) { return result + (first + m) * outputs; });
-      return;
-    }
-    [&]<int... n>(std::integer_sequence<int, n...>) {
-      const auto all_rows = [&](auto count) {
-        for (Index m = 0; m < rows; ++m) {
-          T* to = result + (first + m) * outputs;
-          dots<T, count>(activations + m * stride, hidden, few, few_stride, b2, to);
-        }
-      };
-      ((outputs == n + 1 ? all_rows(std::integral_constant<int, n + 1>()) : void()), ...);
-    }(std::make_integer_sequence<int, kFewOutputs>());
+    if (heads) (*heads)(first, rows, activations, stride);
   });
 }
 
@@ -1334,11 +1488,36 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
   }
 }
 
-ffi::Error Perceptron(ffi::ThreadPool pool, In x, In w1, In b1, In w2, In b2, Out result) {
+ffi::Error Perceptron(ffi::ThreadPool pool, In x, In w1, In b1, ffi::RemainingArgs layers,
+                      ffi::RemainingRets results) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    perceptron<T>(pool, Layers(x, w1, w2, pool), in<T>(x), in<T>(w1), in<T>(b1), in<T>(w2),
-                  in<T>(b2), out<T>(result));
+    const Index hidden = b1.element_count();
+    if (layers.size() == 0) {
+      Out result = *results.get<In>(0);
+      const Layers shape(x, hidden, 0, pool);
+      perceptron<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), nullptr, out<T>(result));
+    } else {
+      const Heads<T> heads(hidden, layers, results);
+      const Layers shape(x, hidden, heads.outputs(), pool);
+      perceptron<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), &heads, nullptr);
+    }
+  });
+}
+
+ffi::Error Linear(ffi::ThreadPool pool, In x, ffi::RemainingArgs layers,
+                  ffi::RemainingRets results) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Index batch = x.dimensions()[0], inputs = x.dimensions()[1];
+    const Heads<T> heads(inputs, layers, results);
+    const Index blocks = (batch + kBlock - 1) / kBlock;
+    const bool large = batch * inputs * heads.outputs() / 8 > kWorthwhile;
+    parallel(pool, blocks, [&](Index i) {
+      const Index first = share(batch, 2, i, blocks);
+      const Index rows = share(batch, 2, i + 1, blocks) - first;
+      heads(first, rows, in<T>(x) + first * inputs, inputs);
+    }, large);
   });
 }
 
@@ -1346,8 +1525,9 @@ ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, I
                               Out d_w1, Out d_b1, Out d_w2, Out d_b2) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    perceptron_gradient<T>(pool, Layers(x, w1, w2, pool), in<T>(x), in<T>(w1), in<T>(b1),
-                           in<T>(w2), in<T>(d_result), out<T>(d_w1), out<T>(d_b1), out<T>(d_w2),
+    const Layers shape(x, w1.dimensions()[1], w2.dimensions()[1], pool);
+    perceptron_gradient<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), in<T>(w2),
+                           in<T>(d_result), out<T>(d_w1), out<T>(d_b1), out<T>(d_w2),
                            out<T>(d_b2));
   });
 }
@@ -1854,7 +2034,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_max_pool_gradient, MaxPoolGradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron, Perceptron,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-                              ARG ARG ARG ARG ARG RET);
+                              ARG ARG ARG.RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_linear, Linear,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG.RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron_gradient, PerceptronGradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG RET RET RET RET);
@@ -1863,7 +2046,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_forward, LstmForward,
                               ARG ARG ARG ARG ARG ARG ARG RET RET RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_step, LstmStep,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-                              ARG ARG ARG ARG ARG ARG RET RET);
+                              ARG ARG ARG ARG ARG ARG ARG RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_lstm_backward, LstmBackward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG ARG RET RET RET RET RET
@@ -1877,3 +2060,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_threefry, Threefry,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_categorical, Categorical,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_sample, Sample,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG RET RET RET
+                              .Attr<std::int64_t>("component"));
