@@ -382,17 +382,15 @@ class LSTM(nnx.Module):
         self.bias_ih_l0 = parameter(rows)
         self.bias_hh_l0 = parameter(rows)
 
-    def _weights(self) -> tuple[Array, Array, Array]:
-        bias = self.bias_ih_l0[...] + self.bias_hh_l0[...]
-        return self.weight_ih_l0[...], self.weight_hh_l0[...], bias
+    def _weights(self) -> tuple[Array, Array, Array, Array]:
+        biases = self.bias_ih_l0[...], self.bias_hh_l0[...]
+        return self.weight_ih_l0[...], self.weight_hh_l0[...], *biases
 
     def step(
         self, x: Float[Array, "batch input"], h: Float[Array, "batch hidden"], c: Array
     ) -> tuple[Array, Array]:
         """One step: inputs and state (h, c) in, new state (h, c) out; h is the output."""
-        weights = self.weight_ih_l0[...], self.weight_hh_l0[...]
-        biases = self.bias_ih_l0[...], self.bias_hh_l0[...]
-        return lstm_step(*weights, *biases, x, h, c, self.dtype)
+        return lstm_step(*self._weights(), x, h, c, self.dtype)
 
     def scan(
         self,
@@ -405,7 +403,8 @@ class LSTM(nnx.Module):
 
         Where `done[:, t]` is set the state is zeroed before step t: `x[:, t]` begins an episode.
         """
-        return lstm_scan(*self._weights(), x, h, c, done, self.dtype)
+        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
+        return lstm_scan(weight_ih, weight_hh, bias_ih + bias_hh, x, h, c, done, self.dtype)
 
 
 def _gates(
