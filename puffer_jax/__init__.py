@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import parity as parity
     from puffer_jax import plot as plot
     from puffer_jax import ppo as ppo
+    from puffer_jax import random as random
     from puffer_jax import vector as vector
     from puffer_jax.check import PolicyReport as PolicyReport
     from puffer_jax.check import check_policy as check_policy
@@ -101,7 +102,7 @@ _EXPORTS = {
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
-    *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo"),
+    *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo", "random"),
     "vector",
 )
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
