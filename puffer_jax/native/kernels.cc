@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
@@ -98,6 +98,11 @@ inline Vector<T> at_most(Vector<T> x, T limit) {
     const __m512 least = _mm512_min_ps(_mm512_set1_ps(limit), std::bit_cast<__m512>(x));
     return std::bit_cast<Vector<T>>(least);
   }
+#elif defined(__AVX__) && VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const __m256 least = _mm256_min_ps(_mm256_set1_ps(limit), std::bit_cast<__m256>(x));
+    return std::bit_cast<Vector<T>>(least);
+  }
 #endif
   return x > limit ? limit + Vector<T>{} : x;
 }
@@ -107,6 +112,11 @@ inline Vector<T> at_least(Vector<T> x, T limit) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
     const __m512 greatest = _mm512_max_ps(_mm512_set1_ps(limit), std::bit_cast<__m512>(x));
+    return std::bit_cast<Vector<T>>(greatest);
+  }
+#elif defined(__AVX__) && VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const __m256 greatest = _mm256_max_ps(_mm256_set1_ps(limit), std::bit_cast<__m256>(x));
     return std::bit_cast<Vector<T>>(greatest);
   }
 #endif
@@ -684,31 +694,37 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
     }
   };
   const auto block = [&](Index first, Index last) {
-    const Index rows = last - first, steps = shape.steps<T>(rows);
+    const Index rows = last - first, steps = shape.steps<T>(rows), slots = std::max<Index>(2, steps);
     const Index stride = Shape::stride<T>(joined), wide = 4 * lanes;
     constexpr int tile_rows = kTileRows[kWidest];
     constexpr int most_rows = kSplits<kWidest> ? kTileRows[kWidest / 2] : tile_rows;
     // Rows [x_t, h_{t-1}], and of some steps what x_t gives to the gates: (panels, rows, wide).
-    T* row = scratch<T, 1>(steps * rows * stride);
+    T* slot = scratch<T, 1>(slots * rows * stride);
     T* given = scratch<T, 2>(steps > 1 ? panels * steps * rows * wide : 0);
+    T* squashed = scratch<T, 3>(2 * rows * lanes);
     T* cells = c_last + first * hidden;
     std::copy_n(c + first * hidden, rows * hidden, cells);
+    const auto row = [&](Index t, Index m) { return slot + (t % slots * rows + m) * stride; };
+    const auto begun = [&](Index m, Index t) { return done[(first + m) * time + t]; };
+    for (Index m = 0; m < rows; ++m) std::copy_n(h + (first + m) * hidden, hidden, row(0, m) + inputs);
     const Index own = steps > 1 ? inputs : 0;  // the rows' part left to each step begins here
     for (Index t = 0; t < time; ++t) {
       const Index step = t % steps;
       if (step == 0) {
         const Index ahead = std::min(steps, time - t);
         for (Index i = 0; i < ahead; ++i) {
-          copy_inputs(shape, t + i, first, last, x, row + i * rows * stride, stride);
+          copy_inputs(shape, t + i, first, last, x, row(t + i, 0), stride);
         }
         for (Index p = 0; p < panels && steps > 1; ++p) {
           gates_of(
-              p, 0, inputs, ahead * rows, [&](Index m) { return row + m * stride; },
+              p, 0, inputs, ahead * rows, [&](Index m) { return slot + m * stride; },
               [&](Index) { return biases + p * wide; },
               [&](Index m) { return given + (p * steps * rows + m) * wide; });
         }
       }
-      copy_states(shape, t, first, last, h, outputs, done, row + inputs, stride);
+      for (Index m = 0; m < rows; ++m) {
+        if (begun(m, t)) std::fill_n(row(t, m) + inputs, hidden, T(0));
+      }
       for (Index p = 0; p < panels; ++p) {
         const Index units = std::min(lanes, hidden - p * lanes);
         alignas(kBytes) T sums[most_rows * 4 * lanes];
@@ -716,44 +732,55 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
           valid = rows - m <= most_rows ? rows - m : even(rows - m, tile_rows);
           const T* begin = given + (p * steps * rows + step * rows + m) * wide;
           gates_of(
-              p, own, joined, valid, [&](Index i) { return row + (m + i) * stride + own; },
+              p, own, joined, valid, [&](Index i) { return row(t, m + i) + own; },
               [&](Index i) { return own ? begin + i * wide : biases + p * wide; },
               [&](Index i) { return sums + i * wide; });
-          const auto finish = [&](auto side_by_side, Index i) {
+          const auto update = [&](auto side_by_side, Index i) {
             constexpr int N = side_by_side;
             Group<T, 4 * N> gates;
-            Group<T, N> after, squashed;
-            load_group<T, 4 * N>(sums + i * 4 * lanes, 4 * N * lanes, gates);
+            load_group<T, 4 * N>(sums + i * wide, N * wide, gates);
             squash<T, 4 * N>(gates);
-            const auto at = [&](int k) { return (first + m + i + k) * time + t; };
 #pragma GCC unroll 2
             for (int k = 0; k < N; ++k) {
-              T* cell = cells + (m + i + k) * hidden + p * lanes;
-              const Vector<T> before = done[at(k)] ? Vector<T>{} : load(cell, units);
-              squashed[k] = after[k] = gates[4 * k + 1] * before + gates[4 * k] * gates[4 * k + 2];
-              store(cell, after[k], units);
-            }
-            tanh<T, N>(squashed);
-#pragma GCC unroll 2
-            for (int k = 0; k < N; ++k) {
-              store(outputs + at(k) * hidden + p * lanes, gates[4 * k + 3] * squashed[k], units);
+              const Index r = m + i + k;
+              T* cell = cells + r * hidden + p * lanes;
+              const Vector<T> before = begun(r, t) ? Vector<T>{} : load(cell, units);
+              const Vector<T> after = gates[4 * k + 1] * before + gates[4 * k] * gates[4 * k + 2];
+              store(cell, after, units);
+              store(squashed + 2 * r * lanes, after);
+              store(squashed + (2 * r + 1) * lanes, gates[4 * k + 3]);
               if (kept == nullptr) continue;
-              T* keep = kept + ((t * shape.batch + first + m + i + k) * 5) * hidden + p * lanes;
+              T* keep = kept + ((t * shape.batch + first + r) * 5) * hidden + p * lanes;
 #pragma GCC unroll 4
               for (int g = 0; g < 4; ++g) store(keep + g * hidden, gates[4 * k + g], units);
-              store(keep + 4 * hidden, after[k], units);
+              store(keep + 4 * hidden, after, units);
             }
           };
           Index i = 0;
           // Two at once need more registers than others have.
-          for (; kBytes == 64 && i + 1 < valid; i += 2) finish(std::integral_constant<int, 2>(), i);
-          for (; i < valid; ++i) finish(std::integral_constant<int, 1>(), i);
+          for (; kBytes == 64 && i + 1 < valid; i += 2) update(std::integral_constant<int, 2>(), i);
+          for (; i < valid; ++i) update(std::integral_constant<int, 1>(), i);
         }
+        // A cell's tanh waits for its gates: later, beside those of other rows.
+        const auto finish = [&](auto side_by_side, Index m) {
+          constexpr int N = side_by_side;
+          Group<T, N> x;
+          EACH x[i] = load(squashed + 2 * (m + i) * lanes);
+          tanh<T, N>(x);
+          EACH x[i] *= load(squashed + (2 * (m + i) + 1) * lanes);
+          EACH store(row(t + 1, m + i) + inputs + p * lanes, x[i], units);
+        };
+        Index m = 0;
+        for (; m + kGroup <= rows; m += kGroup) finish(std::integral_constant<int, kGroup>(), m);
+        for (; m < rows; ++m) finish(std::integral_constant<int, 1>(), m);
+      }
+      for (Index m = 0; m < rows; ++m) {
+        std::copy_n(row(t + 1, m) + inputs, hidden, outputs + ((first + m) * time + t) * hidden);
       }
     }
-    for (Index r = first; r < last; ++r) {
-      const T* from = time ? outputs + (r * time + time - 1) * hidden : h + r * hidden;
-      if (from != h_last + r * hidden) std::copy_n(from, hidden, h_last + r * hidden);
+    for (Index m = 0; m < rows; ++m) {
+      T* to = h_last + (first + m) * hidden;
+      if (time == 0 || h_last != outputs) std::copy_n(row(time, m) + inputs, hidden, to);
     }
   };
   parallel(pool, shape.blocks, [&](Index i) { block(shape.begin(i), shape.begin(i + 1)); });
