@@ -268,6 +268,11 @@ def test_ways_to_vectorise(monkeypatch):
         with pytest.raises(ValueError, match=f"num-buffers 3 is for .* got {mode} with {backend}"):
             make(mode, backend=backend, num_buffers=3)
 
+    shared = make("puffer_jax", backend="Multiprocessing", num_workers=1, local_worker=True)[0]
+    assert type(shared) is puffer_jax.vector.Multiprocessing and shared.pids == []
+    with pytest.raises(ValueError, match=r"local-worker is for .* got puffer_jax with Serial"):
+        make("puffer_jax", local_worker=True)
+
     # A process that has used JAX should not be forked.
     calls = []
     other = lambda *args, **options: calls.append(options) or puffer  # noqa: E731

@@ -18,6 +18,7 @@ from puffer_jax import vector
 from puffer_jax.vector import Multiprocessing, WorkerError
 
 POOL = {"backend": Multiprocessing, "num_workers": 2, "overwork": True, "num_envs": 4}
+LOCAL = POOL | {"local_worker": True}  # environments 0 and 1 elsewhere, 2 and 3 here
 
 
 def wait_until(true, seconds=20.0):
@@ -108,16 +109,17 @@ def test_an_environment_that_cannot_be_made(how):
         vector.make(creators, **POOL, restart_failed=True)
 
 
-def test_serial_raises_what_the_environment_does():
+@pytest.mark.parametrize("options", [{"num_envs": 4}, LOCAL], ids=["serial", "local"])
+def test_what_environments_of_this_process_raise(options):
     for when, what in ((2, "stepping"), ("reset", "resetting")):
-        vecenv = vector.make(**third(("raise", when)), num_envs=4)
+        vecenv = vector.make(**third(("raise", when)), **options)
         with pytest.raises(ValueError, match=f"boom at {when}") as caught:
             run(vecenv)
         assert caught.value.__notes__ == [f"({what} environment 2)"]
-        with pytest.raises(RuntimeError, match="this Serial is closed"):
+        with pytest.raises(RuntimeError, match=f"this {type(vecenv).__name__} is closed"):
             vecenv.recv()
     with pytest.raises(ValueError, match="boom at make") as caught:
-        vector.make(**third(("raise", "make")), num_envs=4)
+        vector.make([Tick, Tick, partial(Tick, fault=("raise", "make")), Tick], **options)
     assert caught.value.__notes__ == ["(making environment 2)"]
 
 
@@ -141,10 +143,11 @@ def test_a_failure_elsewhere_is_seen_while_one_is_awaited():
     [
         ("raise", {"num_envs": 4}, [2]),
         ("raise", POOL, [2]),
+        ("raise", LOCAL, [2]),
         ("kill", POOL, [2, 3]),
         ("hang", POOL | {"timeout": 0.5}, [2, 3]),
     ],
-    ids=["serial-raise", "raise", "kill", "hang"],
+    ids=["serial-raise", "raise", "local-raise", "kill", "hang"],
 )
 def test_restart_failed(how, options, lost, tmp_path):
     once = str(tmp_path / "fault")

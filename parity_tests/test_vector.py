@@ -84,9 +84,15 @@ def test_every_backend_plays_the_same_thousand_steps(name):
     assert terminals.any() and expected[1] and len(np.unique(rewards)) > 1000
     assert (masks.all(), truncations.any()) == (name != "pair", name == "walk")
     assert (np.ptp(observations[0].astype(float), axis=0) > 0).any()  # the seeds differ
-    splits = [workers(2), workers(4, batch_size=2, sync_traj=False), {"num_buffers": 2}]
+    splits = [
+        workers(2),
+        workers(2, local_worker=True),
+        workers(4, batch_size=2, sync_traj=False),
+        {"num_buffers": 2},
+    ]
     if name == "walk":
         splits += [workers(1), workers(4, batch_size=3, zero_copy=False)]
+        splits += [workers(1, local_worker=True)]
     for options in splits:
         with vector.make(creator, num_envs=4, **options) as vecenv:
             same(play(vecenv, 1000), expected, {"batch_size", "num_buffers"}.isdisjoint(options))
@@ -126,7 +132,7 @@ def test_ends_and_resets():
     assert [rewards.tolist() for _, rewards, *_ in got] == [[1, 1], [1, 1], [0, 0]]
     assert [ends.tolist() for _, _, ends, _ in got] == [[False] * 2, [True] * 2, [False] * 2]
     # The constructor's seed holds where reset gives none, whichever worker.
-    for options in ({}, workers(2)):
+    for options in ({}, workers(2), workers(2, local_worker=True)):
         with vector.make(Tick, num_envs=2, seed=3, **options) as vecenv:
             np.testing.assert_array_equal(vecenv.reset()[0], first)
             assert (vecenv.reset()[0][:, 0] != first[:, 0]).any()
@@ -176,7 +182,7 @@ def test_batches():
 
 
 def test_call_order_and_actions():
-    for options in ({}, workers(1)):
+    for options in ({}, workers(1), workers(2, local_worker=True)):
         vecenv = vector.make(Walk, num_envs=2, **options)
         good = np.array([[0, 1, 3], [2, 0, 0]])
         for call, message in (
@@ -250,6 +256,12 @@ def not_puffer(buf=None, seed=0):
         (Walk, {"num_envs": 4, "num_buffers": 3}, "divide the number of environments, 4; got 3"),
         (Walk, {"num_buffers": 0}, "divide the number of environments, 1; got 0"),
         (Walk, {"num_buffers": 1} | workers(1), "num_buffers is Serial's; Multiproc.* batch_size"),
+        (Walk, {"local_worker": True}, "is Multiprocessing's; got the backend Serial"),
+        (
+            Walk,
+            {"num_envs": 4} | workers(4, local_worker=True, batch_size=2),
+            "batch_size must be num_envs, 4; got 2",
+        ),
         (3, {}, "creator 0 must be callable, or a name; got 3"),
         ([Walk], {"num_envs": 2}, r"creators must be a list of num_envs \(2\)"),
         ([Walk], {"env_args": [3]}, "env_args of environment 0 must be a list; got 3"),
@@ -272,12 +284,13 @@ def test_choices():
         assert vecenv.agents_per_batch == 3 and 1 <= len(vecenv.pids) <= 6
     with vector.make(Tick, num_envs=6, batch_size=2, num_workers="auto") as vecenv:
         assert vecenv.num_agents == 2  # quirk kept
-    with vector.make(Native, num_envs=2, **workers(2)) as vecenv:
-        first = vecenv.reset(1)[0].copy()
-        vecenv.notify()
-        second = vecenv.reset()[0]
-        np.testing.assert_array_equal(second[:2], second[2:])  # each had been told
-        assert not vecenv.emulated and (first[:2] != first[2:]).all()
+    for options in (workers(2), workers(2, local_worker=True)):
+        with vector.make(Native, num_envs=2, **options) as vecenv:
+            first = vecenv.reset(1)[0].copy()
+            vecenv.notify()
+            second = vecenv.reset()[0]
+            np.testing.assert_array_equal(second[:2], second[2:])  # each had been told
+            assert not vecenv.emulated and (first[:2] != first[2:]).all()
     env = partial(gymnasium.make, "CartPole-v1")  # takes any keyword, and must not get `buf`
     with vector.make(env, num_envs=2) as vecenv:
         assert vecenv.reset(0)[0].shape == (2, 4)
@@ -298,6 +311,7 @@ def test_workers_are_light_and_sleep():
         assert info["main"] is None and info["platforms"] == "cpu"
     stats = [Path(f"/proc/{pid}/stat") for pid in vecenv.pids]
     if stats[0].exists():
+        time.sleep(0.05)  # they stay awake for a moment
         before = [stat.read_text().rsplit(")")[1].split() for stat in stats]
         time.sleep(0.3)
         after = [stat.read_text().rsplit(")")[1].split() for stat in stats]
@@ -307,6 +321,11 @@ def test_workers_are_light_and_sleep():
     del vecenv
     gc.collect()
     assert not [pid for pid in pids if alive(pid)]
+    with vector.make(Modules, num_envs=2, **workers(2, local_worker=True)) as vecenv:
+        vecenv.reset(0)
+        *_, infos = vecenv.step(np.zeros(2, int))
+        assert [info["pid"] for info in infos] == [*vecenv.pids, os.getpid()]
+        assert len(vecenv.pids) == 1
 
 
 def alive(pid):

@@ -64,6 +64,8 @@ class VecOptions:
     """Environments that Multiprocessing hands out at once; auto: half of them."""
     zero_copy: bool = True
     """Multiprocessing hands out only batches that lie in a row."""
+    local_worker: bool = False
+    """One of the workers of puffer_jax's Multiprocessing is the trainer's process."""
     num_buffers: int = 1
     """Groups in which the environments of puffer_jax's Serial take turns: while one steps, the
     policy acts for another. 2 is often faster."""
@@ -480,12 +482,19 @@ def _make_envs(
             f"--vec.num-buffers {vec.num_buffers} is for --vec.mode puffer_jax with the backend "
             f"Serial; got {mode} with {vec.backend}"
         )
+    if vec.local_worker and (mode, vec.backend) != ("puffer_jax", "Multiprocessing"):
+        raise ValueError(
+            f"--vec.local-worker is for --vec.mode puffer_jax with the backend Multiprocessing; "
+            f"got {mode} with {vec.backend}"
+        )
     count = vec.num_envs or (64 if mode in ("auto", "sync", "vector") else 8)
     if mode == "puffer_jax":
         create = environments.env_creator(name)
         options = _backend(vec, count)
         if vec.backend == "Serial":
             options["num_buffers"] = vec.num_buffers
+        else:
+            options["local_worker"] = vec.local_worker
         envs = vector.make(create, env_kwargs=arguments, **options)
         return envs, envs.driver_env, None
     with _naming_the_flag():

@@ -41,6 +41,7 @@ from puffer_jax.workers import (
     Order,
     Process,
     pack,
+    wait,
 )
 
 Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
@@ -611,10 +612,42 @@ class Multiprocessing(_Pool):
     """Environments in several processes that write into one block of shared memory.
 
     Workers are fresh interpreters, asleep while they have nothing to do, and end with this
-    process, however it ends; see `puffer_jax.workers`. The arguments are `_Pool`'s.
+    process, however it ends; see `puffer_jax.workers`.
+
+    Args:
+        args: `_Pool`'s.
+        local_worker: the last worker is this process, which steps its share within `send` while
+            the others step theirs. What its environments raise comes through as it is, and no
+            `timeout` ends them.
+        kwargs: `_Pool`'s.
+
+    Raises:
+        ValueError: with a local worker, not all environments act at once; or see `_Pool`.
+        WorkerError: an environment could not be made.
     """
 
+    def __init__(self, *args: Any, local_worker: bool = False, **kwargs: Any):
+        self._has_local = local_worker
+        super().__init__(*args, **kwargs)
+
+    def _divide(
+        self,
+        num_envs: int,
+        num_workers: int | None,
+        batch_size: int | None,
+        zero_copy: bool,
+        overwork: bool,
+    ) -> tuple[int, int]:
+        if self._has_local and batch_size not in (None, num_envs):
+            raise ValueError(
+                "with local_worker, all environments act at once: batch_size must be num_envs, "
+                f"{num_envs}; got {batch_size}"
+            )
+        return super()._divide(num_envs, num_workers, batch_size, zero_copy, overwork)
+
     def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+        self._local: Envs | None = None
+        self._told: list[Info] | None = None  # by the local worker, and not yet handed on
         self._memory = Memory(layout.size(self.num_agents))
         self._processes: dict[int, Process] = {}
         self._worker_of: dict[int, int] = {}  # by its file descriptor
@@ -623,17 +656,31 @@ class Multiprocessing(_Pool):
         return layout.buffers(self.num_agents, self._memory.map)
 
     def _start(self, worker: int) -> None:
+        if self._has_local and worker == self._num_workers - 1:
+            makers, layout = self._parts[worker]
+            buf = {name: array[self._rows[worker]] for name, array in self._buffers.items()}
+            self._local = Envs(makers, layout, buf, **self._options[worker])
+            return
         process = self._processes[worker] = Process(self._memory.fd)
         self._poll.register(process.fd, select.POLLIN)
         self._worker_of[process.fd] = worker
         process.order(Order.START, self._payload(worker, self.num_agents, self._rows[worker]))
 
     def _give(self, worker: int, order: bytes, argument: Any) -> None:
+        if worker not in self._processes:
+            assert self._local is not None
+            told = self._local.obey(order, argument)
+            self._told = self._told if order == Order.NOTIFY else told
+            return
         message = pickle.dumps(argument) if order == Order.RESET else b""
         self._processes[worker].order(order, message)
 
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
-        for fd, _ in self._poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
+        if self._told is not None:
+            told, self._told = self._told, None
+            yield self._num_workers - 1, told
+            return
+        for fd, _ in wait(self._poll, timeout):
             worker = self._worker_of[fd]
             reply = self._processes[worker].reply()
             if isinstance(reply, Failure):
@@ -646,12 +693,15 @@ class Multiprocessing(_Pool):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [self._processes[worker].pid for worker in range(len(self._rows))]
+        """Process ids of the workers, without this one's."""
+        return [self._processes[worker].pid for worker in sorted(self._processes)]
 
     def _close(self) -> None:
-        self._end()
-        super()._close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(super()._close)
+            stack.callback(self._end)
+            if self._local is not None:
+                stack.callback(self._local.close)
 
 
 def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
@@ -862,7 +912,7 @@ def _fill(fields: np.ndarray, tree: Any) -> None:
 BACKENDS: dict[str, Any] = {backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)}
 _OPTIONS = (
     *("num_workers", "batch_size", "zero_copy", "sync_traj", "overwork"),
-    *("timeout", "restart_failed", "num_buffers"),
+    *("timeout", "restart_failed", "num_buffers", "local_worker"),
 )
 
 
@@ -887,12 +937,12 @@ def make(
         num_envs: how many environments.
         seed: environment i is made with `seed + i`.
         kwargs: num_workers and batch_size (None or "auto": chosen here, see `Multiprocessing`; an
-            "auto" batch is half of the environments), zero_copy, sync_traj, overwork, timeout, and
-            restart_failed: an environment that raises, and those of a worker that dies or hangs,
-            are made anew, with other seeds; the step counts as truncated, and infos have
-            {"restarts": how many}; what then fails before it has made a step is an error. `Serial`
-            knows the last and its own num_buffers only; as in the reference, it makes no more than
-            batch_size environments.
+            "auto" batch is half of the environments), zero_copy, sync_traj, overwork, timeout,
+            local_worker (of Multiprocessing), and restart_failed: an environment that raises, and
+            those of a worker that dies or hangs, are made anew, with other seeds; the step counts
+            as truncated, and infos have {"restarts": how many}; what then fails before it has made
+            a step is an error. `Serial` knows the last and its own num_buffers only; as in the
+            reference, it makes no more than batch_size environments.
 
     Raises:
         ValueError: a number that is not possible, or numbers that do not go together.
@@ -915,6 +965,8 @@ def make(
             raise TypeError(f"no option {name!r}; {hint}There are: {', '.join(_OPTIONS)}")
     if "num_buffers" in kwargs and backend in (Multiprocessing, Ray):
         raise TypeError(f"num_buffers is Serial's; {backend.__name__} has batch_size")
+    if "local_worker" in kwargs and backend in (Serial, Ray):
+        raise TypeError(f"local_worker is Multiprocessing's; got the backend {backend.__name__}")
     if kwargs.get("num_workers") == "auto":
         kwargs["num_workers"] = None
     if kwargs.get("batch_size") == "auto":
@@ -996,8 +1048,8 @@ def autotune(
 ) -> dict[str, Any]:
     """Find by trial what is fastest here, and print a table of what was tried.
 
-    Tried are `Serial`, and `Multiprocessing` with one batch of environments and with several, of
-    which the others step while one is acted on.
+    Tried are `Serial`, and `Multiprocessing` with one batch of environments, with and without a
+    local worker, and with several, of which the others step while one is acted on.
 
     Args:
         env_creator: see `make`.
@@ -1025,15 +1077,16 @@ def autotune(
     for num_envs in range(batch_size, max_envs + 1, batch_size):
         for num_workers in range(1, min(cores, num_envs) + 1):
             if not num_envs % num_workers and not batch_size % (num_envs // num_workers):
-                trials.append(
-                    {
-                        "backend": Multiprocessing,
-                        "num_envs": num_envs,
-                        "num_workers": num_workers,
-                        "batch_size": batch_size,
-                        "overwork": num_workers > _cores(),
-                    }
-                )
+                trial: dict[str, Any] = {
+                    "backend": Multiprocessing,
+                    "num_envs": num_envs,
+                    "num_workers": num_workers,
+                    "batch_size": batch_size,
+                    "overwork": num_workers > _cores(),
+                }
+                trials.append(trial)
+                if num_envs == batch_size and num_workers > 1:
+                    trials.append(trial | {"local_worker": True})
     rates = []
     for trial in trials:
         with make(env_creator, **trial, **kwargs) as vecenv:
@@ -1044,7 +1097,7 @@ def autotune(
         table.add_column(name, justify="left" if name == "backend" else "right")
     for i, (trial, rate) in enumerate(zip(trials, rates, strict=True)):
         cells = (trial["num_envs"], trial.get("num_workers", ""), f"{rate:,.0f}")
-        name = trial["backend"].__name__
+        name = trial["backend"].__name__ + ", local_worker" * ("local_worker" in trial)
         table.add_row(name, *map(str, cells), "<" if i == best else "")
     Console().print(table)
     return trials[best]

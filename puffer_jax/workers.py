@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -43,8 +44,23 @@ _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from puffer_jax.workers import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
+# Seconds to ask before sleeping: waking a core takes up to 0.1 ms, as long as many a step.
+_AWAKE = 1e-3
 # One process a core: no thread pools beside it, and no accelerator.
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+def wait(poll: Any, timeout: float | None = None) -> list[tuple[int, int]]:
+    """`poll.poll`, awake at first, but giving way to whoever needs the core.
+
+    Args:
+        poll: a `select.poll` object.
+        timeout: in seconds; by default, none.
+    """
+    until = time.perf_counter() + (_AWAKE if timeout is None else min(timeout, _AWAKE))
+    while not (ready := poll.poll(0)) and time.perf_counter() < until:
+        os.sched_yield()
+    return ready or poll.poll(None if timeout is None else math.ceil(timeout * 1000))
 
 
 class Maker(NamedTuple):
@@ -523,7 +539,7 @@ class Actor:
 
 
 def main(channel: int, memory: int) -> None:
-    """A worker process: obey the orders that come down a socket, asleep between them.
+    """A worker process: obey the orders that come down a socket, asleep if there are none.
 
     Args:
         channel: file descriptor of the socket.
@@ -543,7 +559,10 @@ def main(channel: int, memory: int) -> None:
 
 def _serve(connection: Connection, memory: int) -> None:
     channel, envs = connection.fileno(), None
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
     while True:
+        wait(poll)
         order, argument = os.read(channel, 1), None
         try:
             if order == Order.START:
