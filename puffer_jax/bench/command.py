@@ -37,7 +37,7 @@ class Bench:
     """Write everything here, every sample included."""
     plot: Path | None = None
     """Draw the ratios here (png, pdf, svg)."""
-    seconds: float = 3.0
+    seconds: float = 6.0
     """To measure each row for, at least; three rounds are always made."""
     threads: int | None = None
     """Of each side. None: as many as there are cores."""

@@ -264,13 +264,20 @@ def update(net: str, envs: int) -> Case:
     return Case(call, outputs)
 
 
-def trainer(net: str, envs: int, native: bool = False, plain: bool = False) -> Case:
+# One worker a core.
+_PROCESSES = {"backend": vector.Multiprocessing, "local_worker": True}
+
+
+def trainer(
+    net: str, envs: int, native: bool = False, plain: bool = False, processes: bool = False
+) -> Case:
     """Epochs of training on CartPole: on the host, one; compiled, some in one call."""
     policy = _policy(net, (4,), 128, 2)
     steps = 64 * envs
     if not (native or plain):
         creator = puffer_jax.environments.env_creator("CartPole-v1")
-        vecenv = vector.make(creator, num_envs=envs)
+        options: Any = _PROCESSES if processes else {}
+        vecenv = vector.make(creator, num_envs=envs, **options)
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
         def epoch() -> None:
@@ -410,7 +417,8 @@ def vecenv(kind: str, backend: str, plain: bool = False) -> Case:
 
     def call() -> float:
         if not plain:
-            made = vector.make(creator, backend=getattr(vector, backend), num_envs=8)
+            options: Any = _PROCESSES if backend == "Multiprocessing" else {}
+            made = vector.make(creator, num_envs=8, **options)
         elif backend == "Serial":
             made = gymnasium.vector.SyncVectorEnv([creator] * 8)
         else:

@@ -91,7 +91,7 @@ class Row:
 
 
 # Which process runs a contestant; all others run in ours.
-TORCH = ("torch", "torch.compile", "pufferlib")
+TORCH = ("torch", "torch.compile", "pufferlib", "torch, processes")
 _THREE: dict[str, dict[str, Any]] = {"ours": {}, "torch": {}, "torch.compile": {"compiled": True}}
 _SHAPES = {"naturecnn": (4, 84, 84), "resnet": (64, 64, 3)}
 
@@ -188,9 +188,15 @@ def _trainers() -> Iterator[Row]:
     for net in ("default", "lstm"):
         yield Row(
             f"trainer-host-64-{net}",
-            "PuffeRL, gymnasium's CartPole, 64 environments, vector.Serial of each side",
+            "PuffeRL, gymnasium's CartPole, 64 environments; ours: Multiprocessing with a local "
+            "worker, torch: Serial",
             "trainer",
-            {"ours": {}, "torch": {}},
+            {
+                "ours": {"processes": True},
+                "torch": {},
+                "ours, Serial": {},
+                "torch, processes": {"processes": True},
+            },
             {"net": net, "envs": 64},
             unit="steps/s",
         )
@@ -215,7 +221,8 @@ def _environments() -> Iterator[Row]:
     }
     for backend in ("Serial", "Multiprocessing"):
         several = backend == "Multiprocessing"
-        leaving = "; PufferLib leaves the parent a core to spin on" if several else ""
+        leaving = "; ours: one a core, this process among them; PufferLib's: a core less"
+        leaving = leaving if several else ""
         for kind, words in kinds.items():
             yield Row(
                 f"vecenv-{kind}-{backend.lower()}",

@@ -9,13 +9,16 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -294,30 +297,104 @@ inline T total(Vector<T> x) {
 
 // Other threads wake up too late to help with less work, in cycles of one core.
 constexpr Index kWorthwhile = 1 << 17;
+// Between kernels no longer than this, threads stay awake; what is shorter is within a kernel.
+constexpr std::chrono::microseconds kAwake(1000), kWithin(50);
 
-// Runs body(0) ... body(tasks - 1) on XLA's pool. The caller works, too, and waits only for what
-// has begun, so a pool that is busy with other work cannot deadlock it.
+// A kernel's tasks; whoever is there takes the next one.
+struct Job {
+  void (*body)(const void*, Index);
+  const void* self;
+  Index tasks;
+  std::atomic<Index> next{0}, finished{0};
+
+  void work() {
+    for (Index i; (i = next.fetch_add(1)) < tasks;) {
+      body(self, i);
+      finished.fetch_add(1);
+      finished.notify_one();
+    }
+  }
+};
+
+// Stays awake until `ready()`, but for no more than a moment, and giving way to other threads.
+template <typename Ready>
+bool awake_until(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + kAwake;
+  while (!ready()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+// Threads of XLA's pool that help. A core that sleeps can take longer to wake than a kernel runs.
+// So where kernels have followed each other closely, a helper stays awake for the next one;
+// elsewhere XLA needs the thread for its own operations.
+class Helpers {
+ public:
+  // Asks so many of them; who comes too late finds nothing left to do.
+  void ask(ffi::ThreadPool& pool, Index count, const std::shared_ptr<Job>& job) {
+    std::uint64_t number;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto pause = std::chrono::steady_clock::now() - ended_;
+      if (pause > kWithin) soon_ = pause < kAwake;
+      job_ = job;
+      number = asked_.fetch_add(1) + 1;
+      count -= awake_;
+    }
+    for (Index i = 0; i < count; ++i) pool.Schedule([this, job, number] { help(job, number); });
+  }
+
+ private:
+  void help(std::shared_ptr<Job> job, std::uint64_t number) {
+    for (;;) {
+      job->work();
+      std::unique_lock lock(mutex_);
+      ended_ = std::chrono::steady_clock::now();
+      if (asked_.load() == number && soon_) {
+        ++awake_;
+        lock.unlock();
+        awake_until([&] { return asked_.load() != number; });
+        lock.lock();
+        --awake_;
+      }
+      if (asked_.load() == number) return;
+      number = asked_.load();
+      job = job_;
+    }
+  }
+
+  std::mutex mutex_;
+  std::shared_ptr<Job> job_;
+  std::atomic<std::uint64_t> asked_{0};
+  Index awake_ = 0;
+  bool soon_ = false;
+  std::chrono::steady_clock::time_point ended_;
+};
+
+// Never destroyed, for threads may still be there.
+Helpers& helpers() {
+  static Helpers& all = *new Helpers;
+  return all;
+}
+
+// Runs body(0) ... body(tasks - 1), some of them in XLA's pool. The caller works, too, and waits only
+// for what has begun, so a pool that is busy with other work cannot deadlock it.
 template <typename Body>
 void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body, bool worth_it = true) {
-  if (tasks == 1 || !worth_it) {
+  const Index others = std::min<Index>(tasks, pool.num_threads()) - 1;
+  if (others < 1 || !worth_it) {
     for (Index i = 0; i < tasks; ++i) body(i);
     return;
   }
-  struct Shared {
-    std::atomic<Index> next{0}, finished{0};
-  };
-  const auto shared = std::make_shared<Shared>();
-  const auto work = [shared, tasks, &body] {
-    for (Index i; (i = shared->next.fetch_add(1)) < tasks;) {
-      body(i);
-      shared->finished.fetch_add(1);
-      shared->finished.notify_one();
-    }
-  };
-  const Index helpers = std::min<Index>(tasks, pool.num_threads()) - 1;
-  for (Index i = 0; i < helpers; ++i) pool.Schedule(std::remove_const_t<decltype(work)>(work));
-  work();
-  for (Index done; (done = shared->finished.load()) < tasks;) shared->finished.wait(done);
+  const auto run = [](const void* self, Index i) { (*static_cast<const Body*>(self))(i); };
+  const auto job = std::make_shared<Job>(run, &body, tasks);
+  helpers().ask(pool, others, job);
+  job->work();
+  const auto done = [&] { return job->finished.load() == tasks; };
+  if (awake_until(done)) return;
+  for (Index n; (n = job->finished.load()) < tasks;) job->finished.wait(n);
 }
 
 // Where task `i` of `tasks` begins when `size` items are dealt out in whole groups.
@@ -909,10 +986,10 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
     T *of_x, *of_h, *bias;
   };
   const Index size_x = gates * inputs, size_h = gates * hidden, size = size_x + size_h + gates;
-  std::unique_ptr<T[]> others(new T[(shape.parts - 1) * size]);
+  T* others = scratch<T, 4>((shape.parts - 1) * size);
   const auto sums_of = [&](Index part) {
     if (part == 0) return Sums{d_of_x, d_of_h, d_bias};
-    T* own = others.get() + (part - 1) * size;
+    T* own = others + (part - 1) * size;
     return Sums{own, own + size_x, own + size_x + size_h};
   };
 
@@ -937,6 +1014,10 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
         const T* keep = kept + (t * shape.batch + first + r) * 5 * hidden;
         const T* before = t ? keep - shape.batch * 5 * hidden + 4 * hidden : c + (first + r) * hidden;
         T* d_row = d_now + r * d_stride;
+        T* dh_row = dh + (first + r) * hidden;
+        T* dc_row = dc + (first + r) * hidden;
+        const T* d_output = d_outputs + at * hidden;
+        const bool begun = done[at];
         in_groups<T>(hidden, [&](auto size, Index j, Index left) {
           constexpr int N = size;
           Group<T, N> x;
@@ -944,26 +1025,25 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
           tanh<T, N>(x);
           store_group<T, N>(tanh_row + j, left, x);
         });
-        for (Index j = 0; j < hidden; j += lanes) {
-          const Index units = std::min(lanes, hidden - j);
+        const auto unit = [&](Index j, auto whole) {
+          const Index units = whole ? lanes : hidden - j;
           const Vector<T> i = load(keep + j, units), f = load(keep + hidden + j, units);
           const Vector<T> g = load(keep + 2 * hidden + j, units);
           const Vector<T> o = load(keep + 3 * hidden + j, units);
           const Vector<T> tanh_c = load(tanh_row + j, units);
-          const Vector<T> c_before = done[at] ? Vector<T>{} : load(before + j, units);
-          T* dh_at = dh + (first + r) * hidden + j;
-          T* dc_at = dc + (first + r) * hidden + j;
-          const Vector<T> d_h = load(dh_at, units) + load(d_outputs + at * hidden + j, units);
-          const Vector<T> d_c = load(dc_at, units) + d_h * o * (1 - tanh_c * tanh_c);
+          const Vector<T> c_before = begun ? Vector<T>{} : load(before + j, units);
+          const Vector<T> d_h = load(dh_row + j, units) + load(d_output + j, units);
+          const Vector<T> d_c = load(dc_row + j, units) + d_h * o * (1 - tanh_c * tanh_c);
           const Vector<T> parts[] = {d_c * g * i * (1 - i), d_c * c_before * f * (1 - f),
                                      d_c * i * (1 - g * g), d_h * tanh_c * o * (1 - o)};
           for (int gate = 0; gate < 4; ++gate) {
             store(d_row + gate * hidden + j, parts[gate], units);
-            T* sum = sums.bias + gate * hidden + j;
-            store(sum, load(sum, units) + parts[gate], units);
           }
-          store(dc_at, done[at] ? Vector<T>{} : d_c * f, units);
-        }
+          store(dc_row + j, begun ? Vector<T>{} : d_c * f, units);
+        };
+        Index j = 0;
+        for (; j + lanes <= hidden; j += lanes) unit(j, std::true_type());
+        if (j < hidden) unit(j, std::false_type());
       }
       for (Index q = 0; q < h_panels; ++q) {
         const Product<T> product{1, 0, gates, 1, packed + (x_panels + q) * wide * gates, wide};
@@ -991,6 +1071,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
           multiply<T, kWidest>(product, gates, columns - n, [&](Index m) { return d_rows + m; }, to, to);
         }
       };
+      add_rows(d_rows, slot * rows, d_stride, gates, sums.bias);
       add(inputs_rows, inputs, sums.of_x);
       add(inputs_rows + inputs, hidden, sums.of_h);
       slot = 0;
