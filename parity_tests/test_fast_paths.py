@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -326,6 +327,29 @@ def test_the_same_call_gives_the_same_bits():
     for _ in range(5):
         for a, b in zip(first, run(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_calls_from_many_threads_at_once():
+    """Who helps whom with what does not show in the results."""
+    arrays = [draw(0, 64, 24), draw(1, 64, 16), draw(2, 64)]
+    arrays += [draw(3, 40, 9, 24), draw(4, 40, 16), draw(5, 40, 16)]
+    done = jnp.asarray(np.random.default_rng(6).random((40, 9)) < 0.2)
+
+    @jax.jit
+    def gradients(scale):
+        def loss(*arrays):
+            outputs, h, c = layers.lstm_scan(*arrays, done)
+            return scale * (outputs**2).sum() + (h * c).sum()
+
+        return jax.grad(loss, range(6))(*arrays)
+
+    scales = [1.0 + i / 8 for i in range(8)]
+    alone = [gradients(scale) for scale in scales]
+    assert float(jnp.abs(alone[0][0] - alone[1][0]).max()) > 0.1
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for mine, other in zip(pool.map(gradients, scales), alone, strict=True):
+                jax.tree.map(np.testing.assert_array_equal, mine, other)
 
 
 # --- building the kernels -------------------------------------------------------------------
