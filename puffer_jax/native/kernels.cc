@@ -453,6 +453,10 @@ __attribute__((noinline)) void tile(const Product<T>& product, const T* const* r
                                     const T* const* start, T* const* out) {
   Vector<T> sums[rows][width] = {};
   const Index step = product.step, b_step = product.panel_step, end = product.length * step;
+  if (start) {  // needed last: on its way while the rest is computed
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) __builtin_prefetch(start[m], 1);
+  }
   for (Index s = 0; s < product.segments; ++s) {
     const T* b = product.panel + s * product.panel_segment;
     const T* a[rows];
@@ -679,6 +683,8 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 
 // A block of so many sequences: its inputs stay in cache while the weights pass by.
 constexpr Index kBlock = 96;
+// Gates whose gradients of some steps stay in cache while the inputs' columns pass by.
+constexpr Index kGates = 48;
 
 struct Shape {
   Index batch, time, inputs, hidden;
@@ -1065,10 +1071,14 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
             });
       }
       const auto add = [&](const T* rows_of, Index columns, T* sum) {
-        for (Index n = 0; n < columns; n += wide) {
-          const Product<T> product{1, 0, slot * rows, d_stride, rows_of + n, stride};
-          const auto to = [&](Index m) { return sum + m * columns + n; };
-          multiply<T, kWidest>(product, gates, columns - n, [&](Index m) { return d_rows + m; }, to, to);
+        for (Index g = 0; g < gates; g += kGates) {
+          const Index some = std::min(kGates, gates - g);
+          for (Index n = 0; n < columns; n += wide) {
+            const Product<T> product{1, 0, slot * rows, d_stride, rows_of + n, stride};
+            const auto from = [&](Index m) { return d_rows + g + m; };
+            const auto to = [&](Index m) { return sum + (g + m) * columns + n; };
+            multiply<T, kWidest>(product, some, columns - n, from, to, to);
+          }
         }
       };
       add_rows(d_rows, slot * rows, d_stride, gates, sums.bias);
