@@ -455,7 +455,7 @@ __attribute__((noinline)) void tile(const Product<T>& product, const T* const* r
   const Index step = product.step, b_step = product.panel_step, end = product.length * step;
   if (start) {  // needed last: on its way while the rest is computed
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) __builtin_prefetch(start[m], 1);
+    for (int m = 0; m < rows; ++m) __builtin_prefetch(start[m]);
   }
   for (Index s = 0; s < product.segments; ++s) {
     const T* b = product.panel + s * product.panel_segment;
