@@ -249,6 +249,7 @@ class Conv2d(nnx.Conv):
         stride: of both.
         padding: rows and columns of zeros on all sides.
         channels_first: images come in as (batch, channels, H, W), as many environments give them.
+        rectify: a ReLU comes first.
         rngs: stream `params`.
         dtype: of the computation (None: that of the parameters).
         param_dtype: of the parameters.
@@ -263,6 +264,7 @@ class Conv2d(nnx.Conv):
         padding: int = 0,
         *,
         channels_first: bool = False,
+        rectify: bool = False,
         rngs: nnx.Rngs,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -281,16 +283,17 @@ class Conv2d(nnx.Conv):
         self.stride = stride
         self.pad = padding
         self.channels_first = channels_first
+        self.rectify = rectify
 
     def __call__(
-        self, images: Array, out_sharding: Any = None, *, rectify: bool = False
+        self, images: Array, out_sharding: Any = None
     ) -> Float[Array, "batch out_height out_width channels"]:
         """Images (batch, H', W', channels), see `convolution`."""
         dtype = self.param_dtype if self.dtype is None else self.dtype
         assert self.bias is not None
         kernel, bias = (jnp.asarray(p[...], dtype) for p in (self.kernel, self.bias))
         windows = native.Windows(
-            (self.stride, self.stride), (self.pad, self.pad), self.channels_first, rectify
+            (self.stride, self.stride), (self.pad, self.pad), self.channels_first, self.rectify
         )
         return convolution(images, kernel, bias, windows)
 

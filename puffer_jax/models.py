@@ -496,10 +496,10 @@ class Convolutional(_Policy):
 
         self.network = nnx.Sequential(
             self._conv(framestack, 32, 8, 4, channels_first=not channels_last, rngs=rngs),
-            jax.nn.relu,
-            self._conv(32, 64, 4, 2, rngs=rngs),
-            jax.nn.relu,
-            self._conv(64, 64, 3, 1, rngs=rngs),
+            _left_to_the_next,
+            self._conv(32, 64, 4, 2, rectify=True, rngs=rngs),
+            _left_to_the_next,
+            self._conv(64, 64, 3, 1, rectify=True, rngs=rngs),
             jax.nn.relu,
             flatten_channels_first,
             self._linear(flat_size, hidden_size, rngs=rngs),
@@ -564,12 +564,12 @@ class ResidualBlock(nnx.Module):
     def __init__(
         self, channels: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     ):
-        self.conv0 = _conv3x3(channels, channels, rngs, dtype, param_dtype)
-        self.conv1 = _conv3x3(channels, channels, rngs, dtype, param_dtype)
+        self.conv0 = _conv3x3(channels, channels, rngs, dtype, param_dtype, rectify=True)
+        self.conv1 = _conv3x3(channels, channels, rngs, dtype, param_dtype, rectify=True)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Images of the same shape."""
-        return self.conv1(self.conv0(x, rectify=True), rectify=True) + x
+        return self.conv1(self.conv0(x)) + x
 
 
 class ConvSequence(nnx.Module):
@@ -688,6 +688,15 @@ class ProcgenResnet(_Policy):
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
 
 
-def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> Conv2d:
-    layer = Conv2d(inputs, outputs, 3, padding=1, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-    return torch_init(layer, rngs=rngs)
+def _left_to_the_next(images: Array) -> Array:
+    """In the place of a ReLU that a convolution's `rectify` does."""
+    return images
+
+
+def _conv3x3(
+    inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, rectify: bool = False
+) -> Conv2d:
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    return torch_init(
+        Conv2d(inputs, outputs, 3, padding=1, rectify=rectify, rngs=rngs, **dtypes), rngs=rngs
+    )
