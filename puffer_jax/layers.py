@@ -1,7 +1,8 @@
 """Layers and initialisers with torch's meaning: layer_init, torch_init, LSTM, flatten, pooling."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
@@ -235,6 +236,21 @@ def _max_pool_by_xla(x: Array) -> Array:
 
 
 _max_pool_by_us = native.differentiable(native.max_pool, native.max_pool_gradient, _max_pool_by_xla)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """In the place of a function that the layer after it does itself, as `Conv2d`'s `rectify`.
+
+    Attributes:
+        function: the one that is meant.
+    """
+
+    function: Callable[[Array], Array]
+
+    def __call__(self, x: Array) -> Array:
+        """`x` as it is."""
+        return x
 
 
 class Conv2d(nnx.Conv):

@@ -23,6 +23,7 @@ from puffer_jax.distributions import Normal
 from puffer_jax.layers import (
     LSTM,
     Conv2d,
+    Deferred,
     flatten_channels_first,
     gelu,
     layer_init,
@@ -496,9 +497,9 @@ class Convolutional(_Policy):
 
         self.network = nnx.Sequential(
             self._conv(framestack, 32, 8, 4, channels_first=not channels_last, rngs=rngs),
-            _left_to_the_next,
+            Deferred(jax.nn.relu),
             self._conv(32, 64, 4, 2, rectify=True, rngs=rngs),
-            _left_to_the_next,
+            Deferred(jax.nn.relu),
             self._conv(64, 64, 3, 1, rectify=True, rngs=rngs),
             jax.nn.relu,
             flatten_channels_first,
@@ -686,11 +687,6 @@ class ProcgenResnet(_Policy):
         """Logits (batch, n) and values (batch, 1)."""
         logits, values = linear(hidden, (self.actor, self.value))
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
-
-
-def _left_to_the_next(images: Array) -> Array:
-    """In the place of a ReLU that a convolution's `rectify` does."""
-    return images
 
 
 def _conv3x3(

@@ -25,7 +25,7 @@ from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
 from puffer_jax import models, spaces
-from puffer_jax.layers import LSTM
+from puffer_jax.layers import LSTM, Deferred
 from puffer_jax.modules import merge, split, torch_aliases, torch_modules
 from puffer_jax.report import PRECISIONS, Errors, Kind, Report, Row
 from puffer_jax.weights import state_dict
@@ -514,7 +514,7 @@ def _record_jax(module: Any) -> dict[str, list[Any]]:
 def _recording(function: Callable[..., Any], record: Callable[[Any], None]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
-        record(output)
+        record(function.function(output) if isinstance(function, Deferred) else output)
         return output
 
     return call
