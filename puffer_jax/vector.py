@@ -414,7 +414,7 @@ class _Pool(VecEnv):
         ]
         self._num_workers = num_workers
         self._parts = [(makers[w * each : (w + 1) * each], layout) for w in range(num_workers)]
-        self._buffers = self._open(layout)
+        self._buffers = self._or_close(self._open, layout)
         self._given = [self._buffers[name] for name in GIVEN]
         self._or_close(self._start_all)
 
@@ -630,21 +630,6 @@ class Multiprocessing(_Pool):
         self._has_local = local_worker
         super().__init__(*args, **kwargs)
 
-    def _divide(
-        self,
-        num_envs: int,
-        num_workers: int | None,
-        batch_size: int | None,
-        zero_copy: bool,
-        overwork: bool,
-    ) -> tuple[int, int]:
-        if self._has_local and batch_size not in (None, num_envs):
-            raise ValueError(
-                "with local_worker, all environments act at once: batch_size must be num_envs, "
-                f"{num_envs}; got {batch_size}"
-            )
-        return super()._divide(num_envs, num_workers, batch_size, zero_copy, overwork)
-
     def _open(self, layout: Layout) -> dict[str, np.ndarray]:
         self._local: Envs | None = None
         self._told: list[Info] | None = None  # by the local worker, and not yet handed on
@@ -653,6 +638,11 @@ class Multiprocessing(_Pool):
         self._worker_of: dict[int, int] = {}  # by its file descriptor
         self._poll = select.poll()
         self._end = weakref.finalize(self, _end, self._processes, self._memory, os.getpid())
+        if self._has_local and self.agents_per_batch < self.num_agents:
+            raise ValueError(
+                "with local_worker, all environments act at once: batch_size must be num_envs, "
+                f"{self.num_environments}; got {self.agents_per_batch // layout.num_agents}"
+            )
         return layout.buffers(self.num_agents, self._memory.map)
 
     def _start(self, worker: int) -> None:

@@ -220,13 +220,12 @@ def _environments() -> Iterator[Row]:
         "slow": "steps of 1 ms",
     }
     for backend in ("Serial", "Multiprocessing"):
-        several = backend == "Multiprocessing"
-        leaving = "; ours: one a core, this process among them; PufferLib's: a core less"
-        leaving = leaving if several else ""
+        processes = "; ours: one a core, this process among them; PufferLib's: a core less"
+        processes *= backend == "Multiprocessing"
         for kind, words in kinds.items():
             yield Row(
                 f"vecenv-{kind}-{backend.lower()}",
-                f"{words}, 8 environments, random actions{leaving}",
+                f"{words}, 8 environments, random actions{processes}",
                 "vecenv",
                 {"ours": {}, "pufferlib": {}, "gymnasium": {"plain": True}},
                 {"kind": kind, "backend": backend},

@@ -287,8 +287,8 @@ def trainer(net: str, envs: int, processes: bool = False) -> Case:
     creator = functools.partial(_emulated, "cartpole")
 
     def make() -> tuple[Any, Callable[[], None]]:
-        options: dict[str, Any] = {"backend": pufferlib.vector.Serial}
-        options = _processes(envs) if processes else options
+        serial: dict[str, Any] = {"backend": pufferlib.vector.Serial}
+        options = _processes(envs) if processes else serial
         vecenv = pufferlib.vector.make(creator, num_envs=envs, **options)
         made = _trainer(_policy(net, (4,), 128, 2), net, envs, vecenv)
 
