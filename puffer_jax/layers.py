@@ -166,7 +166,8 @@ _perceptron_by_us = native.differentiable(
 def linear(x: Float[Array, "batch inputs"], layers: Sequence[Any]) -> tuple[Array, ...]:
     """The outputs of each of some `nnx.Linear` for the same vectors.
 
-    On a CPU the forward pass is one call of `puffer_jax.native.linear` where that serves.
+    On a CPU, in float32 and float64, they are `puffer_jax.native.linear`, where that can be built,
+    and have no forward-mode derivatives (`jax.jvp`). Elsewhere they are XLA's.
     """
     if not all(type(layer) is nnx.Linear and layer.bias is not None for layer in layers):
         return tuple(layer(x) for layer in layers)
@@ -175,21 +176,14 @@ def linear(x: Float[Array, "batch inputs"], layers: Sequence[Any]) -> tuple[Arra
     dtypes = {layer.dtype or x.dtype for layer in layers}
     if dtypes != {x.dtype} or not native.serves(*arrays):
         return tuple(layer(x) for layer in layers)
-    return jax.lax.platform_dependent(*arrays, cpu=_linear_on_cpu, default=_linear_by_xla)
+    return jax.lax.platform_dependent(*arrays, cpu=_linear_by_us, default=_linear_by_xla)
 
 
 def _linear_by_xla(x: Array, *layers: Array) -> tuple[Array, ...]:
     return tuple(x @ w + b for w, b in zip(layers[::2], layers[1::2], strict=True))
 
 
-@jax.custom_jvp
-def _linear_on_cpu(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(native.linear(*arrays))
-
-
-@_linear_on_cpu.defjvp
-def _linear_jvp(arrays: tuple[Array, ...], tangents: tuple[Array, ...]) -> Any:
-    return _linear_on_cpu(*arrays), jax.jvp(_linear_by_xla, arrays, tangents)[1]
+_linear_by_us = native.differentiable(native.linear, native.linear_gradient, _linear_by_xla)
 
 
 def recurrence(
@@ -214,9 +208,14 @@ def recurrence(
     return jax.lax.platform_dependent(a, b, cpu=native.recurrence, default=by_xla)
 
 
+def flatten(x: Float[Array, "batch _ _ _"]) -> Array:
+    """(batch, C, H, W) -> (batch, C*H*W)."""
+    return x.reshape(x.shape[0], -1)
+
+
 def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Array:
     """(batch, H, W, C) -> (batch, C*H*W), the order of torch's Linear weights."""
-    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+    return flatten(x.transpose(0, 3, 1, 2))
 
 
 def max_pool(x: Float[Array, "batch height width channels"]) -> Array:
@@ -266,6 +265,7 @@ class Conv2d(nnx.Conv):
         padding: rows and columns of zeros on all sides.
         channels_first: images come in as (batch, channels, H, W), as many environments give them.
         rectify: a ReLU comes first.
+        out_channels_first: images go out as (batch, channels, H, W).
         rngs: stream `params`.
         dtype: of the computation (None: that of the parameters).
         param_dtype: of the parameters.
@@ -281,6 +281,7 @@ class Conv2d(nnx.Conv):
         *,
         channels_first: bool = False,
         rectify: bool = False,
+        out_channels_first: bool = False,
         rngs: nnx.Rngs,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -300,16 +301,19 @@ class Conv2d(nnx.Conv):
         self.pad = padding
         self.channels_first = channels_first
         self.rectify = rectify
+        self.out_channels_first = out_channels_first
 
-    def __call__(
-        self, images: Array, out_sharding: Any = None
-    ) -> Float[Array, "batch out_height out_width channels"]:
-        """Images (batch, H', W', channels), see `convolution`."""
+    def __call__(self, images: Array, out_sharding: Any = None) -> Float[Array, "batch _ _ _"]:
+        """Images (batch, H', W', channels), or with these first; see `convolution`."""
         dtype = self.param_dtype if self.dtype is None else self.dtype
         assert self.bias is not None
         kernel, bias = (jnp.asarray(p[...], dtype) for p in (self.kernel, self.bias))
         windows = native.Windows(
-            (self.stride, self.stride), (self.pad, self.pad), self.channels_first, self.rectify
+            (self.stride, self.stride),
+            (self.pad, self.pad),
+            self.channels_first,
+            self.rectify,
+            self.out_channels_first,
         )
         return convolution(images, kernel, bias, windows)
 
@@ -319,10 +323,11 @@ def convolution(
     kernel: Float[Array, "window_height window_width inputs outputs"],
     bias: Float[Array, "outputs"],
     windows: native.Windows,
-) -> Float[Array, "batch out_height out_width outputs"]:
+) -> Float[Array, "batch _ _ _"]:
     """Torch's `conv2d` of images (batch, H, W, inputs), or (batch, inputs, H, W).
 
-    Images of bytes (uint8) stand for numbers from 0 to 1: they are divided by 255. With
+    The result is (batch, H', W', outputs), or with `windows.out_channels_first` (batch, outputs,
+    H', W'). Images of bytes (uint8) stand for numbers from 0 to 1: they are divided by 255. With
     `windows.rectify` a ReLU comes first.
 
     On a CPU, in float32 and float64, it is `puffer_jax.native.convolution`, where that can be
@@ -348,9 +353,12 @@ def _convolution_by_xla(windows: native.Windows, x: Array, kernel: Array, bias: 
     numbers = x.astype(kernel.dtype)
     numbers = numbers / 255.0 if x.dtype == jnp.uint8 else numbers
     numbers = jax.nn.relu(numbers) if windows.rectify else numbers
-    layout = ("NCHW" if windows.channels_first else "NHWC", "HWIO", "NHWC")
+    first = windows.channels_first, windows.out_channels_first
+    images, result = ("NCHW" if channels_first else "NHWC" for channels_first in first)
+    layout = images, "HWIO", result
     pads = [(pad, pad) for pad in windows.pads]
     convolve = partial(jax.lax.conv_general_dilated, dimension_numbers=layout)
+    bias = bias[:, None, None] if windows.out_channels_first else bias
     return convolve(numbers, kernel, windows.strides, pads) + bias
 
 

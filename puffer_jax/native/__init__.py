@@ -46,6 +46,7 @@ _NAMES = (
     "puffer_jax_max_pool_gradient",
     "puffer_jax_perceptron",
     "puffer_jax_linear",
+    "puffer_jax_linear_gradient",
     "puffer_jax_perceptron_gradient",
     "puffer_jax_recur",
     "puffer_jax_adam",
@@ -325,9 +326,32 @@ def sample(
 # --- linear layers -------------------------------------------------------------------------
 
 
-def linear(x: Array, *layers: Array) -> tuple[Array, ...]:
-    """`x @ w + b` for each w, b among the layers; without derivatives."""
-    return _call("puffer_jax_linear", _outputs(x, layers), x, *layers)
+def linear(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
+    """Forward of x and any number of w, b: `x @ w + b` for each of these."""
+    x, *layers = arrays
+    return _call("puffer_jax_linear", _outputs(x, layers), *arrays), None
+
+
+def linear_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Backward of `linear`."""
+    x, *layers = arrays
+    weights, bias, d_result = _joined(layers, d_results)
+    given = x, weights, d_result
+    dx, *d_joined = _call("puffer_jax_linear_gradient", _like(x, weights, bias), *given)
+    return dx, *_apart(layers, d_joined)
+
+
+def _joined(layers: Any, d_results: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    """Several linear layers as one: its weights, bias, and the gradient of its result."""
+    d_result = jnp.concatenate(d_results, axis=1)
+    return jnp.concatenate(layers[::2], axis=1), jnp.concatenate(layers[1::2]), d_result
+
+
+def _apart(layers: Any, d_joined: Any) -> list[Array]:
+    """The gradients of each w, b of the layers from those of `_joined`."""
+    ends = np.cumsum([b.shape[0] for b in layers[1::2]])[:-1]
+    d_layers = zip(*(jnp.split(d, ends, axis=-1) for d in d_joined), strict=True)
+    return [d for pair in d_layers for d in pair]
 
 
 def perceptron(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
@@ -349,19 +373,14 @@ def perceptron_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -
     """Backward of `perceptron`."""
     x, w1, b1, *layers = arrays
     # No outputs: the gradient is that of the hidden vectors.
-    weights, biases = layers[::2] or [w1[:0].T], layers[1::2] or [b1[:0]]
-    w2, b2 = jnp.concatenate(weights, axis=1), jnp.concatenate(biases)
-    d_result = jnp.concatenate(d_results, axis=1)
+    w2, b2, d_result = _joined(layers or (w1[:0].T, b1[:0]), d_results)
     given = _like(w1, b1, w2, b2)
     d_w1, d_b1, *d_joined = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
-    ends = np.cumsum([b.shape[0] for b in biases])[:-1]
-    d_layers = zip(*(jnp.split(d, ends, axis=-1) for d in d_joined), strict=True)
     # Where x are observations nobody asks for this, and it is not computed.
     z = x @ w1 + b1
     slope = jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)
     d_hidden = d_result @ w2.T if layers else d_result
-    gradients = [d for pair in d_layers for d in pair] if layers else []
-    return (d_hidden * slope) @ w1.T, d_w1, d_b1, *gradients
+    return (d_hidden * slope) @ w1.T, d_w1, d_b1, *(_apart(layers, d_joined) if layers else [])
 
 
 # --- images ----------------------------------------------------------------------------------
@@ -379,9 +398,11 @@ class Windows(NamedTuple):
     """Of images of bytes: they are (batch, inputs, height, width)."""
     rectify: bool = False
     """Of other images: a ReLU comes first."""
+    out_channels_first: bool = False
+    """The result is (batch, outputs, height, width)."""
 
     def attributes(self) -> dict[str, Any]:
-        """What the kernels are told."""
+        """What all kernels are told."""
         return {
             "channels_first": self.channels_first,
             "rectify": self.rectify,
@@ -406,14 +427,18 @@ def convolution(windows: Windows, keep: bool, *arrays: Array) -> tuple[Array, No
     shape = (x.shape[0], *x.shape[2:]) if windows.channels_first else x.shape
     sides = zip(shape[1:], kernel.shape, windows.strides, windows.pads, strict=False)
     height, width = ((side + 2 * pad - size) // stride + 1 for side, size, stride, pad in sides)
-    result = jax.ShapeDtypeStruct((x.shape[0], height, width, kernel.shape[3]), kernel.dtype)
-    return _call("puffer_jax_convolve", result, *arrays, **windows.attributes()), None
+    first, outputs = windows.out_channels_first, kernel.shape[3]
+    image = (outputs, height, width) if first else (height, width, outputs)
+    result = jax.ShapeDtypeStruct((x.shape[0], *image), kernel.dtype)
+    given = windows.attributes()
+    return _call("puffer_jax_convolve", result, *arrays, **given, out_channels_first=first), None
 
 
 def convolution_gradient(
     windows: Windows, arrays: Any, kept: None, d_out: Array
 ) -> tuple[Array, ...]:
     """Backward of `convolution`."""
+    d_out = d_out.transpose(0, 2, 3, 1) if windows.out_channels_first else d_out
     x, *weights = arrays
     name = "puffer_jax_convolve_weights_gradient"
     gradients = _call(name, _like(*weights), x, d_out, **windows.attributes())

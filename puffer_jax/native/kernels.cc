@@ -584,19 +584,23 @@ void with_width(int width, const Body& body) {
   }
 }
 
-template <typename T, int... k>
-INLINE void zip(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high,
-                std::integer_sequence<int, k...>) {
-  constexpr int n = kLanes<T>;
+// low and high: a[0], b[0], a[1], b[1], ...
+template <typename T>
+INLINE void zip(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high) {
+  [&]<int... k>(std::integer_sequence<int, k...>) {
+    constexpr int n = kLanes<T>;
 #if defined(__clang__)
-  low = __builtin_shufflevector(a, b, (k / 2 + k % 2 * n)...);
-  high = __builtin_shufflevector(a, b, (n / 2 + k / 2 + k % 2 * n)...);
+    low = __builtin_shufflevector(a, b, (k / 2 + k % 2 * n)...);
+    high = __builtin_shufflevector(a, b, (n / 2 + k / 2 + k % 2 * n)...);
 #else
-  using Bits = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-  typedef Bits Integers __attribute__((vector_size(kBytes)));
-  low = __builtin_shuffle(a, b, Integers{(k / 2 + k % 2 * n)...});
-  high = __builtin_shuffle(a, b, Integers{(n / 2 + k / 2 + k % 2 * n)...});
+    using Short = std::conditional_t<sizeof(T) == 1, std::int8_t, std::int16_t>;
+    using Long = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+    typedef std::conditional_t<(sizeof(T) < 4), Short, Long> Integers
+        __attribute__((vector_size(kBytes)));
+    low = __builtin_shuffle(a, b, Integers{(k / 2 + k % 2 * n)...});
+    high = __builtin_shuffle(a, b, Integers{(n / 2 + k / 2 + k % 2 * n)...});
 #endif
+  }(std::make_integer_sequence<int, kLanes<T>>());
 }
 
 // to[j][i] = from[i][j], for i < rows and j < columns; rows of both so many numbers apart.
@@ -615,8 +619,7 @@ void transpose(const T* from, Index from_step, Index rows, Index columns, T* to,
       for (int size = 1; size < n; size *= 2) {
 #pragma GCC unroll 8
         for (int r = 0; r < n / 2; ++r) {
-          zip<T>(block[r], block[r + n / 2], next[2 * r], next[2 * r + 1],
-                 std::make_integer_sequence<int, n>());
+          zip<T>(block[r], block[r + n / 2], next[2 * r], next[2 * r + 1]);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < n; ++r) block[r] = next[r];
@@ -1430,6 +1433,14 @@ void gelu(T* x, Index count) {
 // So few outputs would leave most lanes of a panel empty, but their sums fit into registers.
 constexpr Index kFewOutputs = 8;
 
+// body(count) with a constant for `count`, of at most kFewOutputs.
+template <typename Body>
+void with_few(Index count, const Body& body) {
+  [&]<int... n>(std::integer_sequence<int, n...>) {
+    ((count == n + 1 ? body(std::integral_constant<int, n + 1>()) : void()), ...);
+  }(std::make_integer_sequence<int, kFewOutputs>());
+}
+
 // to[n] = bias[n] + x[0:inputs] . weights[n], for n < N; weights `stride` apart.
 template <typename T, int N>
 INLINE void dots(const T* x, Index inputs, const T* weights, Index stride, const T* bias, T* to) {
@@ -1481,15 +1492,12 @@ class Heads {
           weights_, inputs_, outputs_, rows, [&](Index m) { return vectors + m * stride; },
           [&](Index) { return bias_; }, [&](Index m) { return all + m * outputs_; });
     } else {
-      [&]<int... n>(std::integer_sequence<int, n...>) {
-        const auto all_rows = [&](auto count) {
-          for (Index m = 0; m < rows; ++m) {
-            dots<T, count>(vectors + m * stride, inputs_, weights_, stride_, bias_,
-                           all + m * outputs_);
-          }
-        };
-        ((outputs_ == n + 1 ? all_rows(std::integral_constant<int, n + 1>()) : void()), ...);
-      }(std::make_integer_sequence<int, kFewOutputs>());
+      with_few(outputs_, [&](auto count) {
+        for (Index m = 0; m < rows; ++m) {
+          dots<T, count>(vectors + m * stride, inputs_, weights_, stride_, bias_,
+                         all + m * outputs_);
+        }
+      });
     }
     for (Index i = 0, column = 0; i < count_ && count_ > 1; column += heads_[i++].outputs) {
       const Head head = heads_[i];
@@ -1525,6 +1533,78 @@ void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T*
     for (Index m = 0; m < rows; ++m) gelu<T>(activations + m * stride, hidden);
     if (heads) (*heads)(first, rows, activations, stride);
   });
+}
+
+// For so many rows of x and d: dx = d @ weights, or added to it, and d_weights += d^T @ x; of N
+// columns of d. Weights are (N, stride), rows of d `outputs` apart.
+template <typename T, int N, int rows>
+void few_gradients(const T* x, Index inputs, const T* d, Index outputs, const T* weights,
+                   Index stride, bool add, T* dx, T* d_weights) {
+  const auto some = [&](Index j, auto whole) {
+    const Index count = whole ? kLanes<T> : inputs - j;
+    Vector<T> given[rows], back[rows] = {};
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; ++m) {
+      given[m] = load(x + m * inputs + j, count);
+      if (add) back[m] = load(dx + m * inputs + j, count);
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vector<T> weight = load(weights + n * stride + j);
+      Vector<T> sum = load(d_weights + n * stride + j);
+#pragma GCC unroll 4
+      for (int m = 0; m < rows; ++m) {
+        sum += given[m] * d[m * outputs + n];
+        back[m] += weight * d[m * outputs + n];
+      }
+      store(d_weights + n * stride + j, sum);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; ++m) store(dx + m * inputs + j, back[m], count);
+  };
+  Index j = 0;
+  for (; j + kLanes<T> <= inputs; j += kLanes<T>) some(j, std::true_type());
+  if (j < inputs) some(j, std::false_type());
+}
+
+// Of x (batch, inputs) @ weights (inputs, outputs) + bias.
+template <typename T>
+void linear_gradient(ffi::ThreadPool& pool, Index batch, Index inputs, Index outputs, const T* x,
+                     const T* weights, const T* d, T* dx, T* d_weights, T* d_bias) {
+  const Index most = batch * inputs > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
+  const Index parts = std::clamp<Index>(pool.num_threads(), 1, most);
+  const Index stride = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  T* across = scratch<T, 0>(outputs * stride);
+  pack_transposed(weights, outputs, outputs, inputs, stride, across);
+  const Index size = (stride + 1) * outputs;
+  T* sums = scratch<T, 1>(parts * size);
+  parallel(pool, parts, [&](Index part) {
+    T* sum = sums + part * size;
+    std::fill_n(sum, size, T(0));
+    constexpr Index kRows = 4;
+    const Index first = share(batch, kRows, part, parts), last = share(batch, kRows, part + 1, parts);
+    add_rows(d + first * outputs, last - first, outputs, outputs, sum + outputs * stride);
+    for (Index i = first; i < last;) {
+      const Index rows = last - i < kRows ? 1 : kRows;
+      for (Index n = 0; n < outputs; n += kFewOutputs) {
+        with_few(std::min(kFewOutputs, outputs - n), [&](auto count) {
+          const auto function = rows == 1 ? few_gradients<T, count, 1> : few_gradients<T, count, kRows>;
+          function(x + i * inputs, inputs, d + i * outputs + n, outputs, across + n * stride, stride,
+                   n > 0, dx + i * inputs, sum + n * stride);
+        });
+      }
+      i += rows;
+    }
+  });
+  const auto total = [&](Index at) {
+    T result = 0;
+    for (Index part = 0; part < parts; ++part) result += sums[part * size + at];
+    return result;
+  };
+  for (Index n = 0; n < outputs; ++n) {
+    for (Index k = 0; k < inputs; ++k) d_weights[k * outputs + n] = total(n * stride + k);
+    d_bias[n] = total(outputs * stride + n);
+  }
 }
 
 template <typename T>
@@ -1639,6 +1719,16 @@ ffi::Error Linear(ffi::ThreadPool pool, In x, ffi::RemainingArgs layers,
   });
 }
 
+ffi::Error LinearGradient(ffi::ThreadPool pool, In x, In weights, In d_result, Out dx,
+                          Out d_weights, Out d_bias) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    linear_gradient<T>(pool, x.dimensions()[0], x.dimensions()[1], d_result.dimensions()[1],
+                       in<T>(x), in<T>(weights), in<T>(d_result), out<T>(dx), out<T>(d_weights),
+                       out<T>(d_bias));
+  });
+}
+
 ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, In d_result,
                               Out d_w1, Out d_b1, Out d_w2, Out d_b2) {
   return with_type(x.element_type(), [&](auto zero) {
@@ -1653,7 +1743,7 @@ ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, I
 // --- convolution -----------------------------------------------------------------------------
 
 // Images (batch, height, width, channels) and windows over them. The images of bytes that an
-// environment gives may have their channels first; everything else has them last.
+// environment gives, and a result, may have their channels first; all else has them last.
 struct Images {
   Index batch, height, width, channels;
   explicit Images(ffi::AnyBuffer::Dimensions d, bool first = false)
@@ -1734,24 +1824,56 @@ struct Bytes {
   bool channels_first;
 };
 
-// One row of pixels as numbers; with a constant for `channels` twice as fast.
-template <typename T, typename Channels>
-void to_numbers(const T* number, const std::uint8_t* row, Index step, Index plane, Index count,
-                Channels channels, T* out) {
-  for (Index i = 0; i < count; ++i) {
-    for (Index c = 0; c < channels; ++c) out[i * channels + c] = number[row[i * step + c * plane]];
+// One row of pixels, each with all of its channels, from the channels' rows, `plane` apart.
+inline void interleave(const std::uint8_t* row, Index plane, Index count, Index channels,
+                       std::uint8_t* to) {
+  using Byte = std::uint8_t;
+  constexpr Index n = kLanes<Byte>;
+  if (channels != 4 || count < n) {
+    for (Index i = 0; i < count; ++i) {
+      for (Index c = 0; c < channels; ++c) to[i * channels + c] = row[i + c * plane];
+    }
+    return;
   }
+  for (Index i = 0; i < count; i += n) {
+    const Index at = std::min(i, count - n);
+    Vector<Byte> of[4], pairs[4];
+    for (Index c = 0; c < 4; ++c) of[c] = load(row + at + c * plane);
+    zip<Byte>(of[0], of[2], pairs[0], pairs[1]);
+    zip<Byte>(of[1], of[3], pairs[2], pairs[3]);
+    zip<Byte>(pairs[0], pairs[2], of[0], of[1]);
+    zip<Byte>(pairs[1], pairs[3], of[2], of[3]);
+    for (Index c = 0; c < 4; ++c) store(to + 4 * at + c * n, of[c]);
+  }
+}
+
+// bytes / 255, correctly rounded.
+template <typename T>
+void to_numbers(const std::uint8_t* bytes, Index count, T* to) {
+  Index i = 0;
+  if constexpr (sizeof(T) == 4) {
+    typedef std::int32_t Integers __attribute__((vector_size(kBytes)));
+    using Byte = std::uint8_t;
+    using Word = std::uint16_t;
+    for (; i + kLanes<Byte> <= count; i += kLanes<Byte>) {
+      // Zipping with zeros makes bytes wider; compilers convert them to wider ones one by one.
+      Vector<Byte> half[2];
+      zip<Byte>(load(bytes + i), Vector<Byte>{}, half[0], half[1]);
+      for (int h = 0; h < 2; ++h) {
+        Vector<Word> quarter[2];
+        zip<Word>((Vector<Word>)half[h], Vector<Word>{}, quarter[0], quarter[1]);
+        for (int q = 0; q < 2; ++q) {
+          const auto x = __builtin_convertvector((Integers)quarter[q], Vector<T>);
+          store<T>(to + i + (2 * h + q) * kLanes<T>, x / T(255));
+        }
+      }
+    }
+  }
+  for (; i < count; ++i) to[i] = bytes[i] / T(255);
 }
 
 template <typename T>
 const T* bordered(const Windows& w, const Bytes& x, Index n, Index beyond = 0) {
-  struct Table {
-    T of[256];
-    Table() {
-      for (int i = 0; i < 256; ++i) of[i] = T(i) / T(255);
-    }
-  };
-  static const Table number;
   const Index channels = w.x.channels;
   T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * channels + beyond);
   if (w.pad.rows || w.pad.columns) {
@@ -1759,30 +1881,25 @@ const T* bordered(const Windows& w, const Bytes& x, Index n, Index beyond = 0) {
   }
   const Index rows = std::min(w.sides.rows - w.pad.rows, w.x.height);
   const Index columns = std::min(w.sides.columns - w.pad.columns, w.x.width);
-  const Pair step = x.channels_first ? Pair{w.x.width, 1} : Pair{w.x.width * channels, channels};
-  const Index plane = x.channels_first ? w.x.height * w.x.width : 1;
+  std::uint8_t* joined = scratch<std::uint8_t, 1>(columns * channels);
   for (Index y = 0; y < rows; ++y) {
-    const std::uint8_t* row = x.data + n * w.x.size() + y * step.rows;
-    T* to = copy + ((w.pad.rows + y) * w.sides.columns + w.pad.columns) * channels;
-    const auto convert = [&](auto known) {
-      to_numbers(number.of, row, step.columns, plane, columns, known, to);
-    };
-    if (channels == 1) {
-      convert(std::integral_constant<Index, 1>());
-    } else if (channels == 3) {
-      convert(std::integral_constant<Index, 3>());
-    } else if (channels == 4) {
-      convert(std::integral_constant<Index, 4>());
+    const std::uint8_t* row = x.data + n * w.x.size();
+    if (x.channels_first) {
+      interleave(row + y * w.x.width, w.x.height * w.x.width, columns, channels, joined);
+      row = joined;
     } else {
-      convert(channels);
+      row += y * w.x.width * channels;
     }
+    to_numbers(row, columns * channels,
+               copy + ((w.pad.rows + y) * w.sides.columns + w.pad.columns) * channels);
   }
   return copy;
 }
 
+// With `across`, the result's channels come first.
 template <typename T, typename X>
 void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kernel, const T* bias,
-              T* out) {
+              bool across, T* out) {
   const Index outputs = w.out.channels, numbers = w.numbers();
   with_width(panel_width<T>(outputs), [&](auto width) {
     constexpr Index lanes = width * kLanes<T>;
@@ -1800,14 +1917,17 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kern
     }
     parallel(pool, w.x.batch, [&](Index n) {
       const T* image = bordered<T>(w, x, n);
+      T* result = out + n * w.out.size();
+      T* pixels_first = across ? scratch<T, 3>(w.out.size()) : result;
       for (Index p = 0; p < panels; ++p) {
-        T* to = out + n * w.out.size() + p * lanes;
+        T* to = pixels_first + p * lanes;
         multiply<T, width>(
             {w.size.rows, row, w.size.columns * w.x.channels, 1, packed + p * numbers * lanes,
              lanes},
             pixels, outputs - p * lanes, [&](Index i) { return image + starts[i]; },
             [&](Index) { return bias + p * lanes; }, [&](Index i) { return to + i * outputs; });
       }
+      if (across) transpose(pixels_first, outputs, pixels, outputs, result, pixels);
     });
   });
 }
@@ -1961,14 +2081,15 @@ void with_images(const In& x, bool channels_first, bool rectify, const Body& bod
 
 ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, bool channels_first,
                     bool rectify, Index stride_rows, Index stride_columns, Index pad_rows,
-                    Index pad_columns) {
+                    Index pad_columns, bool out_channels_first) {
   const Windows windows(Images(x.dimensions(), channels_first), kernel.dimensions(),
-                        Images(result->dimensions()), {stride_rows, stride_columns},
+                        Images(result->dimensions(), out_channels_first), {stride_rows, stride_columns},
                         {pad_rows, pad_columns});
   return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
     with_images<T>(x, channels_first, rectify, [&](const auto& images) {
-      convolve<T>(pool, windows, images, in<T>(kernel), in<T>(bias), out<T>(result));
+      convolve<T>(pool, windows, images, in<T>(kernel), in<T>(bias), out_channels_first,
+                  out<T>(result));
     });
   });
 }
@@ -2141,7 +2262,8 @@ ffi::Error Adam(ffi::ThreadPool pool, In numbers, In gradient, In, In, In, Out p
       .Attr<std::int64_t>("pad_rows").Attr<std::int64_t>("pad_columns")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve, Convolve,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG ARG RET WINDOWS);
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG ARG RET WINDOWS
+                              .Attr<bool>("out_channels_first"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_images_gradient, ConvolveImagesGradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() ARG ARG ARG RET WINDOWS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_convolve_weights_gradient, ConvolveWeightsGradient,
@@ -2156,6 +2278,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron, Perceptron,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_linear, Linear,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG.RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_linear_gradient, LinearGradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG RET RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron_gradient, PerceptronGradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
                               ARG ARG ARG ARG ARG RET RET RET RET);
