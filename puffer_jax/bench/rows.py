@@ -91,7 +91,7 @@ class Row:
 
 
 # Which process runs a contestant; all others run in ours.
-TORCH = ("torch", "torch.compile", "pufferlib", "torch, processes")
+TORCH = ("torch", "torch.compile", "pufferlib")
 _THREE: dict[str, dict[str, Any]] = {"ours": {}, "torch": {}, "torch.compile": {"compiled": True}}
 _SHAPES = {"naturecnn": (4, 84, 84), "resnet": (64, 64, 3)}
 
@@ -185,21 +185,25 @@ def _learning() -> Iterator[Row]:
 
 
 def _trainers() -> Iterator[Row]:
+    host = "PuffeRL, gymnasium's CartPole, 64 environments"
+    backends = {
+        "": ("ours: Multiprocessing with a local worker, torch: Serial", False),
+        "-processes": ("Multiprocessing; ours with a local worker", True),
+    }
     for net in ("default", "lstm"):
-        yield Row(
-            f"trainer-host-64-{net}",
-            "PuffeRL, gymnasium's CartPole, 64 environments; ours: Multiprocessing with a local "
-            "worker, torch: Serial",
-            "trainer",
-            {
+        for name, (backend, processes) in backends.items():
+            contestants: dict[str, dict[str, Any]] = {
                 "ours": {"processes": True},
-                "torch": {},
-                "ours, Serial": {},
-                "torch, processes": {"processes": True},
-            },
-            {"net": net, "envs": 64},
-            unit="steps/s",
-        )
+                "torch": {"processes": processes},
+            }
+            yield Row(
+                f"trainer-host-64-{net}{name}",
+                f"{host}; {backend}",
+                "trainer",
+                contestants if processes else contestants | {"ours, Serial": {}},
+                {"net": net, "envs": 64},
+                unit="steps/s",
+            )
     for net in ("default", "lstm"):
         for envs in (64, 1024):
             yield Row(
