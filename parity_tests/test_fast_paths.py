@@ -55,8 +55,13 @@ def both(function, *arrays, seed=9):
     """Results and gradients for all arrays of numbers."""
     given = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
     fixed = arrays[: len(arrays) - len(given)]
-    out, backward = jax.vjp(lambda *given: function(*fixed, *given), *given)
-    return out, backward(draw(seed, *out.shape).astype(out.dtype))
+
+    @jax.jit  # one program compiles sooner than its operations one by one
+    def run(*given):
+        out, backward = jax.vjp(lambda *given: function(*fixed, *given), *given)
+        return out, backward(draw(seed, *out.shape).astype(out.dtype))
+
+    return run(*given)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +411,7 @@ LENGTHS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from puffer_jax import layers, native, random, sample_logits
-native._FLAGS += (f"-DVECTOR_BYTES={sys.argv[1]}", "-O1")  # compiles in two thirds of the time
+native._FLAGS += (f"-DVECTOR_BYTES={sys.argv[1]}", "-Og")  # compiles in a third of the time
 jax.config.update("jax_enable_x64", True)
 draw = lambda *shape: jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape))
 x, w1, b1, w2, b2 = draw(23, 5), draw(5, 137), draw(137), draw(137, 18), draw(18)
@@ -642,22 +647,23 @@ def test_sampling(monkeypatch, rows, n, dtype):
         logits = logits.at[3].set(0).at[4, 0].set(80).at[8, 0].set(-2e4)
     keys, many = jax.random.split(THREEFRY, 3), jnp.stack([logits, logits[::-1], -2 * logits])
 
-    def results():
+    def results(logits, many):
         def scores(logits):  # of two components, with keys of their own
             action, *rest = puffer_jax.sample_logits((logits, logits[:, ::-1]), key=THREEFRY)
             return jnp.where(jnp.isnan(rest[0] + rest[1]), 0, 2 * rest[0] + rest[1]), action
 
         draw = lambda key, logits: puffer_jax.sample_logits(logits, key=key)  # noqa: E731
         yield from draw(THREEFRY, logits)
-        yield from jax.jit(jax.vmap(draw))(keys, many)
-        yield from jax.jit(jax.vmap(draw, (None, 0)))(THREEFRY, many)
+        yield from jax.vmap(draw)(keys, many)
+        yield from jax.vmap(draw, (None, 0))(THREEFRY, many)
         out, backward, action = jax.vjp(scores, logits, has_aux=True)
         yield from (out, action, *backward(jnp.cos(out)))
         yield jax.jvp(lambda x: scores(x)[0], (logits,), (jnp.cos(many[2]),))[1]
 
-    ours = list(results())
+    ours = jax.jit(lambda *a: list(results(*a)))(logits, many)
     monkeypatch.setattr(native, "at_hand", lambda dtype: False)
-    for mine, other in zip(ours, results(), strict=True):
+    others = jax.jit(lambda *a: list(results(*a)))(logits, many)
+    for mine, other in zip(ours, others, strict=True):
         assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
         bar = {"rtol": 0, "atol": 0} if mine.dtype == jnp.int32 else {"rtol": 1e-13, "atol": 1e-13}
         bar = {"rtol": 3e-6, "atol": 3e-5} if mine.dtype == jnp.float32 else bar
