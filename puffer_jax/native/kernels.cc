@@ -920,29 +920,34 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
     multiply<T, width>(
         {1, 0, hidden, 1, panel + inputs * wide, wide}, 4 * kUnits, wide,
         [&](Index m) { return of_h + row(m) * hidden; }, to, to);
+    // Cells take the place of the first gate, then their tanh times the last one that of the second.
     for (Index m = 0; m < units; ++m) {
       const T* own = bias + unit + m;
       const T* cells = panel + (inputs + hidden + unit + m) * wide;
-      constexpr int side_by_side = width % 2 ? 1 : 2;
+      // Two at once need more registers than others have.
+      constexpr int side_by_side = width % 2 || kBytes < 64 ? 1 : 2;
       for (Index v = 0; v < wide; v += side_by_side * lanes) {
         constexpr int N = 4 * side_by_side;
         Group<T, N> all;
-        Group<T, side_by_side> after, squashed;
         EACH all[i] = load(gates[i % 4 * kUnits + m] + v + i / 4 * lanes) + own[i % 4 * hidden];
         squash<T, N>(all);
 #pragma GCC unroll 2
         for (int k = 0; k < side_by_side; ++k) {
-          const Vector<T> before = load(cells + v + k * lanes);
-          squashed[k] = after[k] = all[4 * k + 1] * before + all[4 * k] * all[4 * k + 2];
-        }
-        tanh<T, side_by_side>(squashed);
-#pragma GCC unroll 2
-        for (int k = 0; k < side_by_side; ++k) {
-          store(gates[m] + v + k * lanes, after[k]);
-          store(gates[kUnits + m] + v + k * lanes, squashed[k] * all[4 * k + 3]);
+          const Index at = v + k * lanes;
+          store(gates[m] + at, all[4 * k + 1] * load(cells + at) + all[4 * k] * all[4 * k + 2]);
+          store(gates[3 * kUnits + m] + at, all[4 * k + 3]);
         }
       }
     }
+    in_groups<T>(units * wide, [&](auto size, Index i, Index left) {
+      constexpr int N = size;
+      Group<T, N> squashed, last;
+      load_group<T, N>(gates[0] + i, left, squashed);
+      load_group<T, N>(gates[3 * kUnits] + i, left, last);
+      tanh<T, N>(squashed);
+      EACH squashed[i] *= last[i];
+      store_group<T, N>(gates[kUnits] + i, left, squashed);
+    });
     const Index at = first * hidden + unit;
     transpose(gates[0], wide, units, count, c_next + at, hidden);
     transpose(gates[kUnits], wide, units, count, h_next + at, hidden);
@@ -1582,15 +1587,16 @@ void linear_gradient(ffi::ThreadPool& pool, Index batch, Index inputs, Index out
     T* sum = sums + part * size;
     std::fill_n(sum, size, T(0));
     constexpr Index kRows = 4;
-    const Index first = share(batch, kRows, part, parts), last = share(batch, kRows, part + 1, parts);
+    const Index first = share(batch, kRows, part, parts);
+    const Index last = share(batch, kRows, part + 1, parts);
     add_rows(d + first * outputs, last - first, outputs, outputs, sum + outputs * stride);
     for (Index i = first; i < last;) {
       const Index rows = last - i < kRows ? 1 : kRows;
       for (Index n = 0; n < outputs; n += kFewOutputs) {
         with_few(std::min(kFewOutputs, outputs - n), [&](auto count) {
-          const auto function = rows == 1 ? few_gradients<T, count, 1> : few_gradients<T, count, kRows>;
-          function(x + i * inputs, inputs, d + i * outputs + n, outputs, across + n * stride, stride,
-                   n > 0, dx + i * inputs, sum + n * stride);
+          const auto add = rows == 1 ? few_gradients<T, count, 1> : few_gradients<T, count, kRows>;
+          add(x + i * inputs, inputs, d + i * outputs + n, outputs, across + n * stride, stride,
+              n > 0, dx + i * inputs, sum + n * stride);
         });
       }
       i += rows;
@@ -2083,8 +2089,8 @@ ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, 
                     bool rectify, Index stride_rows, Index stride_columns, Index pad_rows,
                     Index pad_columns, bool out_channels_first) {
   const Windows windows(Images(x.dimensions(), channels_first), kernel.dimensions(),
-                        Images(result->dimensions(), out_channels_first), {stride_rows, stride_columns},
-                        {pad_rows, pad_columns});
+                        Images(result->dimensions(), out_channels_first),
+                        {stride_rows, stride_columns}, {pad_rows, pad_columns});
   return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
     with_images<T>(x, channels_first, rectify, [&](const auto& images) {
