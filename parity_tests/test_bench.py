@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -140,6 +141,25 @@ def test_list_and_patterns(capsys):
     assert "nonsense" in capsys.readouterr().err
     assert main(["bench", "--seconds", "0"]) == 2
     assert "both must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cost, rounds", [(1 / 16, 17), (1 / 4, 9), (1, 6), (4, 3)])
+def test_slow_rows_have_fewer_rounds_and_at_least_three(monkeypatch, cost, rounds):
+    clock = [0.0]
+
+    class Contestant(Worker):
+        def __init__(self):
+            pass
+
+        def ask(self, method, *arguments):
+            clock[0] += cost / 2
+            return cost / 2
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    result = report.Result(ADVANTAGE, {name: report.Measured() for name in BOTH})
+    arena = command.Arena(1, "cpu", "float32", reference=True)
+    arena._rounds(result, dict.fromkeys(BOTH, Contestant()), seconds=1.0)
+    assert [len(one.samples) for one in result.measured.values()] == [rounds, rounds]
 
 
 def test_difference():
