@@ -223,9 +223,11 @@ def _environments() -> Iterator[Row]:
         "image": "84x84x4 images",
         "slow": "steps of 1 ms",
     }
-    for backend in ("Serial", "Multiprocessing"):
-        processes = "; ours: one a core, this process among them; PufferLib's: a core less"
-        processes *= backend == "Multiprocessing"
+    backends = {
+        "Serial": "",
+        "Multiprocessing": "; ours: one a core, this process among them; PufferLib's: a core less",
+    }
+    for backend, processes in backends.items():
         for kind, words in kinds.items():
             yield Row(
                 f"vecenv-{kind}-{backend.lower()}",

@@ -593,10 +593,7 @@ INLINE void zip(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high) {
     low = __builtin_shufflevector(a, b, (k / 2 + k % 2 * n)...);
     high = __builtin_shufflevector(a, b, (n / 2 + k / 2 + k % 2 * n)...);
 #else
-    using Short = std::conditional_t<sizeof(T) == 1, std::int8_t, std::int16_t>;
-    using Long = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-    typedef std::conditional_t<(sizeof(T) < 4), Short, Long> Integers
-        __attribute__((vector_size(kBytes)));
+    using Integers = decltype(a < b);
     low = __builtin_shuffle(a, b, Integers{(k / 2 + k % 2 * n)...});
     high = __builtin_shuffle(a, b, Integers{(n / 2 + k / 2 + k % 2 * n)...});
 #endif
@@ -939,14 +936,14 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
         }
       }
     }
-    in_groups<T>(units * wide, [&](auto size, Index i, Index left) {
+    in_groups<T>(units * wide, [&](auto size, Index j, Index left) {
       constexpr int N = size;
       Group<T, N> squashed, last;
-      load_group<T, N>(gates[0] + i, left, squashed);
-      load_group<T, N>(gates[3 * kUnits] + i, left, last);
+      load_group<T, N>(gates[0] + j, left, squashed);
+      load_group<T, N>(gates[3 * kUnits] + j, left, last);
       tanh<T, N>(squashed);
       EACH squashed[i] *= last[i];
-      store_group<T, N>(gates[kUnits] + i, left, squashed);
+      store_group<T, N>(gates[kUnits] + j, left, squashed);
     });
     const Index at = first * hidden + unit;
     transpose(gates[0], wide, units, count, c_next + at, hidden);
@@ -1890,7 +1887,7 @@ const T* bordered(const Windows& w, const Bytes& x, Index n, Index beyond = 0) {
   std::uint8_t* joined = scratch<std::uint8_t, 1>(columns * channels);
   for (Index y = 0; y < rows; ++y) {
     const std::uint8_t* row = x.data + n * w.x.size();
-    if (x.channels_first) {
+    if (x.channels_first && channels > 1) {
       interleave(row + y * w.x.width, w.x.height * w.x.width, columns, channels, joined);
       row = joined;
     } else {
