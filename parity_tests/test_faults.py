@@ -170,6 +170,44 @@ def test_restart_failed(how, options, lost, tmp_path):
         assert vecenv.step(np.zeros(4, int))[0][:, 1].tolist() == [1 if c else 4 for c in cut]
 
 
+@pytest.mark.parametrize(("how", "timeout"), [("kill", None), ("hang", 1.0)])
+def test_a_worker_is_lost_with_its_shares_of_all_batches(how, timeout, tmp_path):
+    """Batches by turns: environments 0 and 3 are one worker's, 1 and 4 another's, the rest here.
+
+    In the second step of the second batch environment 3 fails, while environment 0 is done with
+    its step of the first, and environment 1 is not.
+    """
+    env_kwargs = [{} for _ in range(6)]
+    env_kwargs[1]["pause"] = 0.2
+    env_kwargs[3] |= {"fault": (how, 2), "once": str(tmp_path / "fault")}
+    told = []
+    with vector.make(
+        [Tick] * 6,
+        env_kwargs=env_kwargs,
+        **POOL | {"num_envs": 6, "num_workers": 3, "batch_size": 3, "local_worker": True},
+        timeout=timeout,
+        restart_failed=True,
+    ) as vecenv:
+        vecenv.async_reset(0)
+        steps, rewards, truncations, firsts = (np.zeros((2, 6, 3)) for _ in range(4))
+        for turn in range(12):
+            obs, rewarded, _, truncated, infos, ids, _ = vecenv.recv()
+            assert ids.tolist() == [[0, 1, 2], [3, 4, 5]][turn % 2]
+            at = turn % 2, turn // 2
+            firsts[at], steps[at] = obs.T
+            rewards[at], truncations[at] = rewarded, truncated
+            told += infos
+            vecenv.send(np.zeros(3, int))
+    assert told == [{"restarts": 1}] * 2
+    assert steps[0].T.tolist() == [[0, 1, 2, 2, 0, 1], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert steps[1].T.tolist() == [[0, 1, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert [np.argwhere(x).tolist() for x in truncations] == [[[3, 0]], [[2, 0]]]
+    # No reward for a step that nobody made, nor for a reset.
+    assert [np.argwhere(x[1:, 0] == 0).ravel().tolist() for x in rewards] == [[2, 3], [1, 2]]
+    assert all(len(set(firsts[batch, :, 0])) == 2 for batch in range(2))
+    assert all(len(set(firsts[batch, :, i])) == 1 for batch in range(2) for i in (1, 2))
+
+
 def test_restart_of_native_environments_and_in_reset(tmp_path):
     for fault, options in ((("raise", 2), {"num_envs": 2}), (("kill", 2), POOL | {"num_envs": 2})):
         with vector.make(

@@ -87,12 +87,13 @@ def test_every_backend_plays_the_same_thousand_steps(name):
     splits = [
         workers(2),
         workers(2, local_worker=True),
+        workers(2, local_worker=True, batch_size=2),
         workers(4, batch_size=2, sync_traj=False),
         {"num_buffers": 2},
     ]
     if name == "walk":
         splits += [workers(1), workers(4, batch_size=3, zero_copy=False)]
-        splits += [workers(1, local_worker=True)]
+        splits += [workers(1, local_worker=True), workers(3, local_worker=True)]
     for options in splits:
         with vector.make(creator, num_envs=4, **options) as vecenv:
             same(play(vecenv, 1000), expected, {"batch_size", "num_buffers"}.isdisjoint(options))
@@ -150,6 +151,7 @@ def test_batches():
         (workers(4, batch_size=2), [[0, 1], [2, 3], [0, 1], [2, 3]]),
         (workers(4, batch_size=2, zero_copy=False), [[0, 1], [2, 3], [0, 1], [2, 3]]),
         (workers(4, batch_size=3, zero_copy=False), [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]),
+        (workers(2, batch_size=2, local_worker=True), [[0, 1], [2, 3], [0, 1], [2, 3]]),
         (workers(2, batch_size=2, sync_traj=False), None),
         (workers(4, batch_size=2, zero_copy=False, sync_traj=False), None),
     ):
@@ -260,8 +262,14 @@ def not_puffer(buf=None, seed=0):
         (
             Walk,
             {"num_envs": 4} | workers(4, local_worker=True, batch_size=2),
-            "batch_size must be num_envs, 4; got 2",
+            "batch_size, which must be at least num_workers; got 4, 2 and 4",
         ),
+        (
+            Walk,
+            {"num_envs": 4} | workers(2, local_worker=True, batch_size=3, zero_copy=False),
+            "num_envs must be a multiple of batch_size; got 4 and 3",
+        ),
+        (Walk, workers(0), "num_workers must be at least 1; got 0"),
         (3, {}, "creator 0 must be callable, or a name; got 3"),
         ([Walk], {"num_envs": 2}, r"creators must be a list of num_envs \(2\)"),
         ([Walk], {"env_args": [3]}, "env_args of environment 0 must be a list; got 3"),

@@ -12,6 +12,7 @@ imports neither JAX nor torch, and no environment.
 import contextlib
 import difflib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -21,9 +22,10 @@ import sys
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -334,6 +336,18 @@ class Serial(VecEnv):
                 stack.callback(group.close)
 
 
+class _Share(NamedTuple):
+    """Environments that step one after the other, as one part of a batch.
+
+    Attributes:
+        worker: that has them.
+        envs: their numbers, in a row.
+    """
+
+    worker: int
+    envs: range
+
+
 class _Pool(VecEnv):
     """Environments spread over workers, in equal and contiguous parts.
 
@@ -377,63 +391,6 @@ class _Pool(VecEnv):
         timeout: float | None = None,
         restart_failed: bool = False,
     ):
-        num_workers, batch_size = self._divide(
-            num_envs, num_workers, batch_size, zero_copy, overwork
-        )
-        makers = [*map(Maker, env_creators, env_args, env_kwargs)]
-        driver = makers[0]()
-        layout = Layout.of(driver)
-        super().__init__(driver, layout, num_envs, batch_size)
-
-        each = self._envs_per_worker = num_envs // num_workers
-        per_batch = batch_size // each
-        if per_batch == num_workers:
-            zero_copy = True  # there is but one batch
-        self._per_unit = per_batch if zero_copy else 1
-        self._units_per_batch = per_batch // self._per_unit
-        self._sync_traj = sync_traj
-        self._owing = [0] * (num_workers // self._per_unit)  # workers a unit waits for
-        self._sent: list[int] = []  # units, in that order
-        self._done: list[int] = []  # units among them, in that order
-        self._batch: list[int] = []
-
-        self._timeout = math.inf if timeout is None else timeout
-        self._start_limit = _PATIENCE if timeout is None else timeout + _STARTING
-        self._restart_failed = restart_failed
-        self._busy: dict[int, tuple[bytes, Any]] = {}  # worker -> what it does
-        self._due = [math.inf] * num_workers
-        self._restarts = [0] * num_workers
-        self._unproven: dict[int, int] = {}  # restarted worker -> steps till it has really made one
-        self._infos: list[list[Info]] = [[] for _ in range(num_workers)]
-
-        agents = self._agents_per_worker = layout.num_agents * each
-        self._rows = [slice(w * agents, (w + 1) * agents) for w in range(num_workers)]
-        self._options = [
-            {"seed": seed + w * each, "first": w * each, "restart_failed": restart_failed}
-            for w in range(num_workers)
-        ]
-        self._num_workers = num_workers
-        self._parts = [(makers[w * each : (w + 1) * each], layout) for w in range(num_workers)]
-        self._buffers = self._or_close(self._open, layout)
-        self._given = [self._buffers[name] for name in GIVEN]
-        self._or_close(self._start_all)
-
-    def _start_all(self) -> None:
-        for worker in range(self._num_workers):
-            self._start(worker)
-        for worker in range(self._num_workers):
-            self._order(worker, Order.READY, limit=self._start_limit)
-        while self._busy:
-            self._wait()
-
-    def _divide(
-        self,
-        num_envs: int,
-        num_workers: int | None,
-        batch_size: int | None,
-        zero_copy: bool,
-        overwork: bool,
-    ) -> tuple[int, int]:
         batch_size = num_envs if batch_size is None else batch_size
         if not 1 <= batch_size <= num_envs:
             raise ValueError(f"batch_size must be 1 .. num_envs ({num_envs}); got {batch_size}")
@@ -442,31 +399,93 @@ class _Pool(VecEnv):
                 f"with zero_copy, num_envs must be a multiple of batch_size; got {num_envs} and "
                 f"{batch_size}"
             )
-        cores = self._cores()
+        shares = self._shares = self._divide(num_envs, num_workers, batch_size, overwork)
+        makers = [*map(Maker, env_creators, env_args, env_kwargs)]
+        driver = makers[0]()
+        layout = Layout.of(driver)
+        super().__init__(driver, layout, num_envs, batch_size)
+
+        per_batch = len(shares) * batch_size // num_envs
+        if per_batch == len(shares):
+            zero_copy = True  # there is but one batch
+        self._per_unit = per_batch if zero_copy else 1
+        self._units_per_batch = per_batch // self._per_unit
+        self._sync_traj = sync_traj
+        self._owing = [0] * (len(shares) // self._per_unit)  # shares a unit waits for
+        self._sent: list[int] = []  # units, in that order
+        self._done: list[int] = []  # units among them, in that order
+        self._batch: list[int] = []
+
+        self._timeout = math.inf if timeout is None else timeout
+        self._start_limit = _PATIENCE if timeout is None else timeout + _STARTING
+        self._restart_failed = restart_failed
+        self._num_workers = 1 + max(share.worker for share in shares)
+        # By their numbers, as everywhere below, the shares that a worker has.
+        self._shares_of: list[list[int]] = [[] for _ in range(self._num_workers)]
+        for number, share in enumerate(shares):
+            self._shares_of[share.worker].append(number)
+        self._busy: dict[int, tuple[bytes, Any]] = {}
+        self._due = [math.inf] * len(shares)
+        self._restarts = [0] * self._num_workers
+        self._unproven: dict[int, int] = {}  # restarted share -> steps till it has really made one
+        self._missing: set[int] = set()  # restarted while they had nothing to do: no step for them
+        self._infos: list[list[Info]] = [[] for _ in shares]
+
+        each = layout.num_agents
+        self._rows = [slice(s.envs.start * each, s.envs.stop * each) for s in shares]
+        self._parts: list[tuple[list[Maker], Layout, dict[str, Any]]] = []
+        for share in shares:
+            first = share.envs.start
+            options = {"seed": seed + first, "first": first, "restart_failed": restart_failed}
+            self._parts.append(([makers[i] for i in share.envs], layout, options))
+        self._buffers = self._or_close(self._open, layout)
+        self._given = [self._buffers[name] for name in GIVEN]
+        self._or_close(self._start_all)
+
+    def _start_all(self) -> None:
+        for worker in range(self._num_workers):
+            self._start(worker)
+        for share in range(len(self._shares)):
+            self._order(share, Order.READY, limit=self._start_limit)
+        while self._busy:
+            self._wait()
+
+    def _divide(
+        self, num_envs: int, num_workers: int | None, batch_size: int, overwork: bool
+    ) -> list[_Share]:
+        """The shares, batch by batch: here, one of each worker, which are of equal sizes."""
         if num_workers is None:
             fitting = [
                 n
                 for n in range(1, num_envs + 1)
                 if not num_envs % n and not batch_size % (num_envs // n)
             ]
-            num_workers = max((n for n in fitting if n <= cores), default=min(fitting))
-        elif num_workers > cores and not overwork:
-            raise ValueError(
-                f"num_workers is {num_workers}, but there are {cores} cores, and more workers than "
-                "those rarely pay; overwork=True allows it"
-            )
-        if num_workers < 1 or num_envs % num_workers:
+            num_workers = max((n for n in fitting if n <= self._cores()), default=min(fitting))
+        self._check_workers(num_workers, overwork)
+        if num_envs % num_workers:
             raise ValueError(f"num_workers must divide num_envs; got {num_workers} and {num_envs}")
-        if batch_size % (num_envs // num_workers):
+        each = num_envs // num_workers
+        if batch_size % each:
             raise ValueError(
                 "batch_size must be a multiple of the environments of one worker "
                 f"({num_envs} / {num_workers}); got {batch_size}"
             )
-        return num_workers, batch_size
+        return [_Share(w, range(w * each, (w + 1) * each)) for w in range(num_workers)]
 
-    def _payload(self, worker: int, agents: int, rows: slice) -> bytes:
-        options = self._options[worker] | {"restarts": self._restarts[worker]}
-        return pack((*self._parts[worker], agents, rows, options))
+    def _check_workers(self, num_workers: int, overwork: bool) -> None:
+        cores = self._cores()
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1; got {num_workers}")
+        if num_workers > cores and not overwork:
+            raise ValueError(
+                f"num_workers is {num_workers}, but there are {cores} cores, and more workers than "
+                "those rarely pay; overwork=True allows it"
+            )
+
+    def _payload(self, share: int, agents: int, rows: slice) -> bytes:
+        makers, layout, options = self._parts[share]
+        restarts = self._restarts[self._shares[share].worker]
+        return pack((makers, layout, agents, rows, options | {"restarts": restarts}))
 
     # --- what a kind of worker must do ---
 
@@ -480,15 +499,15 @@ class _Pool(VecEnv):
 
     @abstractmethod
     def _start(self, worker: int) -> None:
-        """Start a worker, in the place of a lost one if there was one."""
+        """Start a worker with its shares, in the place of a lost one if there was one."""
 
     @abstractmethod
-    def _give(self, worker: int, order: bytes, argument: Any) -> None:
-        """Give it an order."""
+    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
+        """Give the share's worker an order. If it has been obeyed by then: what was told."""
 
     @abstractmethod
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
-        """Those of the workers that have done what they were told, after waiting for one."""
+        """By share, those of the workers that have done what they were told, after waiting."""
 
     @abstractmethod
     def _kill(self, worker: int) -> None:
@@ -497,56 +516,70 @@ class _Pool(VecEnv):
     # --- waiting for workers ---
 
     def _order(
-        self, worker: int, order: bytes, argument: Any = None, limit: float | None = None
+        self, share: int, order: bytes, argument: Any = None, limit: float | None = None
     ) -> None:
-        self._busy[worker] = order, argument
-        self._due[worker] = time.monotonic() + (self._timeout if limit is None else limit)
-        self._give(worker, order, argument)
+        told = self._give(share, order, argument)
+        if told is not None:
+            self._obeyed(share, told)
+            return
+        self._busy[share] = order, argument
+        # The worker may have others of its shares to step before.
+        busy = sum(own in self._busy for own in self._shares_of[self._shares[share].worker])
+        self._due[share] = time.monotonic() + busy * (self._timeout if limit is None else limit)
+
+    def _obeyed(self, share: int, told: list[Info]) -> None:
+        self._infos[share] += told
+        unit = share // self._per_unit
+        self._owing[unit] -= 1
+        if not self._owing[unit]:
+            self._done.append(unit)
 
     def _wait(self) -> None:
         """Wait until a worker has done what it was told, or has failed or hung."""
-        due = min(self._due[worker] for worker in self._busy)
+        due = min(self._due[share] for share in self._busy)
         timeout = max(0.0, due - time.monotonic()) if due < math.inf else None
-        for worker, reply in self._replies(timeout):
+        for share, reply in self._replies(timeout):
             due = math.inf
             if isinstance(reply, Failure):
-                self._lose(worker, reply)
+                self._lose(share, reply)
                 continue
-            order, _ = self._busy.pop(worker)
-            if order == Order.STEP and worker in self._unproven:
-                self._unproven[worker] -= 1
-                if not self._unproven[worker]:
-                    del self._unproven[worker]
-            self._infos[worker] += reply
-            unit = worker // self._per_unit
-            self._owing[unit] -= 1
-            if not self._owing[unit]:
-                self._done.append(unit)
+            order, _ = self._busy.pop(share)
+            if order == Order.STEP and share in self._unproven:
+                self._unproven[share] -= 1
+                if not self._unproven[share]:
+                    del self._unproven[share]
+            self._obeyed(share, reply)
         if due < math.inf:  # nobody replied
-            for worker in [w for w in self._busy if self._due[w] <= time.monotonic()]:
+            late = [s for s in self._busy if self._due[s] <= time.monotonic()]
+            for worker, share in {self._shares[s].worker: s for s in reversed(late)}.items():
                 self._kill(worker)
-                order, _ = self._busy[worker]
+                order, _ = self._busy[share]
                 what = {Order.STEP: "step", Order.RESET: "reset"}.get(order, "start")
                 limit = f"timeout={self._timeout}" if what != "start" else f"{self._start_limit:g}"
                 reason = f"did not {what} within {limit} s and was killed"
-                self._lose(worker, Failure(reason, lost=True))
+                self._lose(share, Failure(reason, lost=True))
 
-    def _lose(self, worker: int, failure: Failure) -> None:
-        """Start the worker anew, if that is wanted and can help."""
-        order, argument = self._busy[worker]
-        first = worker * self._envs_per_worker
-        again = "after a restart, " * (worker in self._unproven)
-        if not (self._restart_failed and failure.lost) or again or order == Order.READY:
+    def _lose(self, lost: int, failure: Failure) -> None:
+        """Start the worker of a share anew, if that is wanted and can help."""
+        worker, envs = self._shares[lost]
+        tasks = {share: self._busy.pop(share, None) for share in self._shares_of[worker]}
+        again = "after a restart, " * (lost in self._unproven)
+        unwanted = not (self._restart_failed and failure.lost)
+        if unwanted or again or tasks[lost] == (Order.READY, None):
             raise WorkerError(
-                f"worker {worker} (environments {first} to {first + self._envs_per_worker - 1}) "
+                f"worker {worker} (environments {envs.start} to {envs.stop - 1}) "
                 f"{again}{failure.reason}"
             )
-        self._unproven[worker] = 2  # the first may but reset
         self._restarts[worker] += 1
-        self._infos[worker].append({"restarts": self._envs_per_worker})
         self._start(worker)
-        order = Order.RESET if order == Order.RESET else Order.RESTART
-        self._order(worker, order, argument, limit=self._start_limit)
+        for share, task in tasks.items():
+            self._unproven[share] = 2  # the first may but reset
+            self._infos[share].append({"restarts": len(self._shares[share].envs)})
+            if task is None:
+                self._missing.add(share)
+            else:
+                order = Order.RESET if task[0] == Order.RESET else Order.RESTART
+                self._order(share, order, task[1], limit=self._start_limit)
 
     # --- the protocol ---
 
@@ -555,10 +588,10 @@ class _Pool(VecEnv):
             self._wait()
         self._sent, self._done = [*range(len(self._owing))], []
         self._owing = [self._per_unit] * len(self._owing)
-        for worker, rows in enumerate(self._rows):
-            self._infos[worker] = []
-            first = rows.start * self._envs_per_worker // self._agents_per_worker
-            self._order(worker, Order.RESET, None if seed is None else seed + first)
+        self._missing.clear()
+        for number, share in enumerate(self._shares):
+            self._infos[number] = []
+            self._order(number, Order.RESET, None if seed is None else seed + share.envs.start)
 
     def _recv(self) -> Received:
         while not (batch := self._next_batch()):
@@ -568,10 +601,10 @@ class _Pool(VecEnv):
             self._sent.remove(unit)
             self._done.remove(unit)
         infos: list[Info] = []
-        for worker in self._workers():
-            if self._infos[worker]:
-                infos += self._infos[worker]
-                self._infos[worker] = []
+        for share in self._batch_shares():
+            if self._infos[share]:
+                infos += self._infos[share]
+                self._infos[share] = []
         rows = self._batch_rows()
         obs, rewards, terminals, truncations, masks = [array[rows] for array in self._given]
         return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
@@ -582,27 +615,31 @@ class _Pool(VecEnv):
         ready = len(batch) == self._units_per_batch and not any(self._owing[u] for u in batch)
         return batch if ready else []
 
-    def _workers(self) -> list[int]:
-        """Those of the batch."""
+    def _batch_shares(self) -> list[int]:
         return [u * self._per_unit + i for u in self._batch for i in range(self._per_unit)]
 
     def _batch_rows(self) -> Any:
-        size = self._per_unit * self._agents_per_worker
         if len(self._batch) == 1:
-            return slice(self._batch[0] * size, (self._batch[0] + 1) * size)
-        return np.concatenate([np.arange(u * size, (u + 1) * size) for u in self._batch])
+            first = self._batch[0] * self._per_unit
+            return slice(self._rows[first].start, self._rows[first + self._per_unit - 1].stop)
+        rows = [self._rows[share] for share in self._batch_shares()]
+        return np.concatenate([np.arange(r.start, r.stop) for r in rows])
 
     def _send(self, actions: np.ndarray) -> None:
         self._buffers["actions"][self._batch_rows()] = actions
         for unit in self._batch:
             self._sent.append(unit)
             self._owing[unit] = self._per_unit
-        for worker in self._workers():
-            self._order(worker, Order.STEP)
+        for share in self._batch_shares():
+            if share in self._missing:
+                self._missing.remove(share)
+                self._order(share, Order.RESTART)
+            else:
+                self._order(share, Order.STEP)
 
     def _notify(self) -> None:
-        for worker in range(len(self._rows)):
-            self._give(worker, Order.NOTIFY, None)
+        for share in range(len(self._shares)):
+            self._give(share, Order.NOTIFY, None)
 
     def _close(self) -> None:
         self.driver_env.close()
@@ -618,64 +655,90 @@ class Multiprocessing(_Pool):
         args: `_Pool`'s.
         local_worker: the last worker is this process, which steps its share within `send` while
             the others step theirs. What its environments raise comes through as it is, and no
-            `timeout` ends them.
+            `timeout` ends them. Each worker then has a share of each batch. If there are several
+            batches, the others step one while this process acts on the next, so that its own
+            shares are a quarter as large.
         kwargs: `_Pool`'s.
 
     Raises:
-        ValueError: with a local worker, not all environments act at once; or see `_Pool`.
+        ValueError: see `_Pool`; or with a local worker, there are more workers than environments
+            in a batch.
         WorkerError: an environment could not be made.
     """
 
     def __init__(self, *args: Any, local_worker: bool = False, **kwargs: Any):
         self._has_local = local_worker
+        if local_worker:  # shares differ in size, so a batch is of those that make one
+            kwargs["zero_copy"] = True
         super().__init__(*args, **kwargs)
 
+    def _divide(
+        self, num_envs: int, num_workers: int | None, batch_size: int, overwork: bool
+    ) -> list[_Share]:
+        if not self._has_local:
+            return super()._divide(num_envs, num_workers, batch_size, overwork)
+        num_workers = min(self._cores(), batch_size) if num_workers is None else num_workers
+        self._check_workers(num_workers, overwork)
+        if num_envs % batch_size or num_workers > batch_size:
+            raise ValueError(
+                "with local_worker, num_envs must be a multiple of batch_size, which must be at "
+                f"least num_workers; got {num_envs}, {batch_size} and {num_workers}"
+            )
+        others = num_workers - 1
+        own = batch_size // num_workers
+        if others and batch_size < num_envs:
+            own = max(1, own // 4)
+        ends = [(batch_size - own) * (i + 1) // others for i in range(others)] + [batch_size]
+        return [
+            _Share(worker, range(batch + begin, batch + end))
+            for batch in range(0, num_envs, batch_size)
+            for worker, (begin, end) in enumerate(itertools.pairwise([0, *ends]))
+        ]
+
     def _open(self, layout: Layout) -> dict[str, np.ndarray]:
-        self._local: Envs | None = None
-        self._told: list[Info] | None = None  # by the local worker, and not yet handed on
+        self._local: dict[int, Envs] = {}
         self._memory = Memory(layout.size(self.num_agents))
         self._processes: dict[int, Process] = {}
+        self._ordered: list[deque[int]] = [deque() for _ in range(self._num_workers)]
         self._worker_of: dict[int, int] = {}  # by its file descriptor
         self._poll = select.poll()
         self._end = weakref.finalize(self, _end, self._processes, self._memory, os.getpid())
-        if self._has_local and self.agents_per_batch < self.num_agents:
-            raise ValueError(
-                "with local_worker, all environments act at once: batch_size must be num_envs, "
-                f"{self.num_environments}; got {self.agents_per_batch // layout.num_agents}"
-            )
         return layout.buffers(self.num_agents, self._memory.map)
 
     def _start(self, worker: int) -> None:
+        shares = self._shares_of[worker]
         if self._has_local and worker == self._num_workers - 1:
-            makers, layout = self._parts[worker]
-            buf = {name: array[self._rows[worker]] for name, array in self._buffers.items()}
-            self._local = Envs(makers, layout, buf, **self._options[worker])
+            for share in shares:
+                makers, layout, options = self._parts[share]
+                buf = {name: array[self._rows[share]] for name, array in self._buffers.items()}
+                self._local[share] = Envs(makers, layout, buf, **options)
             return
         process = self._processes[worker] = Process(self._memory.fd)
         self._poll.register(process.fd, select.POLLIN)
         self._worker_of[process.fd] = worker
-        process.order(Order.START, self._payload(worker, self.num_agents, self._rows[worker]))
+        self._ordered[worker].clear()
+        for share in shares:
+            payload = self._payload(share, self.num_agents, self._rows[share])
+            process.order(Order.START, shares.index(share), payload)
 
-    def _give(self, worker: int, order: bytes, argument: Any) -> None:
-        if worker not in self._processes:
-            assert self._local is not None
-            told = self._local.obey(order, argument)
-            self._told = self._told if order == Order.NOTIFY else told
-            return
+    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
+        if share in self._local:
+            return self._local[share].obey(order, argument)
+        worker = self._shares[share].worker
+        if order != Order.NOTIFY:
+            self._ordered[worker].append(share)
         message = pickle.dumps(argument) if order == Order.RESET else b""
-        self._processes[worker].order(order, message)
+        self._processes[worker].order(order, self._shares_of[worker].index(share), message)
+        return None
 
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
-        if self._told is not None:
-            told, self._told = self._told, None
-            yield self._num_workers - 1, told
-            return
         for fd, _ in wait(self._poll, timeout):
             worker = self._worker_of[fd]
             reply = self._processes[worker].reply()
             if isinstance(reply, Failure):
                 self._poll.unregister(fd)
-            yield worker, reply
+            ordered = self._ordered[worker]  # empty: it died without an order
+            yield ordered.popleft() if ordered else self._shares_of[worker][0], reply
 
     def _kill(self, worker: int) -> None:
         self._poll.unregister(self._processes[worker].fd)
@@ -690,8 +753,8 @@ class Multiprocessing(_Pool):
         with contextlib.ExitStack() as stack:
             stack.callback(super()._close)
             stack.callback(self._end)
-            if self._local is not None:
-                stack.callback(self._local.close)
+            for envs in self._local.values():
+                stack.callback(envs.close)
 
 
 def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
@@ -736,31 +799,35 @@ class Ray(_Pool):
         return layout.buffers(self.num_agents)
 
     def _start(self, worker: int) -> None:
-        payload = self._payload(worker, self._agents_per_worker, slice(None))
+        (share,) = self._shares_of[worker]
+        agents = self._rows[share].stop - self._rows[share].start
+        payload = self._payload(share, agents, slice(None))
         per_core = -(-self._num_workers // self._cores())  # with overwork, more than one
         actor = self._ray.remote(num_cpus=1 / per_core, scheduling_strategy="SPREAD")(Actor)
         self._actors[worker] = actor.remote(sys.path, payload)
 
-    def _give(self, worker: int, order: bytes, argument: Any) -> None:
+    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
         if order == Order.STEP:
-            argument = self._buffers["actions"][self._rows[worker]]
-        reply = self._actors[worker].obey.remote(order, argument)
+            argument = self._buffers["actions"][self._rows[share]]
+        reply = self._actors[self._shares[share].worker].obey.remote(order, argument)
         if order != Order.NOTIFY:
-            self._replying[reply] = worker
+            self._replying[reply] = share
+        return None
 
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
         for ref in self._ray.wait([*self._replying], num_returns=1, timeout=timeout)[0]:
-            worker = self._replying.pop(ref)
+            share = self._replying.pop(ref)
             try:
                 reply, arrays = self._ray.get(ref)
             except self._ray.exceptions.RayError as error:
                 reply, arrays = Failure(f"was lost: {error}", lost=True), {}
             for name, array in arrays.items():
-                self._buffers[name][self._rows[worker]] = array
-            yield worker, reply
+                self._buffers[name][self._rows[share]] = array
+            yield share, reply
 
     def _kill(self, worker: int) -> None:
-        self._replying = {ref: w for ref, w in self._replying.items() if w != worker}
+        mine = self._shares_of[worker]
+        self._replying = {ref: s for ref, s in self._replying.items() if s not in mine}
         self._ray.kill(self._actors[worker])
 
     def _close(self) -> None:
@@ -1038,8 +1105,8 @@ def autotune(
 ) -> dict[str, Any]:
     """Find by trial what is fastest here, and print a table of what was tried.
 
-    Tried are `Serial`, and `Multiprocessing` with one batch of environments, with and without a
-    local worker, and with several, of which the others step while one is acted on.
+    Tried are `Serial`, and `Multiprocessing`, with and without a local worker, with one batch of
+    environments and with several, of which the others step while one is acted on.
 
     Args:
         env_creator: see `make`.
@@ -1066,17 +1133,17 @@ def autotune(
     trials: list[dict[str, Any]] = [{"backend": Serial, "num_envs": batch_size}]
     for num_envs in range(batch_size, max_envs + 1, batch_size):
         for num_workers in range(1, min(cores, num_envs) + 1):
+            trial: dict[str, Any] = {
+                "backend": Multiprocessing,
+                "num_envs": num_envs,
+                "num_workers": num_workers,
+                "batch_size": batch_size,
+                "overwork": num_workers > _cores(),
+            }
             if not num_envs % num_workers and not batch_size % (num_envs // num_workers):
-                trial: dict[str, Any] = {
-                    "backend": Multiprocessing,
-                    "num_envs": num_envs,
-                    "num_workers": num_workers,
-                    "batch_size": batch_size,
-                    "overwork": num_workers > _cores(),
-                }
                 trials.append(trial)
-                if num_envs == batch_size and num_workers > 1:
-                    trials.append(trial | {"local_worker": True})
+            if 1 < num_workers <= batch_size:
+                trials.append(trial | {"local_worker": True})
     rates = []
     for trial in trials:
         with make(env_creator, **trial, **kwargs) as vecenv:

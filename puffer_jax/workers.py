@@ -34,7 +34,10 @@ GIVEN = ("observations", "rewards", "terminals", "truncations", "masks")  # by e
 
 
 class Order:
-    """What a worker is told, in one byte; START and RESET are followed by an argument."""
+    """What a worker is told, in one byte; START and RESET are followed by an argument.
+
+    Two more bytes say for which of its shares of the environments.
+    """
 
     START, READY, RESET, STEP, RESTART, NOTIFY, CLOSE = (bytes((c,)) for c in b"IQRSTNC")
 
@@ -452,12 +455,12 @@ class Process:
         self.fd = self._connection.fileno()
         self.pid = self._process.pid
 
-    def order(self, order: bytes, argument: bytes = b"") -> None:
-        """Send an order; to a dead worker, nothing, since its channel will tell."""
+    def order(self, order: bytes, share: int = 0, argument: bytes = b"") -> None:
+        """Send an order for a share; to a dead worker, nothing, since its channel will tell."""
         if self._connection.closed:
             return
         try:
-            os.write(self.fd, order)
+            os.write(self.fd, order + share.to_bytes(2))
             if argument:
                 self._connection.send_bytes(argument)
         except ConnectionError:
@@ -558,27 +561,32 @@ def main(channel: int, memory: int) -> None:
 
 
 def _serve(connection: Connection, memory: int) -> None:
-    channel, envs = connection.fileno(), None
+    channel = connection.fileno()
+    shares: dict[int, Envs] = {}
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     while True:
         wait(poll)
-        order, argument = os.read(channel, 1), None
+        told, argument = os.read(channel, 3), None
+        if not told:
+            return
+        order, share = told[:1], int.from_bytes(told[1:])
         try:
             if order == Order.START:
-                envs = boot(connection.recv_bytes(), mmap.mmap(memory, 0))
+                shares[share] = boot(connection.recv_bytes(), mmap.mmap(memory, 0))
                 continue
             if order == Order.RESET:
                 argument = connection.recv()
-            if envs is None or not order:
+            if order == Order.CLOSE:
+                with contextlib.ExitStack() as stack:
+                    for envs in shares.values():
+                        stack.callback(envs.close)
                 return
-            infos = envs.obey(order, argument)
+            infos = shares[share].obey(order, argument)
             reply = pickle.dumps(infos) if infos else b""
         except Exception as error:
             os.write(channel, _ERROR)
             connection.send(_told(error))
-            return
-        if order == Order.CLOSE:
             return
         if order == Order.NOTIFY:
             continue

@@ -265,7 +265,7 @@ def update(net: str, envs: int) -> Case:
 
 
 # One worker a core.
-_PROCESSES = {"backend": vector.Multiprocessing, "local_worker": True}
+_PROCESSES: dict[str, Any] = {"backend": vector.Multiprocessing, "local_worker": True}
 
 
 def trainer(
@@ -276,8 +276,8 @@ def trainer(
     steps = 64 * envs
     if not (native or plain):
         creator = puffer_jax.environments.env_creator("CartPole-v1")
-        options: Any = _PROCESSES if processes else {}
-        vecenv = vector.make(creator, num_envs=envs, **options)
+        turns = _PROCESSES | {"batch_size": envs // 2}  # the others step while this process acts
+        vecenv = vector.make(creator, num_envs=envs, **turns if processes else {})
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
         def epoch() -> None:
@@ -417,7 +417,7 @@ def vecenv(kind: str, backend: str, plain: bool = False) -> Case:
 
     def call() -> float:
         if not plain:
-            options: Any = _PROCESSES if backend == "Multiprocessing" else {}
+            options = _PROCESSES if backend == "Multiprocessing" else {}
             made = vector.make(creator, num_envs=8, **options)
         elif backend == "Serial":
             made = gymnasium.vector.SyncVectorEnv([creator] * 8)

@@ -187,8 +187,8 @@ def _learning() -> Iterator[Row]:
 def _trainers() -> Iterator[Row]:
     host = "PuffeRL, gymnasium's CartPole, 64 environments"
     backends = {
-        "": ("ours: Multiprocessing with a local worker, torch: Serial", False),
-        "-processes": ("Multiprocessing; ours with a local worker", True),
+        "": ("ours: Multiprocessing, a local worker, half a batch by turns; torch: Serial", False),
+        "-processes": ("Multiprocessing; ours with a local worker, half a batch by turns", True),
     }
     for net in ("default", "lstm"):
         for name, (backend, processes) in backends.items():
