@@ -316,6 +316,14 @@ struct Job {
   }
 };
 
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
 // Stays awake until `ready()`, but for no more than a moment, and giving way to other threads.
 template <typename Ready>
 bool awake_until(const Ready& ready) {
@@ -323,6 +331,8 @@ bool awake_until(const Ready& ready) {
   while (!ready()) {
     if (std::chrono::steady_clock::now() > end) return false;
     std::this_thread::yield();
+    // Two virtual cores may be one: what is left to the other is worth more than how often we ask.
+    for (int i = 0; i < 16 && !ready(); ++i) pause();
   }
   return true;
 }
@@ -502,6 +512,15 @@ template <typename T>
 const T* nothing(Index) {
   return nullptr;
 }
+
+// Where rows lie that are evenly spaced. By value, since what a lambda captures by reference may be
+// read anew after every vector that is stored.
+template <typename T>
+struct Rows {
+  T* first;
+  Index stride;
+  INLINE T* operator()(Index m) const { return first + m * stride; }
+};
 
 // Whether a few rows more than a tile has go faster as a tile for each half of the panel.
 template <int width>
@@ -767,16 +786,16 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
     }
   });
   // to(m)[0:4 * lanes] = start(m) + from(m) @ these units' weights of the inputs [begin, end).
-  const auto gates_of = [&](Index p, Index begin, Index end, Index count, const auto& from,
-                            const auto& start, const auto& to) {
-    for (Index at = 0; at < 4 * lanes; at += piece) {
-      const T* panel = packed + (p * 4 * lanes + at) * joined + begin * piece;
-      multiply<T, kWidest>(
-          {1, 0, end - begin, 1, panel, piece}, count, piece, from,
-          [&](Index m) { return start(m) + at; }, [&](Index m) { return to(m) + at; });
+  const auto gates_of = [packed, joined](Index p, Index begin, Index end, Index count,
+                                         Rows<const T> from, Rows<const T> start, Rows<T> to) {
+    const T* panel = packed + p * 4 * lanes * joined + begin * piece;
+    for (Index at = 0; at < 4 * lanes; at += piece, panel += piece * joined) {
+      multiply<T, kWidest>({1, 0, end - begin, 1, panel, piece}, count, piece, from, start, to);
+      start.first += piece;
+      to.first += piece;
     }
   };
-  const auto block = [&](Index first, Index last) {
+  const auto block = [=](Index first, Index last) {
     const Index rows = last - first, steps = shape.steps<T>(rows), slots = std::max<Index>(2, steps);
     const Index stride = Shape::stride<T>(joined), wide = 4 * lanes;
     constexpr int tile_rows = kTileRows[kWidest];
@@ -787,56 +806,60 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
     T* squashed = scratch<T, 3>(2 * rows * lanes);
     T* cells = c_last + first * hidden;
     std::copy_n(c + first * hidden, rows * hidden, cells);
-    const auto row = [&](Index t, Index m) { return slot + (t % slots * rows + m) * stride; };
-    const auto begun = [&](Index m, Index t) { return done[(first + m) * time + t]; };
-    for (Index m = 0; m < rows; ++m) std::copy_n(h + (first + m) * hidden, hidden, row(0, m) + inputs);
+    const auto rows_of = [=](Index t) { return slot + t % slots * rows * stride; };
+    const auto begun = [=](Index m, Index t) { return done[(first + m) * time + t]; };
+    for (Index m = 0; m < rows; ++m) {
+      std::copy_n(h + (first + m) * hidden, hidden, slot + m * stride + inputs);
+    }
     const Index own = steps > 1 ? inputs : 0;  // the rows' part left to each step begins here
     for (Index t = 0; t < time; ++t) {
       const Index step = t % steps;
       if (step == 0) {
         const Index ahead = std::min(steps, time - t);
         for (Index i = 0; i < ahead; ++i) {
-          copy_inputs(shape, t + i, first, last, x, row(t + i, 0), stride);
+          copy_inputs(shape, t + i, first, last, x, rows_of(t + i), stride);
         }
         for (Index p = 0; p < panels && steps > 1; ++p) {
-          gates_of(
-              p, 0, inputs, ahead * rows, [&](Index m) { return slot + m * stride; },
-              [&](Index) { return biases + p * wide; },
-              [&](Index m) { return given + (p * steps * rows + m) * wide; });
+          gates_of(p, 0, inputs, ahead * rows, {slot, stride}, {biases + p * wide, 0},
+                   {given + p * steps * rows * wide, wide});
         }
       }
+      T* now = rows_of(t);
+      T* next = rows_of(t + 1) + inputs;
       for (Index m = 0; m < rows; ++m) {
-        if (begun(m, t)) std::fill_n(row(t, m) + inputs, hidden, T(0));
+        if (begun(m, t)) std::fill_n(now + m * stride + inputs, hidden, T(0));
       }
       for (Index p = 0; p < panels; ++p) {
         const Index units = std::min(lanes, hidden - p * lanes);
+        const T* start = own ? given + (p * steps + step) * rows * wide : biases + p * wide;
         alignas(kBytes) T sums[most_rows * 4 * lanes];
         for (Index m = 0, valid; m < rows; m += valid) {
           valid = rows - m <= most_rows ? rows - m : even(rows - m, tile_rows);
-          const T* begin = given + (p * steps * rows + step * rows + m) * wide;
-          gates_of(
-              p, own, joined, valid, [&](Index i) { return row(t, m + i) + own; },
-              [&](Index i) { return own ? begin + i * wide : biases + p * wide; },
-              [&](Index i) { return sums + i * wide; });
-          const auto update = [&](auto side_by_side, Index i) {
+          gates_of(p, own, joined, valid, {now + m * stride + own, stride},
+                   own ? Rows<const T>{start + m * wide, wide} : Rows<const T>{start, 0},
+                   {sums, wide});
+          T* cell = cells + m * hidden + p * lanes;
+          T* keep = kept + ((t * shape.batch + first + m) * 5) * hidden + p * lanes;
+          T* final = squashed + 2 * m * lanes;
+          const auto update = [=, &sums](auto side_by_side, Index i) {
             constexpr int N = side_by_side;
             Group<T, 4 * N> gates;
             load_group<T, 4 * N>(sums + i * wide, N * wide, gates);
             squash<T, 4 * N>(gates);
 #pragma GCC unroll 2
             for (int k = 0; k < N; ++k) {
-              const Index r = m + i + k;
-              T* cell = cells + r * hidden + p * lanes;
-              const Vector<T> before = begun(r, t) ? Vector<T>{} : load(cell, units);
+              const Index r = i + k;
+              T* of_cell = cell + r * hidden;
+              const Vector<T> before = begun(m + r, t) ? Vector<T>{} : load(of_cell, units);
               const Vector<T> after = gates[4 * k + 1] * before + gates[4 * k] * gates[4 * k + 2];
-              store(cell, after, units);
-              store(squashed + 2 * r * lanes, after);
-              store(squashed + (2 * r + 1) * lanes, gates[4 * k + 3]);
+              store(of_cell, after, units);
+              store(final + 2 * r * lanes, after);
+              store(final + (2 * r + 1) * lanes, gates[4 * k + 3]);
               if (kept == nullptr) continue;
-              T* keep = kept + ((t * shape.batch + first + r) * 5) * hidden + p * lanes;
+              T* to = keep + r * 5 * hidden;
 #pragma GCC unroll 4
-              for (int g = 0; g < 4; ++g) store(keep + g * hidden, gates[4 * k + g], units);
-              store(keep + 4 * hidden, after, units);
+              for (int g = 0; g < 4; ++g) store(to + g * hidden, gates[4 * k + g], units);
+              store(to + 4 * hidden, after, units);
             }
           };
           Index i = 0;
@@ -845,25 +868,26 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
           for (; i < valid; ++i) update(std::integral_constant<int, 1>(), i);
         }
         // A cell's tanh waits for its gates: later, beside those of other rows.
-        const auto finish = [&](auto side_by_side, Index m) {
+        const auto finish = [=](auto side_by_side, Index m) {
           constexpr int N = side_by_side;
           Group<T, N> x;
           EACH x[i] = load(squashed + 2 * (m + i) * lanes);
           tanh<T, N>(x);
           EACH x[i] *= load(squashed + (2 * (m + i) + 1) * lanes);
-          EACH store(row(t + 1, m + i) + inputs + p * lanes, x[i], units);
+          EACH store(next + (m + i) * stride + p * lanes, x[i], units);
         };
         Index m = 0;
         for (; m + kGroup <= rows; m += kGroup) finish(std::integral_constant<int, kGroup>(), m);
         for (; m < rows; ++m) finish(std::integral_constant<int, 1>(), m);
       }
       for (Index m = 0; m < rows; ++m) {
-        std::copy_n(row(t + 1, m) + inputs, hidden, outputs + ((first + m) * time + t) * hidden);
+        std::copy_n(next + m * stride, hidden, outputs + ((first + m) * time + t) * hidden);
       }
     }
+    const T* after = rows_of(time) + inputs;
     for (Index m = 0; m < rows; ++m) {
       T* to = h_last + (first + m) * hidden;
-      if (time == 0 || h_last != outputs) std::copy_n(row(time, m) + inputs, hidden, to);
+      if (time == 0 || h_last != outputs) std::copy_n(after + m * stride, hidden, to);
     }
   };
   parallel(pool, shape.blocks, [&](Index i) { block(shape.begin(i), shape.begin(i + 1)); });
@@ -1004,13 +1028,14 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
     return Sums{own, own + size_x, own + size_x + size_h};
   };
 
-  const auto block = [&](Index first, Index last, const Sums& sums) {
+  const auto block = [=](Index first, Index last, const Sums& sums) {
     const Index rows = last - first;
     const Index stride = Shape::stride<T>(joined), d_stride = Shape::stride<T>(gates);
     const Index slots = shape.steps<T>(rows);
     T* inputs_rows = scratch<T, 1>(slots * rows * stride);
     T* d_rows = scratch<T, 2>(slots * rows * d_stride);
     T* tanh_row = scratch<T, 3>(hidden);
+    T** of_dx = scratch<T*, 0>(slots * rows);
     std::fill_n(inputs_rows, slots * rows * stride, T(0));
     std::copy_n(dh_last + first * hidden, rows * hidden, dh + first * hidden);
     std::copy_n(dc_last + first * hidden, rows * hidden, dc + first * hidden);
@@ -1029,14 +1054,14 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
         T* dc_row = dc + (first + r) * hidden;
         const T* d_output = d_outputs + at * hidden;
         const bool begun = done[at];
-        in_groups<T>(hidden, [&](auto size, Index j, Index left) {
+        in_groups<T>(hidden, [=](auto size, Index j, Index left) {
           constexpr int N = size;
           Group<T, N> x;
           load_group<T, N>(keep + 4 * hidden + j, left, x);
           tanh<T, N>(x);
           store_group<T, N>(tanh_row + j, left, x);
         });
-        const auto unit = [&](Index j, auto whole) {
+        const auto unit = [=](Index j, auto whole) {
           const Index units = whole ? lanes : hidden - j;
           const Vector<T> i = load(keep + j, units), f = load(keep + hidden + j, units);
           const Vector<T> g = load(keep + 2 * hidden + j, units);
@@ -1058,31 +1083,29 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
       }
       for (Index q = 0; q < h_panels; ++q) {
         const Product<T> product{1, 0, gates, 1, packed + (x_panels + q) * wide * gates, wide};
-        multiply<T, kWidest>(
-            product, rows, hidden - q * wide, [&](Index r) { return d_now + r * d_stride; },
-            nothing<T>, [&](Index r) { return dh + (first + r) * hidden + q * wide; });
+        multiply<T, kWidest>(product, rows, hidden - q * wide, Rows<const T>{d_now, d_stride},
+                             nothing<T>, Rows<T>{dh + first * hidden + q * wide, hidden});
       }
       for (Index r = first; r < last; ++r) {
         if (done[r * time + t]) std::fill_n(dh + r * hidden, hidden, T(0));
       }
+      for (Index r = 0; r < rows; ++r) {
+        of_dx[slot * rows + r] = dx + ((first + r) * time + t) * inputs;
+      }
       if (++slot < slots && t > 0) continue;
       for (Index p = 0; p < x_panels; ++p) {
         const Product<T> product{1, 0, gates, 1, packed + p * wide * gates, wide};
-        multiply<T, kWidest>(
-            product, slot * rows, inputs - p * wide,
-            [&](Index m) { return d_rows + m * d_stride; }, nothing<T>, [&](Index m) {
-              const Index at = (first + m % rows) * time + t + slot - 1 - m / rows;
-              return dx + at * inputs + p * wide;
-            });
+        multiply<T, kWidest>(product, slot * rows, inputs - p * wide,
+                             Rows<const T>{d_rows, d_stride}, nothing<T>,
+                             [=](Index m) { return of_dx[m] + p * wide; });
       }
       const auto add = [&](const T* rows_of, Index columns, T* sum) {
         for (Index g = 0; g < gates; g += kGates) {
           const Index some = std::min(kGates, gates - g);
           for (Index n = 0; n < columns; n += wide) {
             const Product<T> product{1, 0, slot * rows, d_stride, rows_of + n, stride};
-            const auto from = [&](Index m) { return d_rows + g + m; };
-            const auto to = [&](Index m) { return sum + (g + m) * columns + n; };
-            multiply<T, kWidest>(product, some, columns - n, from, to, to);
+            const Rows<T> to{sum + g * columns + n, columns};
+            multiply<T, kWidest>(product, some, columns - n, Rows<const T>{d_rows + g, 1}, to, to);
           }
         }
       };
