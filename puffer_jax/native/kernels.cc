@@ -798,12 +798,13 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
   const auto block = [=](Index first, Index last) {
     const Index rows = last - first, steps = shape.steps<T>(rows), slots = std::max<Index>(2, steps);
     const Index stride = Shape::stride<T>(joined), wide = 4 * lanes;
+    // Rows whose gates are made before the first of them is needed, and how many if there are more.
     constexpr int tile_rows = kTileRows[kWidest];
-    constexpr int most_rows = kSplits<kWidest> ? kTileRows[kWidest / 2] : tile_rows;
+    constexpr int most_rows = kSplits<kWidest> ? kTileRows[kWidest / 2] : 2 * tile_rows;
+    constexpr int many_rows = kSplits<kWidest> ? tile_rows : most_rows;
     // Rows [x_t, h_{t-1}], and of some steps what x_t gives to the gates: (panels, rows, wide).
     T* slot = scratch<T, 1>(slots * rows * stride);
     T* given = scratch<T, 2>(steps > 1 ? panels * steps * rows * wide : 0);
-    T* squashed = scratch<T, 3>(2 * rows * lanes);
     T* cells = c_last + first * hidden;
     std::copy_n(c + first * hidden, rows * hidden, cells);
     const auto rows_of = [=](Index t) { return slot + t % slots * rows * stride; };
@@ -834,13 +835,13 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
         const T* start = own ? given + (p * steps + step) * rows * wide : biases + p * wide;
         alignas(kBytes) T sums[most_rows * 4 * lanes];
         for (Index m = 0, valid; m < rows; m += valid) {
-          valid = rows - m <= most_rows ? rows - m : even(rows - m, tile_rows);
+          valid = rows - m <= most_rows ? rows - m : even(rows - m, many_rows);
           gates_of(p, own, joined, valid, {now + m * stride + own, stride},
                    own ? Rows<const T>{start + m * wide, wide} : Rows<const T>{start, 0},
                    {sums, wide});
           T* cell = cells + m * hidden + p * lanes;
           T* keep = kept + ((t * shape.batch + first + m) * 5) * hidden + p * lanes;
-          T* final = squashed + 2 * m * lanes;
+          T* last = next + m * stride + p * lanes;
           const auto update = [=, &sums](auto side_by_side, Index i) {
             constexpr int N = side_by_side;
             Group<T, 4 * N> gates;
@@ -853,8 +854,7 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
               const Vector<T> before = begun(m + r, t) ? Vector<T>{} : load(of_cell, units);
               const Vector<T> after = gates[4 * k + 1] * before + gates[4 * k] * gates[4 * k + 2];
               store(of_cell, after, units);
-              store(final + 2 * r * lanes, after);
-              store(final + (2 * r + 1) * lanes, gates[4 * k + 3]);
+              store(last + r * stride, gates[4 * k + 3], units);
               if (kept == nullptr) continue;
               T* to = keep + r * 5 * hidden;
 #pragma GCC unroll 4
@@ -867,21 +867,22 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
           for (; kBytes == 64 && i + 1 < valid; i += 2) update(std::integral_constant<int, 2>(), i);
           for (; i < valid; ++i) update(std::integral_constant<int, 1>(), i);
         }
-        // A cell's tanh waits for its gates: later, beside those of other rows.
-        const auto finish = [=](auto side_by_side, Index m) {
-          constexpr int N = side_by_side;
-          Group<T, N> x;
-          EACH x[i] = load(squashed + 2 * (m + i) * lanes);
-          tanh<T, N>(x);
-          EACH x[i] *= load(squashed + (2 * (m + i) + 1) * lanes);
-          EACH store(next + (m + i) * stride + p * lanes, x[i], units);
-        };
-        Index m = 0;
-        for (; m + kGroup <= rows; m += kGroup) finish(std::integral_constant<int, kGroup>(), m);
-        for (; m < rows; ++m) finish(std::integral_constant<int, 1>(), m);
       }
+      // A cell's tanh waits for its gates: later, beside those of many others.
       for (Index m = 0; m < rows; ++m) {
-        std::copy_n(next + m * stride, hidden, outputs + ((first + m) * time + t) * hidden);
+        const T* cell = cells + m * hidden;
+        T* state = next + m * stride;
+        T* output = outputs + ((first + m) * time + t) * hidden;
+        in_groups<T>(hidden, [=](auto size, Index j, Index left) {
+          constexpr int N = size;
+          Group<T, N> x, last;
+          load_group<T, N>(cell + j, left, x);
+          load_group<T, N>(state + j, left, last);
+          tanh<T, N>(x);
+          EACH x[i] *= last[i];
+          store_group<T, N>(state + j, left, x);
+          store_group<T, N>(output + j, left, x);
+        });
       }
     }
     const T* after = rows_of(time) + inputs;
