@@ -693,6 +693,7 @@ def test_gelu():
         (131, 3, 20, 33, True),
         (7, 2, 5, 150, True),
         (20, 23, 18, 5, True),
+        (131, 23, 18, 18, True),  # as wide as its inputs: results lie where those were
     ],
 )
 def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
@@ -722,6 +723,32 @@ def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
     agree(ours(*weights, x, h, c), plain(*weights, x, h, c))
     if done is not None:
         assert done.any() and not done.all()
+
+
+def test_lstm_results_take_the_place_of_its_inputs(kernels):
+    batch, hidden = 40, 16
+    weights = draw(0, 4 * hidden, hidden), draw(6, 4 * hidden, hidden), draw(1, 4 * hidden)
+    x, start = draw(2, batch, 12, hidden), (draw(3, batch, hidden), draw(4, batch, hidden))
+    kept = np.array(x)
+
+    def run(weights, x, start):
+        return layers.lstm_scan(*weights, x, *start)[0]
+
+    def only_there(weights, x, start):
+        return run(weights, jnp.sin(x), start).sum()
+
+    plain = run(weights, x, start)
+    # Where they are needed on they stay what they are.
+    after, between = jax.jit(lambda *a: (run(*a), a[1] + 1))(weights, x, start)
+    agree(after, plain)
+    np.testing.assert_array_equal(x, kept)
+    np.testing.assert_array_equal(between, kept + 1)
+    mapped = jax.vmap(run, (None, 0, None))(weights, jnp.stack([x, -x]), start)
+    agree(mapped, jnp.stack([plain, run(weights, -x, start)]))
+    program = jax.jit(only_there).lower(weights, x, start).compile()
+    agree(program(weights, x, start), only_there(weights, x, start))
+    if native.at_hand("float64"):
+        assert program.memory_analysis().temp_size_in_bytes < 1.8 * x.nbytes
 
 
 @pytest.mark.parametrize(

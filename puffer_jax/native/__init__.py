@@ -138,10 +138,21 @@ def _built(compiler: str, dtype: str) -> Path:
 
 
 def _call(
-    name: str, results: Any, *arrays: Array, vmap_method: str = "sequential", **attributes: Any
+    name: str,
+    results: Any,
+    *arrays: Array,
+    vmap_method: str = "sequential",
+    aliases: dict[int, int] | None = None,
+    **attributes: Any,
 ) -> Any:
+    """`aliases`: from an array to the result in its place, since fresh memory is slow to touch.
+
+    Where the array is needed on, XLA copies it.
+    """
     dtype = next(array.dtype.name for array in arrays if array.dtype.name in _TYPES)
-    call = jax.ffi.ffi_call(f"{name}_{dtype}", results, vmap_method=vmap_method)
+    call = jax.ffi.ffi_call(
+        f"{name}_{dtype}", results, vmap_method=vmap_method, input_output_aliases=aliases
+    )
     return call(*arrays, **attributes)
 
 
@@ -218,20 +229,40 @@ def differentiable(
 
 def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
     """Forward of `puffer_jax.layers.lstm_scan`, of arrays of one dtype; `done` is bool."""
-    *_, x, h, c, _ = arrays
+    *weights, x, h, c, done = arrays
     (batch, time, _), hidden = x.shape, h.shape[1]
-    outputs = jax.ShapeDtypeStruct((batch, time, hidden), x.dtype)
+    rows = _rows(x)
+    outputs = jax.ShapeDtypeStruct((batch * time, hidden), x.dtype)
     gates = jax.ShapeDtypeStruct((time, batch, 5, hidden) if keep else (0,), x.dtype)
-    *results, gates = _call("puffer_jax_lstm_forward", (outputs, *_like(h, c), gates), *arrays)
-    return tuple(results), (results[0], gates)
+    *results, gates = _call(
+        "puffer_jax_lstm_forward",
+        (outputs, *_like(h, c), gates),
+        *(*weights, rows, h, c, done),
+        # A step's input is read before its output is written.
+        aliases={3: 0} if not keep and rows.shape == outputs.shape else None,
+    )
+    outputs = results[0].reshape(batch, time, hidden)
+    return (outputs, *results[1:]), (outputs, gates)
 
 
 def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
     """Backward of `lstm`."""
     weight_ih, weight_hh, bias, x, h, c, done = arrays
-    given = (weight_ih, weight_hh, x, h, c, done, *kept, *cotangents)
-    results = _like(weight_ih, weight_hh, bias, x, h, c)
-    return tuple(_call("puffer_jax_lstm_backward", results, *given))
+    (outputs, gates), (d_outputs, *d_states) = kept, cotangents
+    rows, d_rows = _rows(x), _rows(d_outputs)
+    given = (weight_ih, weight_hh, rows, h, c, done, _rows(outputs), gates, d_rows, *d_states)
+    d_ih, d_hh, d_bias, dx, *d_start = _call(
+        "puffer_jax_lstm_backward",
+        _like(weight_ih, weight_hh, bias, rows, h, c),
+        *given,
+        # As in `lstm`; and XLA would copy what is reshaped, did not the kernel take rows.
+        aliases={8: 3} if rows.shape == d_rows.shape else None,
+    )
+    return d_ih, d_hh, d_bias, dx.reshape(x.shape), *d_start
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def lstm_step(*arrays: Array) -> tuple[Array, Array]:

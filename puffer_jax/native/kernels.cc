@@ -705,14 +705,15 @@ constexpr Index kBlock = 96;
 // Gates whose gradients of some steps stay in cache while the inputs' columns pass by.
 constexpr Index kGates = 48;
 
+// x is (batch * time, inputs), h (batch, hidden).
 struct Shape {
   Index batch, time, inputs, hidden;
   Index parts, blocks;  // of the batch: parts run side by side, each some blocks long
 
   Shape(const In& x, const In& h, ffi::ThreadPool& pool)
-      : batch(x.dimensions()[0]),
-        time(x.dimensions().size() == 3 ? x.dimensions()[1] : 1),
-        inputs(x.dimensions().back()),
+      : batch(h.dimensions()[0]),
+        time(x.dimensions()[0] / batch),
+        inputs(x.dimensions()[1]),
         hidden(h.dimensions()[1]) {
     parts = std::clamp<Index>(pool.num_threads(), 1, std::max<Index>(1, batch / 6));
     blocks = parts * std::max<Index>(1, (batch + parts * kBlock - 1) / (parts * kBlock));
@@ -759,6 +760,7 @@ void copy_states(const Shape& shape, Index t, Index first, Index last, const T* 
 }
 
 // kept (time, batch, 5, hidden), if any: the gates i, f, g, o and the cell, for the gradient.
+// `outputs` may lie where `x` does.
 template <typename T>
 void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, const T* of_h,
                   const T* bias, const T* x, const T* h, const T* c, const bool* done, T* outputs,
