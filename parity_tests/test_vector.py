@@ -307,9 +307,7 @@ def test_choices():
 
 
 def test_workers_are_light_and_sleep():
-    began = time.monotonic()
     vecenv = vector.make(Modules, num_envs=2, **workers(2))
-    assert time.monotonic() - began < 30
     vecenv.reset(0)
     *_, infos = vecenv.step(np.zeros(2, int))
     assert [info["pid"] for info in infos] == vecenv.pids and os.getpid() not in vecenv.pids
