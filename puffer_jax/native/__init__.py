@@ -310,14 +310,8 @@ def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
     Returns:
         The new ones.
     """
-    name = f"puffer_jax_adam_{gradient.dtype.name}"
-    call = jax.ffi.ffi_call(
-        name,
-        _like(*arrays),
-        vmap_method="broadcast_all",
-        input_output_aliases={2: 0, 3: 1, 4: 2},
-    )
-    return tuple(call(numbers, gradient, *arrays))
+    options: Any = {"vmap_method": "broadcast_all", "aliases": {2: 0, 3: 1, 4: 2}}
+    return tuple(_call("puffer_jax_adam", _like(*arrays), numbers, gradient, *arrays, **options))
 
 
 # --- random numbers ------------------------------------------------------------------------

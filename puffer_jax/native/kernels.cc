@@ -842,7 +842,8 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
                    own ? Rows<const T>{start + m * wide, wide} : Rows<const T>{start, 0},
                    {sums, wide});
           T* cell = cells + m * hidden + p * lanes;
-          T* keep = kept + ((t * shape.batch + first + m) * 5) * hidden + p * lanes;
+          T* keep = nullptr;
+          if (kept) keep = kept + (t * shape.batch + first + m) * 5 * hidden + p * lanes;
           T* last = next + m * stride + p * lanes;
           const auto update = [=, &sums](auto side_by_side, Index i) {
             constexpr int N = side_by_side;
@@ -857,7 +858,7 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
               const Vector<T> after = gates[4 * k + 1] * before + gates[4 * k] * gates[4 * k + 2];
               store(of_cell, after, units);
               store(last + r * stride, gates[4 * k + 3], units);
-              if (kept == nullptr) continue;
+              if (keep == nullptr) continue;
               T* to = keep + r * 5 * hidden;
 #pragma GCC unroll 4
               for (int g = 0; g < 4; ++g) store(to + g * hidden, gates[4 * k + g], units);
@@ -890,7 +891,7 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
     const T* after = rows_of(time) + inputs;
     for (Index m = 0; m < rows; ++m) {
       T* to = h_last + (first + m) * hidden;
-      if (time == 0 || h_last != outputs) std::copy_n(after + m * stride, hidden, to);
+      if (h_last != outputs) std::copy_n(after + m * stride, hidden, to);
     }
   };
   parallel(pool, shape.blocks, [&](Index i) { block(shape.begin(i), shape.begin(i + 1)); });
