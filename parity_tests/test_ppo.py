@@ -50,7 +50,7 @@ def build_ours(kind: str, recurrent: bool, dtype: str):
 
 
 def make_buffer(theirs, kind: str, dtype: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """What a rollout of a policy near `theirs` might have left."""
+    """What a rollout of a policy near `theirs` might have left, in numbers that `dtype` has."""
     space = SPACES[kind]
     observations = rng.standard_normal((SEGMENTS, HORIZON, 5)).astype(np.float32)
     if kind == "discrete":
@@ -59,12 +59,12 @@ def make_buffer(theirs, kind: str, dtype: str, rng: np.random.Generator) -> dict
         actions = rng.integers(space.nvec, size=(SEGMENTS, HORIZON, 2))
     else:
         actions = rng.standard_normal((SEGMENTS, HORIZON, 2)).astype(np.float32)
-    with torch_precision(dtype), torch.no_grad():
-        policy = copy.deepcopy(theirs).to(getattr(torch, dtype))
+    with torch_precision("float64"), torch.no_grad():
+        policy = copy.deepcopy(theirs).double()
         obs = torch.from_numpy(observations)
         if not hasattr(policy, "lstm"):
             obs = obs.reshape(-1, 5)
-        logits, values = policy(obs.to(getattr(torch, dtype)), {"lstm_h": None, "lstm_c": None})
+        logits, values = policy(obs.double(), {"lstm_h": None, "lstm_c": None})
         _, logprobs, _ = pufferlib.pytorch.sample_logits(logits, torch.from_numpy(actions))
     shape = SEGMENTS, HORIZON
     noise = rng.standard_normal((2, *shape))
@@ -93,7 +93,8 @@ def lockstep(kind: str, recurrent: bool, dtype: str, updates: int, **changes):
     state = learner.init(params)
     update = jax.jit(lambda s, e, i: learner.update(s, e, indices=i))
     start = copy.deepcopy(theirs)
-    reference = Reference(theirs, (OBSERVATION, SPACES[kind]), dtype, **changes)
+    # In float64 whatever ours is in: float32's order of sums is the processor's.
+    reference = Reference(theirs, (OBSERVATION, SPACES[kind]), "float64", **changes)
     if config.optimizer == "muon":  # its momentum is float32 otherwise, whatever the parameters
         reference.trainer.optimizer.param_groups[0]["storage_dtype"] = "float64"
     rng = np.random.default_rng(1)
@@ -160,9 +161,12 @@ def test_muon_in_lockstep():
 
 def test_one_update_in_float32():
     found, expected, _ = lockstep("discrete", True, "float32", 1)
-    # Moments are squares of gradients, whose own bar is 2e-5.
-    for name in ("losses", "ratio", "values", "priorities", "params"):
-        assert_same({name: found[name]}, {name: expected[name]}, 1e-5)
+    arrays = jax.tree.leaves([found[name] for name in ("values", "params", "mu", "nu")])
+    assert {x.dtype for x in arrays} == {np.dtype("float32")}
+    # Moments are sums of gradients, whose own bar is 2e-5, and of their squares.
+    bars = dict.fromkeys(("losses", "ratio", "values", "priorities", "params"), 1e-5)
+    for name, bar in (bars | {"mu": 2e-5, "nu": 4e-5}).items():
+        assert_same({name: found[name]}, {name: expected[name]}, bar)
 
 
 def test_accumulated_gradients_add_up():
@@ -205,11 +209,13 @@ def test_advantage_is_the_original_loop(dtype):
     ours = ppo.puff_advantage(
         values, rewards, terminals, ratio, **dict(zip(names, numbers, strict=True))
     )
-    if dtype == "float32":
-        expected = compiled_advantage()(values, rewards, terminals, ratio, *numbers)
-    else:
-        expected = numpy_advantage(values, rewards, terminals, ratio, *numbers)
-    assert relative_error(ours, expected) <= {"float64": 1e-14, "float32": 1e-6}[dtype]
+    wide = (x.astype(np.float64) for x in (values, rewards, terminals, ratio))
+    exact = numpy_advantage(*wide, *numbers)
+    assert ours.dtype == dtype
+    assert relative_error(ours, exact) <= {"float64": 1e-14, "float32": 1e-6}[dtype]
+    if dtype == "float32":  # the formula is the one of the loop itself, which has float32 only
+        loop = compiled_advantage()(values, rewards, terminals, ratio, *numbers)
+        assert relative_error(loop, exact) <= 1e-6
     assert not np.asarray(ours[:, -1]).any()
 
 
