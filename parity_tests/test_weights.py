@@ -30,6 +30,7 @@ import pytest
 import safetensors.torch
 import scipy.special
 import torch
+from bars import BARS, relative_error
 from bars import stub_env as env
 from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
@@ -288,10 +289,13 @@ def test_bin_is_what_the_reference_exports(name, tmp_path, monkeypatch, capsys):
 
 
 class CReader:
-    """`extensions/puffernet.h` in NumPy: takes weights off the file layer by layer."""
+    """`extensions/puffernet.h` in NumPy: takes weights off the file layer by layer.
+
+    It computes in float64, which is the same on every machine.
+    """
 
     def __init__(self, path):
-        self.weights = np.fromfile(path, "<f4")
+        self.weights = np.fromfile(path, "<f4").astype(np.float64)
 
     def take(self, *shape):
         values, self.weights = np.split(self.weights, [math.prod(shape)])
@@ -325,11 +329,11 @@ C_GELU = 0.6628526501011142  # its tanh form has this factor where the textbook 
 
 
 def c_gelu(x):
-    return np.float32(0.5) * x * (1 + np.tanh(np.float32(C_GELU) * (x + 0.044715 * x * x * x)))
+    return 0.5 * x * (1 + np.tanh(C_GELU * (x + 0.044715 * x * x * x)))
 
 
 def exact_gelu(x):
-    return (0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))).astype(np.float32)
+    return 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
 
 
 def c_default(path, x, activation):
@@ -348,7 +352,7 @@ def c_linear_lstm(path, x, activation):
     actor, value = reader.linear(HIDDEN, 3), reader.linear(HIDDEN, 1)
     lstm = reader.lstm(HIDDEN, HIDDEN)
     assert reader.weights.size == 0
-    h = c = np.zeros((len(x), HIDDEN), np.float32)
+    h = c = np.zeros((len(x), HIDDEN))
     for step in (x, -x):
         h, c = lstm(activation(encoder(step)), h, c)
     return actor(h), value(h)
@@ -363,20 +367,21 @@ def as_jax(activation):
 @pytest.mark.parametrize("name", ["discrete", "lstm"])
 def test_c_reader_computes_our_logits(name, activation, tmp_path):
     # The reader's own activations differ from the policy's (next test), so ours are exchanged;
-    # what is compared is every weight in its place. Sums run in another order: 1e-5 of float32.
+    # what is compared is every weight in its place.
     policy, path, x = ours(name), tmp_path / "x.bin", observations(name)
     save_weights(policy, path)
     encoder = (policy.policy if name == "lstm" else policy).encoder
     encoder.layers[1] = as_jax(activation)
     if name == "lstm":
-        expected = c_linear_lstm(path, x, activation)
+        exact = c_linear_lstm(path, np.float64(x), activation)
         _, _, state = policy.forward_eval(x)
         logits, values, _ = policy.forward_eval(-x, state)
     else:
-        expected = c_default(path, x, activation)
+        exact = c_default(path, np.float64(x), activation)
         logits, values = policy.forward_eval(x)
-    np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(values, expected[1], rtol=1e-5, atol=1e-5)
+    for found, expected in zip((logits, values), exact, strict=True):
+        assert (found.dtype, expected.dtype) == (np.float32, np.float64)
+        assert relative_error(found, expected) < BARS["forward"]["float32"]
 
 
 def test_c_reader_has_other_activations(tmp_path):
@@ -385,13 +390,13 @@ def test_c_reader_has_other_activations(tmp_path):
     assert f"tanhf({C_GELU} *" in source and "0.7978845" not in source
     default = source[source.index("void forward_default") : source.index("typedef struct LinearL")]
     assert "relu(net->relu1" in default and "gelu" not in default
-    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    x = np.linspace(-8, 8, 4001)
     difference = np.abs(c_gelu(x) - exact_gelu(x)).max()
     assert 0.05 < difference < 0.052
     # So C inference of an exported policy is close to it only; it is not the weights.
     policy, path = ours("lstm"), tmp_path / "x.bin"
     save_weights(policy, path)
-    x = observations("lstm")
+    x = np.float64(observations("lstm"))
     apart = np.abs(c_linear_lstm(path, x, c_gelu)[0] - c_linear_lstm(path, x, exact_gelu)[0]).max()
     assert apart > 1e-4
 
