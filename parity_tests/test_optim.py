@@ -508,7 +508,8 @@ def both_steps(dtype):
         new = optax.apply_updates(carry[0], updates), state
         return jax.tree.map(lambda old, new: jnp.where(skip, old, new), carry, new), None
 
-    params = tree_of(dtype, 0)
+    # As small as the steps, so that a step shows among what errors are relative to.
+    params = jax.tree.map(lambda x: x * x.dtype.type(0.01), tree_of(dtype, 0))
     return (params, tx.init(params)), by_us, by_optax
 
 
