@@ -14,7 +14,7 @@ import tyro
 from flax import nnx
 
 import puffer_jax
-from puffer_jax import PuffeRL  # was: from pufferlib.pufferl import PuffeRL
+from puffer_jax import PuffeRL
 
 
 @dataclass(frozen=True)

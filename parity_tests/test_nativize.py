@@ -16,8 +16,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puffer_jax.base.spaces import emulated_dtypes
 from puffer_jax.nativize import (
-    emulated_dtypes,
     flatten_observations,
     flattened_tensor_size,
     nativize_dtype,

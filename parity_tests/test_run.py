@@ -18,7 +18,8 @@ from flax import nnx
 from rich.console import Console
 
 from puffer_jax import checkpoint, dashboard, plot
-from puffer_jax.dashboard import Dashboard, Profile, Snapshot, render
+from puffer_jax.base.profile import Profile
+from puffer_jax.dashboard import Dashboard, Snapshot, render
 from puffer_jax.loggers import (
     JSONLLogger,
     Logger,

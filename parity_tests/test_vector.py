@@ -19,7 +19,8 @@ from gymnasium.spaces import Box
 from vector_envs import Guess, Modules, Native, Pair, Tick, Together, Walk
 
 import puffer_jax.emulation
-from puffer_jax import jaxenv, vector
+from puffer_jax import vector
+from puffer_jax.base import spaces
 from puffer_jax.hostenv import as_host_env
 from puffer_jax.vector import JaxVecEnv, Multiprocessing, Serial
 
@@ -409,8 +410,8 @@ def test_jax_vecenv():
 class Shown:
     """JAX-native, structured: counts, and echoes its action."""
 
-    observation_space = jaxenv.Dict(
-        {"flag": jaxenv.Box(0, 1, (), np.bool_), "at": jaxenv.Box(-9, 9, (2,), np.float32)}
+    observation_space = spaces.Dict(
+        {"flag": spaces.Box(0, 1, (), np.bool_), "at": spaces.Box(-9, 9, (2,), np.float32)}
     )
     action_space = Box(-1, 1, (2,))
 

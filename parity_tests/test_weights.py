@@ -40,8 +40,8 @@ from reference import skeleton
 
 import puffer_jax
 from puffer_jax import load_state_dict, load_weights, policy_from_checkpoint, save_weights
+from puffer_jax.base.files import write_atomically
 from puffer_jax.modules import torch_parameters
-from puffer_jax.weights import write_atomically
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -60,7 +60,10 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.weights import state_dict as state_dict
 
 _EXPORTS = {
-    "check": ("PolicyReport", "check_policy"),
+    "check": (
+        "PolicyReport",
+        "check_policy",
+    ),
     "config": ("PuffeRLConfig",),
     "distributions": (
         "Normal",
@@ -72,7 +75,18 @@ _EXPORTS = {
         "sample_logits",
     ),
     "jaxenv": ("as_jax_env",),
-    "layers": ("LSTM", "layer_init", "torch_init"),
+    "layers": (
+        "LSTM",
+        "layer_init",
+        "torch_init",
+    ),
+    "loggers": (
+        "JSONLLogger",
+        "MultiLogger",
+        "NoLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+    ),
     "models": (
         "ConvSequence",
         "Convolutional",
@@ -81,8 +95,10 @@ _EXPORTS = {
         "ProcgenResnet",
         "ResidualBlock",
     ),
-    "loggers": ("JSONLLogger", "MultiLogger", "NoLogger", "TensorBoardLogger", "WandbLogger"),
-    "modules": ("merge", "split"),
+    "modules": (
+        "merge",
+        "split",
+    ),
     "nativize": (
         "flatten_observations",
         "flattened_tensor_size",
@@ -91,7 +107,11 @@ _EXPORTS = {
         "numpy_to_jax_dtype_dict",
         "unflatten_observations",
     ),
-    "pufferl": ("NonFiniteError", "PuffeRL", "make_train"),
+    "pufferl": (
+        "NonFiniteError",
+        "PuffeRL",
+        "make_train",
+    ),
     "weights": (
         "load_state_dict",
         "load_weights",

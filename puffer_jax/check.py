@@ -17,15 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from puffer_jax import spaces
+from puffer_jax.base import spaces
 from puffer_jax.distributions import Normal
 from puffer_jax.modules import merge, split, torch_parameters
 
 # A bound beyond this counts as none: CartPole's are 3e38, where any network overflows.
 _LARGE = 1e6
+
 _RANDOM = ("random", "random 2", "random 3")
+
 _KINDS = ("zero", "lowest", "highest", *_RANDOM)
+
 _TIME = 3
+
 # Of the largest magnitude. Batch sizes, jit and eager round differently, in bfloat16 by a percent;
 # the same program on the same row does not.
 _CLOSE, _SAME = 2e-2, 1e-5
@@ -151,9 +155,6 @@ def _describe(error: Exception) -> str:
         return str(error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
-
-
-# --- observations ------------------------------------------------------------------------------
 
 
 def _draw(space: Any, kind: str, count: int, rng: np.random.Generator) -> Any:
@@ -299,9 +300,6 @@ def _unusable(outputs: Mapping[str, np.ndarray]) -> list[str]:
         if not np.isfinite(largest).all() or (name == "scale" and not (y > 0).all()):
             bad.append(name)
     return bad
-
-
-# --- the rules ---------------------------------------------------------------------------------
 
 
 class _Rule(NamedTuple):

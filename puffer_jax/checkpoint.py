@@ -26,8 +26,11 @@ from flax import nnx
 from puffer_jax.weights import save_weights
 
 _FORMAT = 1
+
 _STATE = re.compile(r"state_(\d{6,})")
+
 _MODEL = re.compile(r"model_(\d{6,})\.(pt|safetensors)")
+
 # Folders on their way in or out; orbax adds a suffix of its own.
 _LITTER = re.compile(r"\.(state_\d{6,}(\.old|\.orbax-checkpoint-tmp.*)?|model_\d{6,}\..*\.tmp)")
 
@@ -170,9 +173,6 @@ def restore(run: PathLike, like: Any, epoch: int | None = None) -> tuple[Any, di
     return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
 def _orbax() -> ModuleType:
     try:
         import orbax.checkpoint as ocp
@@ -215,9 +215,6 @@ def _delete(path: Path) -> None:
         # Deleting a folder takes time; half of one must not look like a checkpoint.
         path = path.rename(path.with_name(f".{path.name}.old"))
     shutil.rmtree(path)
-
-
-# --- leaves ------------------------------------------------------------------------------------
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

@@ -12,9 +12,9 @@ import numpy as np
 import tyro
 
 from puffer_jax import models
+from puffer_jax.base.spaces import emulated_dtypes, kind_of
 from puffer_jax.bench.command import Bench
 from puffer_jax.commands import Eval, Plot, Train, train_defaults
-from puffer_jax.spaces import emulated_dtypes, kind_of
 from puffer_jax.weights import policy_from_checkpoint, save_weights, state_dict
 
 

@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import numpy as np
 import tyro
 
-from puffer_jax import checkpoint, environments, spaces, vector
-from puffer_jax.config import Auto, PuffeRLConfig, near, read_ini
+from puffer_jax import checkpoint, environments, vector
+from puffer_jax.base import spaces
+from puffer_jax.base.files import write_atomically
+from puffer_jax.base.text import near
+from puffer_jax.config import Auto, PuffeRLConfig, read_ini
 from puffer_jax.environments import host
-from puffer_jax.weights import load_weights, policy_from_checkpoint, write_atomically
+from puffer_jax.weights import load_weights, policy_from_checkpoint
 
 _INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
+
 # What the rest of the command line says already.
 _SETTLED = ("env", "use_rnn", "num_envs")
 
@@ -281,10 +285,10 @@ class Plot:
         return 0
 
 
-# --- options: defaults, then a file or a run, then flags ---------------------------------------
-
 _SETTINGS = "config.json"
+
 _INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train", "sweep")
+
 _INI_BASE = ("env_name", "package", "policy_name", "rnn_name", "max_suggestion_cost")
 
 
@@ -438,9 +442,6 @@ def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
     return arguments
 
 
-# --- environments ------------------------------------------------------------------------------
-
-
 @contextmanager
 def _naming_the_flag() -> Iterator[None]:
     """What is wrong with the name of an environment, or with its arguments, is so with --env."""
@@ -534,9 +535,6 @@ def _make_pufferlib(name: str, options: dict[str, Any], create: Callable[[], Any
     return make(emulated, **options)
 
 
-# --- policies ----------------------------------------------------------------------------------
-
-
 def make_policy(
     env: Any, options: PolicyOptions, rnn: bool, precision: str = "float32", seed: int = 0
 ) -> Any:
@@ -567,9 +565,6 @@ def make_policy(
     return LSTMWrapper(env, policy, size, size, rngs=rngs, dtype=dtype)
 
 
-# --- runs --------------------------------------------------------------------------------------
-
-
 def _logger(settings: Train, folder: Path) -> Any:
     from puffer_jax import loggers
 
@@ -597,9 +592,6 @@ def _find_model(path: Path) -> tuple[Path, Train | None]:
             raise FileNotFoundError(f"no complete checkpoint in the folder {path}")
         path = found[0]
     return path, _read_settings(folder) if (folder / _SETTINGS).exists() else None
-
-
-# --- playing -----------------------------------------------------------------------------------
 
 
 def play(

@@ -3,11 +3,12 @@
 import ast
 import configparser
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from puffer_jax.base.text import near
 
 Auto = Literal["auto"]
 
@@ -16,6 +17,7 @@ _TORCH_ONLY = frozenset(
     "device torch_deterministic cpu_offload compile compile_mode compile_fullgraph name project "
     "tag neptune wandb env_batch_size".split()
 )
+
 _HYPERS = (
     "learning_rate gamma gae_lambda clip_coef vf_coef vf_clip_coef ent_coef max_grad_norm "
     "adam_beta1 adam_beta2 adam_eps vtrace_rho_clip vtrace_c_clip prio_alpha prio_beta0"
@@ -324,13 +326,6 @@ def _is_number(value: Any) -> bool:
 def _multiples(number: int, unit: int) -> str:
     below = number // unit * unit
     return " or ".join(str(n) for n in (below, below + unit) if n > 0)
-
-
-def near(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Each name with the nearest known one in parentheses."""
-    known = list(known)
-    close = {name: difflib.get_close_matches(name, known, 1) for name in names}
-    return [f"{n} (did you mean {c[0]}?)" if c else n for n, c in close.items()]
 
 
 def read_ini(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from puffer_jax import models, spaces
+from puffer_jax import models
+from puffer_jax.base import spaces
 from puffer_jax.modules import merge, split
 
 _SIZES: dict[type, tuple[str, ...]] = {
@@ -29,7 +30,9 @@ _SIZES: dict[type, tuple[str, ...]] = {
     models.ProcgenResnet: ("cnn_width", "mlp_width"),
     models.LSTMWrapper: ("input_size", "hidden_size"),
 }
+
 _CLASSES = {cls.__name__: cls for cls in _SIZES}
+
 _ACTIONS = {cls.__name__: cls for cls in (spaces.Discrete, spaces.MultiDiscrete, spaces.Continuous)}
 
 

@@ -24,6 +24,7 @@ from puffer_jax import native, random
 # Trapezoidal rule for expectations under N(0, 1): for a smooth integrand it converges
 # exponentially in the number of nodes, and for tanh's it beats Gauss-Hermite at the same cost.
 _NODES = np.linspace(-9.0, 9.0, 128)
+
 _WEIGHTS = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
 
 

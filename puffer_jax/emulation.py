@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.spaces import children_of, emulated_dtypes, kind_of
+from puffer_jax.base.spaces import children_of, emulated_dtypes, kind_of
 
 Buffers = Mapping[str, np.ndarray]
 
@@ -32,9 +32,6 @@ def _gymnasium() -> Any:
             "environments need gymnasium: pip install 'puffer_jax[vector]'"
         ) from error
     return gymnasium
-
-
-# --- spaces ------------------------------------------------------------------------------------
 
 
 def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
@@ -157,9 +154,6 @@ def set_buffers(env: Any, buf: Buffers | None = None) -> None:
         setattr(env, name, buf[name])
     teacher = buf.get("teacher_actions")
     env.teacher_actions = np.zeros_like(env.actions) if teacher is None else teacher
-
-
-# --- one observation, one action ---------------------------------------------------------------
 
 
 class _Leaf:
@@ -366,9 +360,6 @@ def _form(value: Any) -> str:
 def _describe(value: Any) -> str:
     """Its form, and its beginning."""
     return f"{_form(value)}, {value!r:.200}"
-
-
-# --- environments ------------------------------------------------------------------------------
 
 
 class _Emulated:

@@ -17,7 +17,15 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax import random
-from puffer_jax.spaces import Continuous, MultiDiscrete, env_spec, kind_of, structured_dtype
+from puffer_jax.base.spaces import (
+    Box,
+    Continuous,
+    Dict,
+    MultiDiscrete,
+    env_spec,
+    kind_of,
+    structured_dtype,
+)
 
 _PROTOCOL = (
     "a JAX-native environment has `observation_space`, `action_space`, `reset(key) -> (obs, state)`"
@@ -25,24 +33,8 @@ _PROTOCOL = (
     " gymnax (`step_env`, `default_params`) and brax (`observation_size`, `action_size`) are"
     " adapted"
 )
+
 _BRAX_MAX_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class Box:
-    """A space of real arrays; `low` and `high` are numbers or (nested) tuples that broadcast."""
-
-    low: Any
-    high: Any
-    shape: tuple[int, ...]
-    dtype: Any = np.float32
-
-
-@dataclass(frozen=True)
-class Dict:
-    """A space of dicts of arrays."""
-
-    spaces: Mapping[str, Any]
 
 
 class JaxEnv(Protocol):
@@ -202,9 +194,6 @@ def autoreset(env: Any) -> Callable[[Any, Any, Any], Step]:
     return step
 
 
-# --- recognising ---------------------------------------------------------------------------
-
-
 def _check_protocol(env: Any) -> None:
     if isinstance(env, str):
         raise TypeError(f"got the name {env!r}; make it: puffer_jax.environments.make({env!r})")
@@ -303,9 +292,6 @@ def _from_brax(env: Any) -> tuple[Any, bool]:
     actions = Box(-1.0, 1.0, (int(env.action_size),))
     inner = SimpleNamespace(observation_space=space, action_space=actions, reset=reset, step=step)
     return inner, "truncation" in info
-
-
-# --- one form for all ----------------------------------------------------------------------
 
 
 def _fix(env: Any, name: str, inner: Any, max_steps: int | None) -> AdaptedEnv:

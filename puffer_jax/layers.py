@@ -647,4 +647,5 @@ def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[An
 
 
 _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
+
 _lstm_by_us = native.differentiable(native.lstm, native.lstm_gradient, partial(_scan_by_xla, None))

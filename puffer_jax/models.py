@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from puffer_jax import spaces
+from puffer_jax.base import spaces
 from puffer_jax.distributions import Normal
 from puffer_jax.layers import (
     LSTM,
@@ -40,6 +40,7 @@ from puffer_jax.nativize import flatten_observations, nativize_dtype, nativize_t
 _zeros = jax.nn.initializers.zeros
 
 Logits = Array | tuple[Array, ...] | Normal
+
 State = dict[str, Any]  # arrays
 
 

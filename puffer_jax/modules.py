@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 Path = tuple[str | int, ...]
+
 Shape = tuple[int, ...]
 
 
@@ -107,9 +108,6 @@ def _shapes(params: Mapping[str, Any]) -> dict[Path, Shape]:
 
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
-
-
-# --- parameters as torch names and lays them out -------------------------------------------
 
 
 class TorchParameter(NamedTuple):
@@ -358,8 +356,11 @@ def _attention_out_back(tensor: Any, shape: Shape) -> tuple[Any]:
 
 
 _BIAS: Rule = ("bias", ("bias",), _same, _same_back)
+
 _SCALE: Rule = ("weight", ("scale",), _same, _same_back)
+
 _QKV = ("query", "key", "value")
+
 _RULES: dict[type, tuple[Rule, ...]] = {
     nnx.Linear: (("weight", ("kernel",), _linear, _linear_back), _BIAS),
     nnx.Conv: (("weight", ("kernel",), _conv, _conv_back), _BIAS),
@@ -384,4 +385,5 @@ _RULES: dict[type, tuple[Rule, ...]] = {
         ("out_proj.bias", ("out.bias",), _same, _same_back),
     ),
 }
+
 _CONTAINERS = (nnx.Sequential, nnx.List, nnx.Dict)

@@ -20,9 +20,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt8, UInt32
 
-from puffer_jax.spaces import children_of, emulated_dtypes, structured_dtype
+from puffer_jax.base.spaces import children_of, emulated_dtypes, structured_dtype
 
 Observation: TypeAlias = Shaped[Array | np.ndarray, "..."]
+
 # A leaf (dtype, shape, offset, delta), or a dict of native dtypes.
 NativeDtype: TypeAlias = tuple[Any, tuple[int, ...], int, int] | dict[str, Any]
 

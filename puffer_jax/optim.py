@@ -21,6 +21,7 @@ from puffer_jax import native
 Layout = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 OPTIMIZERS = ("adam", "muon")
+
 # One (a, b, c) for each of heavyball's five Newton-Schulz steps.
 _NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),

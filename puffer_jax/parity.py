@@ -24,20 +24,20 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
-from puffer_jax import models, spaces
+from puffer_jax import models
+from puffer_jax.base import spaces
 from puffer_jax.layers import LSTM, Deferred
 from puffer_jax.modules import merge, split, torch_aliases, torch_modules
 from puffer_jax.report import PRECISIONS, Errors, Kind, Report, Row
 from puffer_jax.weights import state_dict
 
 Arrays = dict[str, np.ndarray]
+
 _INSTALL_TORCH = "pip install 'torch>=2.10'"
+
 _INSTALL_REFERENCE = (
     "pip install torch==2.13.0 psutil && pip install --no-deps pufferlib-core==3.0.23"
 )
-
-
-# --- comparing -------------------------------------------------------------------------------
 
 
 class _Run(NamedTuple):
@@ -238,9 +238,6 @@ def _mean_square(array: np.ndarray, reference: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(difference / magnitude)))) if difference.size else 0.0
 
 
-# --- what both sides share ---------------------------------------------------------------------
-
-
 def _named(output: Any, prefix: str = "") -> dict[str, Any]:
     """A policy's output as named arrays; of a distribution, its loc and scale."""
     if output is None:
@@ -288,9 +285,6 @@ def _cast_floats(tree: Any, dtype: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, tree)
-
-
-# --- the torch side ----------------------------------------------------------------------------
 
 
 def _run_torch(policy: Any, inputs: _Inputs, precision: str) -> _Run:
@@ -435,9 +429,6 @@ def _record_torch(policy: Any) -> dict[str, list[np.ndarray]]:
     return calls
 
 
-# --- our side ----------------------------------------------------------------------------------
-
-
 def _run_jax(policy: nnx.Module, inputs: _Inputs, precision: str) -> _Run:
     graphdef, params = split(policy)
     dtype = jnp.dtype(precision)
@@ -538,9 +529,6 @@ def _recording_class(cls: type) -> type:
     if issubclass(cls, LSTM):
         methods |= {"step": recording(cls.step), "scan": recording(cls.scan)}
     return type(cls.__name__, (cls,), methods)
-
-
-# --- PufferLib's twin of a policy ----------------------------------------------------------------
 
 
 def reference_policy(jax_policy: nnx.Module) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.weights import write_atomically
+from puffer_jax.base.files import write_atomically
 
 # What a run's name ends with where runs differ only by their seed.
 _SEED = re.compile(r"(_seed|-s)\d+$")
+
 _AXES = {"agent_steps": "agent steps", "uptime": "wall time (s)"}
 
 

@@ -21,6 +21,7 @@ from puffer_jax.layers import recurrence
 from puffer_jax.modules import merge, split, torch_layout
 
 Params = dict[str, Any]
+
 Hypers = Mapping[str, Any]
 
 

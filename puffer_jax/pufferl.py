@@ -17,8 +17,9 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax import checkpoint, optim, random, rollout
+from puffer_jax.base.profile import Profile
 from puffer_jax.config import PuffeRLConfig
-from puffer_jax.dashboard import Dashboard, Profile, Snapshot
+from puffer_jax.dashboard import Dashboard, Snapshot
 from puffer_jax.hostenv import Received, as_host_env
 from puffer_jax.jaxenv import as_jax_env
 from puffer_jax.loggers import Logger, NoLogger

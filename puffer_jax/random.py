@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from puffer_jax import native
 
 _THREEFRY = "threefry2x32"
+
 _COUNTERS = 2**32  # JAX's have 64 bits, the kernels' 32
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from puffer_jax.weights import write_atomically
+from puffer_jax.base.files import write_atomically
 
 Kind = Literal["output", "gradient", "layer"]
 
@@ -23,10 +23,12 @@ BARS: dict[Kind, dict[str, float]] = {
     "gradient": {"float64": 1e-13, "float32": 2e-5},
     "layer": {"float64": 1e-14, "float32": 5e-6},
 }
+
 # Our float32 error against the float64 result, in units of torch's own.
 MAX_RATIO = 2.0
 
 KINDS: tuple[Kind, ...] = ("output", "gradient", "layer")
+
 PRECISIONS = ("float64", "float32")
 
 

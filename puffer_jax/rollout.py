@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import random, spaces
+from puffer_jax import random
+from puffer_jax.base import spaces
 from puffer_jax.config import PuffeRLConfig, Sizes
 from puffer_jax.distributions import sample_logits
 from puffer_jax.jaxenv import AdaptedEnv, autoreset
@@ -124,9 +125,6 @@ def last_of(config: PuffeRLConfig, arrival: Arrival, values: Array) -> Last:
     """What followed the last actions, from the arrival after them and its values."""
     row = stored(config, arrival, masked=False)
     return Last(row["rewards"], row["terminals"], values, row["final_values"])
-
-
-# --- JAX-native environments ----------------------------------------------------------------
 
 
 class Stream(NamedTuple):
@@ -275,9 +273,6 @@ def _with_following(experience: Experience, after: Last, agents: int) -> Last:
         None if experience.final_values is None else experience.final_values[:, 0],
     )
     return jax.tree.map(lambda row, end: jnp.concatenate([row[agents:], end]), first, after)
-
-
-# --- environments on the host ---------------------------------------------------------------
 
 
 class Outputs(NamedTuple):

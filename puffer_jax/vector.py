@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from puffer_jax.base.spaces import kind_of, structured_dtype
 from puffer_jax.emulation import emulate_observation_space, joint_space
-from puffer_jax.spaces import kind_of, structured_dtype
 from puffer_jax.workers import (
     GIVEN,
     Actor,
@@ -47,8 +47,11 @@ from puffer_jax.workers import (
 )
 
 Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
+
 _STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
+
 _PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a place for it
+
 _CLOSING = 2.0  # seconds the workers have to close their environments
 
 
@@ -964,9 +967,8 @@ def _fill(fields: np.ndarray, tree: Any) -> None:
         fields[...] = tree
 
 
-# --- making and measuring ----------------------------------------------------------------------
-
 BACKENDS: dict[str, Any] = {backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)}
+
 _OPTIONS = (
     *("num_workers", "batch_size", "zero_copy", "sync_traj", "overwork"),
     *("timeout", "restart_failed", "num_buffers", "local_worker"),

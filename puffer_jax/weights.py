@@ -11,29 +11,27 @@ load that fails leaves the policy as it was.
 """
 
 import hashlib
-import json
 import math
 import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from puffer_jax.base.files import write_atomically
+from puffer_jax.base.text import _from_json, _to_json
 from puffer_jax.describe import build, describe, infer
 from puffer_jax.modules import TorchParameter, mismatches, torch_aliases, torch_parameters
 
 _TORCH_INSTALL = "pip install 'torch>=2.10'"
+
 _METADATA_KEY = "puffer_jax"
-
-
-# --- state dicts -----------------------------------------------------------------------------
 
 
 def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
@@ -192,9 +190,6 @@ def _dtype(tensor: Any) -> str:
     return str(getattr(tensor, "dtype", type(tensor).__name__))
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
 def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
     """Write the policy's weights; the suffix `.pt`, `.safetensors` or `.bin` says how.
 
@@ -253,31 +248,6 @@ def _suffix(path: Path) -> str:
             f"{path}: the suffix says the format and must be one of {', '.join(_SAVERS)}"
         )
     return path.suffix
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replace `path` by what `write` puts into a file, or leave it untouched.
-
-    A process killed on the way may leave a file `.<name>.<random>.tmp` beside it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    # "x": never through somebody else's file or link.
-    file = open(temporary, "xb")
-    try:
-        with file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _import_torch() -> Any:
@@ -375,18 +345,6 @@ def _read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) 
     return tensors, _from_json(metadata.get(_METADATA_KEY, "null"))
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    # Sizes may be NumPy's integers, flat_size=np.prod(...) say.
-    return json.dumps(value, default=np.generic.item, **options)
-
-
-def _from_json(text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-
-
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
@@ -468,15 +426,13 @@ _SAVERS: dict[str, Callable[[nnx.Module, Path], None]] = {
     ".safetensors": _save_safetensors,
     ".bin": _save_bin,
 }
+
 # Readers are told the shapes to expect, where a policy is there to tell; .bin has no other.
 _READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Contents]] = {
     ".pt": _read_pt,
     ".safetensors": _read_safetensors,
     ".bin": _read_bin,
 }
-
-
-# --- a policy from its checkpoint --------------------------------------------------------
 
 
 def policy_from_checkpoint(

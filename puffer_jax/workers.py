@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from puffer_jax.spaces import structured_dtype
+from puffer_jax.base.spaces import structured_dtype
 
 Info = dict[str, Any]
+
 GIVEN = ("observations", "rewards", "terminals", "truncations", "masks")  # by environments
 
 
@@ -43,12 +44,15 @@ class Order:
 
 
 _DONE, _INFOS, _ERROR = b".", b"i", b"!"
+
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from puffer_jax.workers import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
+
 # Seconds to ask before sleeping: waking a core takes up to 0.1 ms, as long as many a step.
 _AWAKE = 1e-3
+
 # One process a core: no thread pools beside it, and no accelerator.
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 

@@ -15,11 +15,10 @@ from flax import nnx
 
 import puffer_jax
 from puffer_jax import native, ppo, vector
+from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
 from puffer_jax.config import PuffeRLConfig
-from puffer_jax.jaxenv import Box
-from puffer_jax.spaces import Discrete
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from puffer_jax.base.files import write_atomically
 from puffer_jax.bench.rows import Row
-from puffer_jax.weights import write_atomically
 
 OURS = "ours"
 # Those with a column of their own.

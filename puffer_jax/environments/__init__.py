@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from puffer_jax.config import near
+from puffer_jax.base.text import near
 
 if TYPE_CHECKING:  # what _NATIVE says, for type checkers
     from puffer_jax.environments.cartpole import CartPole as CartPole

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax import random
-from puffer_jax.jaxenv import Box
-from puffer_jax.spaces import Discrete
+from puffer_jax.base.spaces import Box, Discrete
 
 _GRAVITY = 9.8
 _POLE_MASS = 0.1

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from puffer_jax import models, spaces
-from puffer_jax.config import near
+from puffer_jax import models
+from puffer_jax.base import spaces
+from puffer_jax.base.text import near
 
 
 def Policy(

@@ -17,8 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax import random
-from puffer_jax.jaxenv import Box
-from puffer_jax.spaces import Discrete
+from puffer_jax.base.spaces import Box, Discrete
 
 _Transition = tuple[Array, Any, Array, Array, Array, dict[str, Array]]
 

@@ -30,11 +30,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
 _logger = logging.getLogger(__name__)
+
 _FLAGS = (
     *("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
     "-falign-loops=64",  # the product's loop ran up to a tenth slower wherever else it fell
 )
+
 _TYPES = {"float32": "float", "float64": "double"}
+
 _NAMES = (
     "puffer_jax_lstm_forward",
     "puffer_jax_lstm_backward",
@@ -54,8 +57,6 @@ _NAMES = (
     "puffer_jax_categorical",
     "puffer_jax_sample",
 )
-
-# --- the library ---------------------------------------------------------------------------
 
 
 def serves(*arrays: Array) -> bool:
@@ -224,9 +225,6 @@ def differentiable(
     return function
 
 
-# --- the LSTM ------------------------------------------------------------------------------
-
-
 def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
     """Forward of `puffer_jax.layers.lstm_scan`, of arrays of one dtype; `done` is bool."""
     *weights, x, h, c, done = arrays
@@ -270,9 +268,6 @@ def lstm_step(*arrays: Array) -> tuple[Array, Array]:
     return _call("puffer_jax_lstm_step", _like(*arrays[-2:]), *arrays)
 
 
-# --- recurrence ----------------------------------------------------------------------------
-
-
 @jax.custom_vjp
 def recurrence(
     a: Float[Array, "rows time"], b: Float[Array, "rows time"]
@@ -296,8 +291,6 @@ def _recurrence_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Arr
 
 recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
-# --- Adam ----------------------------------------------------------------------------------
-
 
 def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
     """A step of `puffer_jax.optim.adam`, in place; without derivatives.
@@ -312,9 +305,6 @@ def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
     """
     options: Any = {"vmap_method": "broadcast_all", "aliases": {2: 0, 3: 1, 4: 2}}
     return tuple(_call("puffer_jax_adam", _like(*arrays), numbers, gradient, *arrays, **options))
-
-
-# --- random numbers ------------------------------------------------------------------------
 
 
 def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:
@@ -346,9 +336,6 @@ def sample(
     results = (*of_rows, of_rows[1])
     given = {"vmap_method": "broadcast_all", "component": np.int64(component)}
     return _call("puffer_jax_sample", results, key, logits, **given)
-
-
-# --- linear layers -------------------------------------------------------------------------
 
 
 def linear(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
@@ -407,8 +394,6 @@ def perceptron_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -
     d_hidden = d_result @ w2.T if layers else d_result
     return (d_hidden * slope) @ w1.T, d_w1, d_b1, *(_apart(layers, d_joined) if layers else [])
 
-
-# --- images ----------------------------------------------------------------------------------
 
 Pair = tuple[int, int]  # of the rows and of the columns
 

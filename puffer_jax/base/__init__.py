@@ -1,0 +1,1 @@
+"""What needs no JAX: spaces, texts, files, time."""
