@@ -14,8 +14,10 @@ import scipy.special
 from flax import nnx
 
 import puffer_jax
-from puffer_jax import layers, native, random
-from puffer_jax.native import Windows
+from puffer_jax import layers, random
+from puffer_jax.kernels import convolution, lstm, perceptron, pooling, recurrence
+from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu.images import Windows
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 THREEFRY = jax.random.key(0, impl="threefry2x32")  # `quick` makes another the default
@@ -31,13 +33,13 @@ def _double(quick):
 def kernels(request, monkeypatch):
     """With the CPU kernels and as on machines that cannot build them."""
     if request.param == "kernels":
-        assert native.serves(jnp.ones(1)), "the tests need a C++ compiler, as the reference does"
+        assert library.serves(jnp.ones(1)), "the tests need a C++ compiler, as the reference does"
     else:
-        monkeypatch.setattr(native, "at_hand", lambda dtype: False)
+        monkeypatch.setattr(library, "at_hand", lambda dtype: False)
     # It is jitted, and would keep the other version.
-    layers.lstm_scan.clear_cache()
+    lstm.lstm_scan.clear_cache()
     yield
-    layers.lstm_scan.clear_cache()
+    lstm.lstm_scan.clear_cache()
 
 
 def draw(seed, *shape):
@@ -93,15 +95,15 @@ def test_convolution(kernels, image, window, channels, windows):
         return out + bias
 
     agree(
-        both(partial(layers.convolution, windows=windows), x, kernel, bias),
+        both(partial(convolution.convolution, windows=windows), x, kernel, bias),
         both(plain, x, kernel, bias),
     )
     first = windows._replace(channels_first=True)
     turned = x.transpose(0, 3, 1, 2)
-    agree(layers.convolution(turned, kernel, bias, first), plain(x, kernel, bias))
+    agree(convolution.convolution(turned, kernel, bias, first), plain(x, kernel, bias))
     first = windows._replace(out_channels_first=True)
     agree(
-        both(partial(layers.convolution, windows=first), x, kernel, bias),
+        both(partial(convolution.convolution, windows=first), x, kernel, bias),
         both(lambda *a: plain(*a).transpose(0, 3, 1, 2), x, kernel, bias),
     )
 
@@ -109,7 +111,7 @@ def test_convolution(kernels, image, window, channels, windows):
 def test_windows_that_see_only_the_border(kernels):
     x, kernel, bias = draw(0, 2, 3, 2, 4), draw(1, 2, 1, 4, 3), draw(2, 3)
     out, gradients = both(
-        partial(layers.convolution, windows=Windows((20, 20), (5, 7))), x, kernel, bias
+        partial(convolution.convolution, windows=Windows((20, 20), (5, 7))), x, kernel, bias
     )
     np.testing.assert_array_equal(out, jnp.broadcast_to(bias, (2, 1, 1, 3)))
     assert not gradients[0].any() and not gradients[1].any() and gradients[2].all()
@@ -123,13 +125,13 @@ def test_convolution_of_bytes(kernels, channels, pad, channels_first):
     windows = Windows((2, 2), (pad, pad))
     given = x.transpose(0, 3, 1, 2) if channels_first else x
     ours = both(
-        partial(layers.convolution, windows=windows._replace(channels_first=channels_first)),
+        partial(convolution.convolution, windows=windows._replace(channels_first=channels_first)),
         given,
         kernel,
         bias,
     )
     numbers = x.astype(jnp.float64) / 255
-    agree(ours, both(lambda *w: layers.convolution(numbers, *w, windows), kernel, bias))
+    agree(ours, both(lambda *w: convolution.convolution(numbers, *w, windows), kernel, bias))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -142,7 +144,7 @@ def test_bytes_are_divided_exactly(channels, width, channels_first, dtype):
     given = x if channels_first else x.transpose(0, 2, 3, 1)
     one = jnp.eye(channels, dtype=dtype)[None, None]
     windows = Windows(channels_first=channels_first, out_channels_first=True)
-    ours = layers.convolution(jnp.asarray(given), one, jnp.zeros(channels, dtype), windows)
+    ours = convolution.convolution(jnp.asarray(given), one, jnp.zeros(channels, dtype), windows)
     assert ours.dtype == dtype
     np.testing.assert_array_equal(ours, x / np.asarray(255, dtype))
 
@@ -151,7 +153,7 @@ def test_convolution_over_parameters_and_in_a_loop(kernels):
     x, kernels, bias = draw(0, 2, 6, 6, 2), draw(1, 3, 3, 3, 2, 4), draw(2, 4)
 
     def ours(kernel):
-        return layers.convolution(x, kernel, bias, Windows())
+        return convolution.convolution(x, kernel, bias, Windows())
 
     def plain(kernel):
         out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
@@ -170,13 +172,13 @@ def test_half_precision_and_empty_batches(kernels):
     kernel, bias = draw(1, 3, 3, 2, 4), draw(2, 4)
     x = draw(0, 2, 6, 6, 2)
     half = [a.astype(jnp.bfloat16) for a in (x, kernel, bias)]
-    out = layers.convolution(*half, Windows())
+    out = convolution.convolution(*half, Windows())
     assert out.dtype == jnp.bfloat16
-    exact = layers.convolution(*(a.astype(jnp.float64) for a in half), Windows())
+    exact = convolution.convolution(*(a.astype(jnp.float64) for a in half), Windows())
     assert float(jnp.abs(out - exact).max() / jnp.abs(exact).max()) < 1e-2
-    assert layers.convolution(x[:0], kernel, bias, Windows()).shape == (0, 4, 4, 4)
+    assert convolution.convolution(x[:0], kernel, bias, Windows()).shape == (0, 4, 4, 4)
     # The window does not fit: no pixels, as XLA has it.
-    assert layers.convolution(x[:, :2], kernel, bias, Windows()).shape == (2, 0, 4, 4)
+    assert convolution.convolution(x[:, :2], kernel, bias, Windows()).shape == (2, 0, 4, 4)
 
 
 @pytest.mark.parametrize("height, width, channels", [(8, 8, 4), (7, 10, 16), (1, 3, 19), (2, 2, 8)])
@@ -185,7 +187,7 @@ def test_max_pool(kernels, height, width, channels):
     x = jnp.round(2 * draw(0, 3, height, width, channels))
     plain = partial(nnx.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     # Up to four gradients are added, in another order.
-    agree(both(layers.max_pool, x), both(plain, x), bar=1e-15)
+    agree(both(pooling.max_pool, x), both(plain, x), bar=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_recurrence(kernels, rows, time):
             y.insert(0, a[:, t] + b[:, t] * y[0])
         return jnp.stack(y[:-1], axis=1)
 
-    ours, others = both(layers.recurrence, a, b), both(plain, a, b)
+    ours, others = both(recurrence.recurrence, a, b), both(plain, a, b)
     if time == 1:  # nothing follows, so its factor has no gradient
         assert not ours[1][1].any() and not others[1][1].any()
         ours, others = (x[0] for x in (ours, others))
@@ -284,17 +286,17 @@ def test_float32_functions_are_accurate():
     with jax.enable_x64(False):
         z = jnp.linspace(-30, 30, 60001, dtype=jnp.float32)[:, None]
         one = jnp.ones((1, 1), jnp.float32)
-        assert native.serves(z)
-        (gelu,) = layers._perceptron_by_us(z, one, one[0] * 0)
+        assert library.serves(z)
+        (gelu,) = perceptron._perceptron_by_us(z, one, one[0] * 0)
         # Input, forget and output gate take z, the candidate 1; what remains is sigmoid^2-like.
         weight = jnp.asarray([[1], [0], [0], [0]], jnp.float32)
         bias = jnp.asarray([0, 0, 20, 20], jnp.float32)
         state = jnp.zeros((len(z), 1), jnp.float32)
-        _, _, sigmoid = layers._lstm_by_us(
+        _, _, sigmoid = lstm._lstm_by_us(
             weight, 0 * weight, bias, z[:, None], state, state, state > 1
         )
         bias = jnp.asarray([20, 0, 0, 20], jnp.float32)
-        _, _, tanh = layers._lstm_by_us(
+        _, _, tanh = lstm._lstm_by_us(
             jnp.roll(weight, 2), 0 * weight, bias, z[:, None], state, state, state > 1
         )
         z, gelu, sigmoid, tanh = (
@@ -303,7 +305,7 @@ def test_float32_functions_are_accurate():
         few = jnp.asarray(z[::50], jnp.float32)[:, None]
         weights = jnp.ones((1, 200), jnp.float32)
         # Vectors that are computed side by side, and those that are left over.
-        (wide,) = layers._perceptron_by_us(few, weights, weights[0] * 0)
+        (wide,) = perceptron._perceptron_by_us(few, weights, weights[0] * 0)
     exact = z * 0.5 * scipy.special.erfc(-z / np.sqrt(2))
     assert wide.shape == (len(z[::50]), 200)
     for found, right, at in ((gelu[:, None], exact, z), (wide, exact[::50], z[::50])):
@@ -319,13 +321,13 @@ def test_nan_and_infinity_pass(kernels):
     x = jnp.full((1, 4, 4, 1), 1.0).at[0, 1, 1, 0].set(jnp.nan)
     kernel, bias = jnp.ones((3, 3, 1, 1)), jnp.zeros(1)
     for windows in (Windows(pads=(1, 1)), Windows(pads=(1, 1), rectify=True)):
-        out = layers.convolution(x, kernel, bias, windows)
+        out = convolution.convolution(x, kernel, bias, windows)
         assert np.isnan(out[0, :3, :3]).all() and np.isfinite(out[0, 3]).all()
-    assert np.isnan(layers.max_pool(x)).all()
-    assert (layers.max_pool(jnp.full((1, 4, 4, 1), -jnp.inf)) == -jnp.inf).all()
+    assert np.isnan(pooling.max_pool(x)).all()
+    assert (pooling.max_pool(jnp.full((1, 4, 4, 1), -jnp.inf)) == -jnp.inf).all()
     weight, bias = jnp.ones((4, 1)), jnp.zeros(4)
     x = jnp.asarray([0.5, jnp.nan, jnp.inf, -jnp.inf])[:, None, None]
-    outputs, _, _ = layers.lstm_scan(weight, weight, bias, x, *jnp.zeros((2, 4, 1)))
+    outputs, _, _ = lstm.lstm_scan(weight, weight, bias, x, *jnp.zeros((2, 4, 1)))
     np.testing.assert_allclose(outputs[2:, 0, 0], [np.tanh(1), 0], atol=1e-15)
     assert list(np.isnan(outputs[:, 0, 0])) == [False, True, False, False]
     for dtype in (jnp.float32, jnp.float64):
@@ -344,7 +346,7 @@ def test_the_same_call_gives_the_same_bits():
     @jax.jit
     def run():
         def loss(weight):
-            outputs, h, c = layers.lstm_scan(weight, weight, bias, x, *state)
+            outputs, h, c = lstm.lstm_scan(weight, weight, bias, x, *state)
             return (outputs**2).sum() + (h * c).sum()
 
         return jax.value_and_grad(loss)(weight)
@@ -364,7 +366,7 @@ def test_calls_from_many_threads_at_once():
     @jax.jit
     def gradients(scale):
         def loss(*arrays):
-            outputs, h, c = layers.lstm_scan(*arrays, done)
+            outputs, h, c = lstm.lstm_scan(*arrays, done)
             return scale * (outputs**2).sum() + (h * c).sum()
 
         return jax.grad(loss, range(6))(*arrays)
@@ -384,10 +386,11 @@ SCRIPT = """
 import logging, sys
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
 import jax.numpy as jnp
-from puffer_jax import layers, native
+from puffer_jax import layers
+from puffer_jax.kernels.cpu import Windows, library
 x = jnp.ones((1, 3, 3, 2))
-out = layers.convolution(x, jnp.ones((3, 3, 2, 1)), jnp.ones(1), native.Windows())
-print(native.serves(x), out.item())
+out = layers.convolution(x, jnp.ones((3, 3, 2, 1)), jnp.ones(1), Windows())
+print(library.serves(x), out.item())
 """
 
 
@@ -413,8 +416,10 @@ def test_kernels_are_built_once(tmp_path):
 LENGTHS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from puffer_jax import layers, native, random, sample_logits
-native._FLAGS += (f"-DVECTOR_BYTES={sys.argv[1]}", "-Og")  # compiles in a third of the time
+from puffer_jax import layers, random, sample_logits
+from puffer_jax.kernels.cpu import Windows, library
+from puffer_jax.kernels import perceptron as both
+library._FLAGS += (f"-DVECTOR_BYTES={sys.argv[1]}", "-Og")  # compiles in a third of the time
 jax.config.update("jax_enable_x64", True)
 def draw(*shape):  # numbers that float32 has
     numbers = np.random.default_rng(len(shape)).standard_normal(shape)
@@ -423,7 +428,7 @@ def draw(*shape):  # numbers that float32 has
 
 x, w1, b1, w2, b2 = draw(23, 5), draw(5, 137), draw(137), draw(137, 18), draw(18)
 images, kernel = draw(2, 9, 8, 3), draw(3, 4, 3, 18)
-windows = native.Windows((2, 2), (1, 1))
+windows = Windows((2, 2), (1, 1))
 key = jax.random.key(0)
 lstm = draw(148, 5), draw(148, 37), draw(148), draw(13, 3, 5), draw(13, 37), draw(13, 37)
 pixels = np.arange(2 * 4 * 5 * 70, dtype=np.uint8).reshape(2, 4, 5, 70)
@@ -435,7 +440,7 @@ calls = [
     (lambda *a: jnp.concatenate(layers.lstm_scan(*a)[1:]), lstm),
     (lambda *a: jnp.concatenate(layers.lstm_step(*a)), step),
 ]
-perceptron, linear = layers._perceptron_by_us, layers._linear_by_us
+perceptron, linear = both._perceptron_by_us, both._linear_by_us
 for heads in ((), (w2[:, :3], b2[:3]), (w2[:, :2], b2[:2], w2, b2)):
     calls.append((lambda *a: jnp.concatenate(perceptron(*a), 1), (x, w1, b1, *heads)))
 calls.append((lambda *a: jnp.concatenate(linear(*a), 1), (draw(23, 137), *heads)))
@@ -479,8 +484,8 @@ def everything():
 
 DTYPES = "float64", "float32"
 ours, actions, our_scores = everything()
-native.at_hand = lambda dtype: False
-perceptron, linear = layers._perceptron_by_xla, layers._linear_by_xla
+library.at_hand = lambda dtype: False
+perceptron, linear = both._perceptron_by_xla, both._linear_by_xla
 plain, plain_actions, _ = everything()
 exact = plain["float64"][0]
 check(ours["float64"][0], exact, 1e-13)
@@ -505,7 +510,7 @@ def test_vectors_of_any_length(tmp_path, length):
 def test_without_a_compiler(tmp_path):
     out, log = run_script(tmp_path, CXX="no-such-compiler")
     assert out == "False 19.0"
-    assert "WARNING puffer_jax.native no C++ compiler no-such-compiler" in log
+    assert "WARNING puffer_jax.kernels.cpu.library no C++ compiler no-such-compiler" in log
     out, log = run_script(tmp_path, PUFFER_JAX_NATIVE="0")
     assert out == "False 19.0" and "puffer_jax" not in log
 
@@ -532,22 +537,22 @@ DONE = jnp.asarray([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
 BYTES = jnp.arange(180, dtype=jnp.uint8).reshape(2, 6, 5, 3)
 TWICE = {
     "perceptron": (layer_and_head, [(5, 3), (3, 4), (4,), (4, 2), (2,)]),
-    "recurrence": (layers.recurrence, [(3, 4), (3, 4)]),
-    "max_pool": (layers.max_pool, [(2, 5, 6, 3)]),
+    "recurrence": (recurrence.recurrence, [(3, 4), (3, 4)]),
+    "max_pool": (pooling.max_pool, [(2, 5, 6, 3)]),
     "convolution": (
-        partial(layers.convolution, windows=Windows((2, 1), (1, 0), rectify=True)),
+        partial(convolution.convolution, windows=Windows((2, 1), (1, 0), rectify=True)),
         [(2, 6, 5, 3), (3, 3, 3, 4), (4,)],
     ),
     "convolution of bytes": (
-        partial(layers.convolution, BYTES, windows=Windows()),
+        partial(convolution.convolution, BYTES, windows=Windows()),
         [(3, 3, 3, 4), (4,)],
     ),
-    "lstm_scan": (layers.lstm_scan, [(8, 3), (8, 2), (8,), (3, 4, 3), (3, 2), (3, 2)]),
+    "lstm_scan": (lstm.lstm_scan, [(8, 3), (8, 2), (8,), (3, 4, 3), (3, 2), (3, 2)]),
     "lstm_scan, done": (
-        lambda *arrays: layers.lstm_scan(*arrays, DONE),
+        lambda *arrays: lstm.lstm_scan(*arrays, DONE),
         [(8, 3), (8, 2), (8,), (3, 4, 3), (3, 2), (3, 2)],
     ),
-    "lstm_step": (layers.lstm_step, [(8, 3), (8, 2), (8,), (8,), (3, 3), (3, 2), (3, 2)]),
+    "lstm_step": (lstm.lstm_step, [(8, 3), (8, 2), (8,), (8,), (3, 3), (3, 2), (3, 2)]),
 }
 
 
@@ -564,11 +569,11 @@ def test_gradients_of_gradients(name, monkeypatch):
         return sum(jnp.sin(3 * d).sum() for d in jax.grad(loss)(arrays))
 
     ours = jax.jit(jax.grad(of_gradients))(arrays)
-    monkeypatch.setattr(native, "at_hand", lambda dtype: False)
-    layers.lstm_scan.clear_cache()
+    monkeypatch.setattr(library, "at_hand", lambda dtype: False)
+    lstm.lstm_scan.clear_cache()
     # Another function, so that jit does not take the program above.
     plain = jax.jit(jax.grad(lambda arrays: of_gradients(arrays)))(arrays)
-    layers.lstm_scan.clear_cache()
+    lstm.lstm_scan.clear_cache()
     agree(ours, plain)
 
 
@@ -711,7 +716,7 @@ def test_sampling(monkeypatch, rows, n, dtype):
 
     run = lambda: jax.jit(lambda *a: results(*a))(logits, many)  # noqa: E731
     ours = run()
-    monkeypatch.setattr(native, "at_hand", lambda dtype: False)
+    monkeypatch.setattr(library, "at_hand", lambda dtype: False)
     others = run()
     jax.tree.map(np.testing.assert_array_equal, ours[0], others[0])
     double = logits.astype(jnp.float64), many.astype(jnp.float64)
@@ -748,10 +753,10 @@ def test_gelu():
         return jax.nn.gelu(x, approximate=False)
 
     for function in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))):
-        ours, theirs = (jax.vmap(function(f))(x) for f in (layers.gelu, plain))
+        ours, theirs = (jax.vmap(function(f))(x) for f in (perceptron.gelu, plain))
         # Ours takes the difference 1 + erf, which rounds where it is small; torch's, too.
         assert float(jnp.abs(ours - theirs).max()) < 2e-15
-    ours, theirs = (jax.jvp(f, (x,), (jnp.cos(x),))[1] for f in (layers.gelu, plain))
+    ours, theirs = (jax.jvp(f, (x,), (jnp.cos(x),))[1] for f in (perceptron.gelu, plain))
     assert float(jnp.abs(ours - theirs).max()) < 2e-15
 
 
@@ -779,12 +784,12 @@ def test_lstm_gradient(kernels, batch, time, inputs, hidden, with_done):
         for t in range(time):
             if done is not None:
                 h, c = (jnp.where(done[:, t, None], 0, part) for part in (h, c))
-            h, c = layers.lstm_cell(weight, bias, x[:, t], h, c)
+            h, c = lstm.lstm_cell(weight, bias, x[:, t], h, c)
             outputs.append(h)
         return jnp.stack(outputs, axis=1), h, c
 
     def ours(*arguments):
-        return layers.lstm_scan(*arguments, done)
+        return lstm.lstm_scan(*arguments, done)
 
     def everything(function):
         out, backward = jax.vjp(function, *weights, x, h, c)
@@ -803,7 +808,7 @@ def test_lstm_results_take_the_place_of_its_inputs(kernels):
     kept = np.array(x)
 
     def run(weights, x, start):
-        return layers.lstm_scan(*weights, x, *start)[0]
+        return lstm.lstm_scan(*weights, x, *start)[0]
 
     def only_there(weights, x, start):
         return run(weights, jnp.sin(x), start).sum()
@@ -818,7 +823,7 @@ def test_lstm_results_take_the_place_of_its_inputs(kernels):
     agree(mapped, jnp.stack([plain, run(weights, -x, start)]))
     program = jax.jit(only_there).lower(weights, x, start).compile()
     agree(program(weights, x, start), only_there(weights, x, start))
-    if native.at_hand("float64"):
+    if library.at_hand("float64"):
         assert program.memory_analysis().temp_size_in_bytes < 1.8 * x.nbytes
 
 
@@ -837,7 +842,7 @@ def test_lstm_step(kernels, batch, inputs, hidden):
         return jnp.stack([jax.nn.sigmoid(o) * jnp.tanh(c), c])
 
     def ours(*arrays):
-        return jnp.stack(layers.lstm_step(*arrays))
+        return jnp.stack(lstm.lstm_step(*arrays))
 
     agree(both(ours, *arrays), both(plain, *arrays))
 
@@ -848,12 +853,12 @@ def test_lstm_gradient_keeps_its_dtypes(kernels):
     everything = tuple(range(6))
 
     def loss(*arrays):
-        return sum(jnp.sum(part) for part in layers.lstm_scan(*arrays, dtype=jnp.bfloat16))
+        return sum(jnp.sum(part) for part in lstm.lstm_scan(*arrays, dtype=jnp.bfloat16))
 
     gradients = jax.grad(loss, argnums=everything)(*weights, x, h, h)
     assert [g.dtype for g in gradients] == [a.dtype for a in (*weights, x, h, h)]
-    doubled = jax.grad(
-        lambda *a: sum(jnp.sum(p) for p in layers.lstm_scan(*a)), argnums=everything
-    )(*weights, x.astype(jnp.float64), h, h)
+    doubled = jax.grad(lambda *a: sum(jnp.sum(p) for p in lstm.lstm_scan(*a)), argnums=everything)(
+        *weights, x.astype(jnp.float64), h, h
+    )
     for rounded, exact in zip(gradients, doubled, strict=True):
         assert float(jnp.abs(rounded - exact).max() / jnp.abs(exact).max()) < 2e-2

@@ -19,7 +19,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from puffer_jax import native, random
+from puffer_jax import random
+from puffer_jax.kernels import cpu
 
 # Trapezoidal rule for expectations under N(0, 1): for a smooth integrand it converges
 # exponentially in the number of nodes, and for tanh's it beats Gauss-Hermite at the same cost.
@@ -335,7 +336,7 @@ def _draw(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _draw_on_cpu(component: int, key: Array, logits: Array) -> tuple[Array, Array, Array]:
-    return tuple(native.sample(key, logits, component))  # type: ignore[return-value]
+    return tuple(cpu.sample(key, logits, component))  # type: ignore[return-value]
 
 
 @_draw_on_cpu.defjvp

@@ -20,16 +20,16 @@ from jaxtyping import Array, Float, Shaped
 
 from puffer_jax.base import spaces
 from puffer_jax.distributions import Normal
+from puffer_jax.kernels.perceptron import gelu
+from puffer_jax.kernels.pooling import max_pool
 from puffer_jax.layers import (
     LSTM,
     Conv2d,
     Deferred,
     flatten,
     flatten_channels_first,
-    gelu,
     layer_init,
     linear,
-    max_pool,
     perceptron,
     reset_orthogonal,
     torch_init,

@@ -16,7 +16,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-from puffer_jax import native
+from puffer_jax.kernels import cpu
+from puffer_jax.kernels.cpu import library
 
 Layout = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -102,7 +103,7 @@ def make_step(
 
         def step(p: Array, m: Array, v: Array, g: Array) -> tuple[Array, ...]:
             array = jnp.stack([jnp.asarray(x, p.dtype) for x in given])
-            return native.adam(array, g, p, m, v)
+            return cpu.adam(array, g, p, m, v)
 
         new = [step(*arrays) for arrays in zip(leaves, *others, strict=True)]
         params, mu, nu = (treedef.unflatten(x) for x in zip(*new, strict=True))
@@ -111,7 +112,7 @@ def make_step(
 
     def step(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
         arrays = jax.tree.leaves((params, gradients))
-        if name != "adam" or not native.serves(*arrays):
+        if name != "adam" or not library.serves(*arrays):
             return by_optax(params, state, gradients, skip)
         return jax.lax.platform_dependent(
             params, state, gradients, skip, cpu=by_us, default=by_optax

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from puffer_jax import optim, random
 from puffer_jax.config import PuffeRLConfig, Sizes
 from puffer_jax.distributions import sample_logits
-from puffer_jax.layers import recurrence
+from puffer_jax.kernels.recurrence import recurrence
 from puffer_jax.modules import merge, split, torch_layout
 
 Params = dict[str, Any]

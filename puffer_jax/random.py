@@ -1,7 +1,7 @@
 """The numbers of `jax.random`, the same ones, several times faster on CPUs.
 
 XLA:CPU runs threefry, JAX's default generator, as loops of small steps, and takes its logarithms
-one by one. Here `puffer_jax.native` does both where it serves; all else is left to JAX.
+one by one. Here `puffer_jax.kernels.cpu` does both where it serves; all else is left to JAX.
 """
 
 import math
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from puffer_jax import native
+from puffer_jax.kernels import cpu
+from puffer_jax.kernels.cpu import library
 
 _THREEFRY = "threefry2x32"
 
@@ -54,13 +55,13 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> Int32[Arr
     if not serves(key, logits):
         return by_jax(key, logits)
     return jax.lax.platform_dependent(
-        key, logits, cpu=lambda key, x: native.categorical(data_of(key), x), default=by_jax
+        key, logits, cpu=lambda key, x: cpu.categorical(data_of(key), x), default=by_jax
     )
 
 
 def serves(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> bool:
     """Whether there are kernels to draw with this key from these logits."""
-    return _is_served(key) and native.serves(logits) and 2 * logits.size < _COUNTERS
+    return _is_served(key) and library.serves(logits) and 2 * logits.size < _COUNTERS
 
 
 def _is_typed(key: Array) -> bool:
@@ -80,7 +81,7 @@ def _is_served(key: Array) -> bool:
     typed = key if _is_typed(key) else jax.random.wrap_key_data(key)
     # Without it the numbers have other counters.
     partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
-    return jax.random.key_impl(typed) == _THREEFRY and partitionable and native.at_hand("float32")
+    return jax.random.key_impl(typed) == _THREEFRY and partitionable and library.at_hand("float32")
 
 
 def _pairs(data: Array, shape: tuple[int, ...]) -> Array:
@@ -88,7 +89,7 @@ def _pairs(data: Array, shape: tuple[int, ...]) -> Array:
     count = math.prod(shape)
 
     def by_us(data: Array) -> Array:
-        return native.threefry(data, count).reshape(*shape, 2)
+        return cpu.threefry(data, count).reshape(*shape, 2)
 
     def by_jax(data: Array) -> Array:
         return jax.random.key_data(jax.random.split(_plain(data), shape))

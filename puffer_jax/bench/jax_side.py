@@ -14,11 +14,12 @@ import optax
 from flax import nnx
 
 import puffer_jax
-from puffer_jax import native, ppo, vector
+from puffer_jax import ppo, vector
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
 from puffer_jax.config import PuffeRLConfig
+from puffer_jax.kernels.cpu import library
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def start(threads: int, device: str, precision: str) -> dict[str, Any]:
     else:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-    kernels = "ours" if native.serves(jnp.ones(1, jnp.float32)) else "XLA's"
+    kernels = "ours" if library.serves(jnp.ones(1, jnp.float32)) else "XLA's"
     return {**versions, "device": jax.devices()[0].device_kind, "kernels": kernels}
 
 

@@ -1,0 +1,1 @@
+"""One operation a file, and who computes it: a CPU kernel or XLA."""

@@ -1,0 +1,154 @@
+"""The shared library of CPU kernels: built where it runs, loaded, called from JAX."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+_logger = logging.getLogger(__name__)
+
+_FLAGS = (
+    *("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
+    "-falign-loops=64",  # the product's loop ran up to a tenth slower wherever else it fell
+)
+
+_TYPES = {"float32": "float", "float64": "double"}
+
+_NAMES = (
+    "puffer_jax_lstm_forward",
+    "puffer_jax_lstm_backward",
+    "puffer_jax_lstm_step",
+    "puffer_jax_convolve",
+    "puffer_jax_convolve_images_gradient",
+    "puffer_jax_convolve_weights_gradient",
+    "puffer_jax_max_pool",
+    "puffer_jax_max_pool_gradient",
+    "puffer_jax_perceptron",
+    "puffer_jax_linear",
+    "puffer_jax_linear_gradient",
+    "puffer_jax_perceptron_gradient",
+    "puffer_jax_recur",
+    "puffer_jax_adam",
+    "puffer_jax_threefry",
+    "puffer_jax_categorical",
+    "puffer_jax_sample",
+)
+
+
+def serves(*arrays: Array) -> bool:
+    """Whether there are kernels for these arrays: all float32 or all float64, none empty."""
+    dtypes = {array.dtype.name for array in arrays}
+    return (
+        len(dtypes) == 1
+        and dtypes <= _TYPES.keys()
+        and all(array.size for array in arrays)
+        and at_hand(*dtypes)
+    )
+
+
+_lock = threading.Lock()
+
+
+def at_hand(dtype: str) -> bool:
+    """Whether there are kernels for "float32" or "float64".
+
+    The first call that needs them compiles them, which takes some ten seconds.
+    """
+    if jax.default_backend() != "cpu":  # not worth the build where the work is done elsewhere
+        return False
+    with _lock:  # two threads must not register two builds
+        return _load(dtype)
+
+
+@cache
+def _load(dtype: str) -> bool:
+    """Registers the kernels with XLA, built if need be; False where that is not possible."""
+    if os.environ.get("PUFFER_JAX_NATIVE") == "0":
+        return False
+    given = os.environ.get("CXX")
+    compiler = shutil.which(given) if given else shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        _logger.warning(
+            "no C++ compiler%s, so LSTMs, convolutions and perceptrons run on XLA's own, slower "
+            "operations (PUFFER_JAX_NATIVE=0 hides this)",
+            f" {given}" if given else "",
+        )
+        return False
+    try:
+        library = ctypes.CDLL(str(_built(compiler, dtype)))
+    # Path.home() raises RuntimeError where there is none.
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        _logger.warning(
+            "the CPU kernels could not be built, so LSTMs, convolutions and perceptrons run on "
+            "XLA's own, slower operations (PUFFER_JAX_NATIVE=0 hides this): %s",
+            getattr(error, "stderr", None) or error,
+        )
+        return False
+    for name in _NAMES:
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(f"{name}_{dtype}", handler, platform="cpu")
+    return True
+
+
+def _built(compiler: str, dtype: str) -> Path:
+    """The shared library, from the cache or compiled now."""
+    source = files("puffer_jax.kernels") / "cc" / "kernels.cc"
+    flags = [*_FLAGS, f"-DNUMBER={_TYPES[dtype]}"]
+    # What the compiler predefines tells its version and the processor's instructions.
+    asked = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    target = subprocess.run(asked, capture_output=True, check=True).stdout
+    parts = (source.read_bytes(), target, " ".join(flags).encode(), version("jaxlib").encode())
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puffer_jax"
+    library = folder / f"{dtype}-{key}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    _logger.info("compiling the CPU kernels to %s", library)
+    # Processes that compile at once each write a file of their own; the last one stays.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        result = Path(scratch) / library.name
+        command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), str(source)]
+        subprocess.run([*command, "-o", str(result)], capture_output=True, text=True, check=True)
+        result.replace(library)
+    return library
+
+
+def _call(
+    name: str,
+    results: Any,
+    *arrays: Array,
+    vmap_method: str = "sequential",
+    aliases: dict[int, int] | None = None,
+    **attributes: Any,
+) -> Any:
+    """`aliases`: from an array to the result in its place, since fresh memory is slow to touch.
+
+    Where the array is needed on, XLA copies it.
+    """
+    dtype = next(array.dtype.name for array in arrays if array.dtype.name in _TYPES)
+    call = jax.ffi.ffi_call(
+        f"{name}_{dtype}", results, vmap_method=vmap_method, input_output_aliases=aliases
+    )
+    return call(*arrays, **attributes)
+
+
+def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
+
+
+def _is_number(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)

@@ -1,0 +1,67 @@
+"""Kernels of linear layers and perceptrons."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from puffer_jax.kernels.cpu.library import _call, _like
+
+
+def linear(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
+    """Forward of x and any number of w, b: `x @ w + b` for each of these."""
+    x, *layers = arrays
+    return _call("puffer_jax_linear", _outputs(x, layers), *arrays), None
+
+
+def linear_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Backward of `linear`."""
+    x, *layers = arrays
+    weights, bias, d_result = _joined(layers, d_results)
+    given = x, weights, d_result
+    dx, *d_joined = _call("puffer_jax_linear_gradient", _like(x, weights, bias), *given)
+    return dx, *_apart(layers, d_joined)
+
+
+def _joined(layers: Any, d_results: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    """Several linear layers as one: its weights, bias, and the gradient of its result."""
+    d_result = jnp.concatenate(d_results, axis=1)
+    return jnp.concatenate(layers[::2], axis=1), jnp.concatenate(layers[1::2]), d_result
+
+
+def _apart(layers: Any, d_joined: Any) -> list[Array]:
+    """The gradients of each w, b of the layers from those of `_joined`."""
+    ends = np.cumsum([b.shape[0] for b in layers[1::2]])[:-1]
+    d_layers = zip(*(jnp.split(d, ends, axis=-1) for d in d_joined), strict=True)
+    return [d for pair in d_layers for d in pair]
+
+
+def perceptron(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
+    """Forward of x, w1, b1 and any number of w, b: `gelu(x @ w1 + b1) @ w + b` for each of these.
+
+    x is (batch, inputs), w1 (inputs, hidden), w (hidden, outputs). Without another layer the result
+    is the hidden vectors. With others they stay in cache, and are computed anew for the gradient.
+    """
+    x, *layers = arrays
+    results = _outputs(x, layers[2:] or layers)
+    return _call("puffer_jax_perceptron", results, *arrays), None
+
+
+def _outputs(x: Array, layers: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct((x.shape[0], *b.shape), x.dtype) for b in layers[1::2])
+
+
+def perceptron_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Backward of `perceptron`."""
+    x, w1, b1, *layers = arrays
+    # No outputs: the gradient is that of the hidden vectors.
+    w2, b2, d_result = _joined(layers or (w1[:0].T, b1[:0]), d_results)
+    given = _like(w1, b1, w2, b2)
+    d_w1, d_b1, *d_joined = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
+    # Where x are observations nobody asks for this, and it is not computed.
+    z = x @ w1 + b1
+    slope = jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)
+    d_hidden = d_result @ w2.T if layers else d_result
+    return (d_hidden * slope) @ w1.T, d_w1, d_b1, *(_apart(layers, d_joined) if layers else [])

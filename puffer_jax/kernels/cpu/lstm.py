@@ -1,0 +1,51 @@
+"""The LSTM's kernels."""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from puffer_jax.kernels.cpu.library import _call, _like
+
+
+def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
+    """Forward of `puffer_jax.layers.lstm_scan`, of arrays of one dtype; `done` is bool."""
+    *weights, x, h, c, done = arrays
+    (batch, time, _), hidden = x.shape, h.shape[1]
+    rows = _rows(x)
+    outputs = jax.ShapeDtypeStruct((batch * time, hidden), x.dtype)
+    gates = jax.ShapeDtypeStruct((time, batch, 5, hidden) if keep else (0,), x.dtype)
+    *results, gates = _call(
+        "puffer_jax_lstm_forward",
+        (outputs, *_like(h, c), gates),
+        *(*weights, rows, h, c, done),
+        # A step's input is read before its output is written.
+        aliases={3: 0} if not keep and rows.shape == outputs.shape else None,
+    )
+    outputs = results[0].reshape(batch, time, hidden)
+    return (outputs, *results[1:]), (outputs, gates)
+
+
+def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
+    """Backward of `lstm`."""
+    weight_ih, weight_hh, bias, x, h, c, done = arrays
+    (outputs, gates), (d_outputs, *d_states) = kept, cotangents
+    rows, d_rows = _rows(x), _rows(d_outputs)
+    given = (weight_ih, weight_hh, rows, h, c, done, _rows(outputs), gates, d_rows, *d_states)
+    d_ih, d_hh, d_bias, dx, *d_start = _call(
+        "puffer_jax_lstm_backward",
+        _like(weight_ih, weight_hh, bias, rows, h, c),
+        *given,
+        # As in `lstm`; and XLA would copy what is reshaped, did not the kernel take rows.
+        aliases={8: 3} if rows.shape == d_rows.shape else None,
+    )
+    return d_ih, d_hh, d_bias, dx.reshape(x.shape), *d_start
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def lstm_step(*arrays: Array) -> tuple[Array, Array]:
+    """`puffer_jax.layers.lstm_step` of its arrays, of one dtype; without derivatives."""
+    return _call("puffer_jax_lstm_step", _like(*arrays[-2:]), *arrays)

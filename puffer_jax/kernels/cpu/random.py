@@ -1,0 +1,38 @@
+"""Kernels of random numbers."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int32, UInt32
+
+from puffer_jax.kernels.cpu.library import _call
+
+
+def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:
+    """Threefry-2x32 of the counters 0 to `count` - 1: what `jax.random` makes its numbers of."""
+    result = jax.ShapeDtypeStruct((*keys.shape[:-1], count, 2), np.uint32)
+    call = jax.ffi.ffi_call("puffer_jax_threefry_float32", result, vmap_method="broadcast_all")
+    return call(keys)
+
+
+def categorical(
+    keys: UInt32[Array, "*batch 2"], logits: Float[Array, "*batch rows n"]
+) -> Int32[Array, "*batch rows"]:
+    """`jax.random.categorical(key, logits, mode="high")` for threefry keys."""
+    result = jax.ShapeDtypeStruct(logits.shape[:-1], np.int32)
+    return _call("puffer_jax_categorical", result, keys, logits, vmap_method="broadcast_all")
+
+
+def sample(
+    key: UInt32[Array, "*batch 2"], logits: Float[Array, "*batch rows n"], component: int
+) -> tuple[Int32[Array, "*batch rows"], Float[Array, "*batch rows"], Float[Array, "*batch rows"]]:
+    """Actions, log-probabilities and entropies of `puffer_jax.sample_logits`; no derivatives.
+
+    Args:
+        key: of threefry.
+        logits: of one component.
+        component: which one: its key is that of this number among those `key` is split into.
+    """
+    of_rows = [jax.ShapeDtypeStruct(logits.shape[:-1], dtype) for dtype in (np.int32, logits.dtype)]
+    results = (*of_rows, of_rows[1])
+    given = {"vmap_method": "broadcast_all", "component": np.int64(component)}
+    return _call("puffer_jax_sample", results, key, logits, **given)

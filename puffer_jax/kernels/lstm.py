@@ -1,0 +1,228 @@
+"""The LSTM over one step and over time."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from puffer_jax.kernels import cpu
+from puffer_jax.kernels.cpu import library
+
+
+def _gates(
+    weight: Array, bias: Array, inputs: Float[Array, "batch input_and_hidden"], dtype: Any
+) -> tuple[Array, Array, Array, Array]:
+    """The gates (i, f, g, o) after their non-linearities, each (batch, hidden)."""
+    if dtype is None:
+        gates = inputs @ weight.T + bias
+    else:
+        gates = (inputs.astype(dtype) @ weight.astype(dtype).T).astype(bias.dtype) + bias
+    i, f, g, o = jnp.split(gates, 4, axis=1)
+    return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+
+
+def lstm_cell(
+    weight: Float[Array, "gates input_and_hidden"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "batch input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+    dtype: Any = None,
+) -> tuple[Array, Array]:
+    """The one LSTM step behind both evaluation and training.
+
+    Input and state share one matmul, in `dtype` (default: that of the weights); the gates and
+    the state stay in the dtype of the weights, so a carried state never changes its dtype.
+    """
+    i, f, g, o = _gates(weight, bias, _join(x, h), dtype)
+    c = f * c + i * g
+    return o * jnp.tanh(c), c
+
+
+def lstm_step(
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
+    bias_ih: Float[Array, "gates"],
+    bias_hh: Float[Array, "gates"],
+    x: Float[Array, "batch input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+    dtype: Any = None,
+) -> tuple[Array, Array]:
+    """`lstm_cell` with the weights apart; on a CPU `puffer_jax.kernels.cpu.lstm_step`."""
+    arrays = weight_ih, weight_hh, bias_ih, bias_hh, x, h, c
+    by_xla = partial(_step_by_xla, dtype)
+    if not _kernels_take(dtype, x, *arrays[:4], h, c):
+        return by_xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=_step_on_cpu, default=by_xla)
+
+
+def _kernels_take(dtype: Any, x: Array, *others: Array) -> bool:
+    """Whether the CPU kernels compute in `dtype`; `x` is cast to that of the others."""
+    return dtype in (None, others[0].dtype) and x.size > 0 and library.serves(*others)
+
+
+def _step_by_xla(dtype: Any, *arrays: Array) -> tuple[Array, Array]:
+    weight_ih, weight_hh, bias_ih, bias_hh, x, h, c = arrays
+    weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
+    return lstm_cell(weight, bias_ih + bias_hh, x, h, c, dtype)
+
+
+@jax.custom_vjp
+def _step_on_cpu(*arrays: Array) -> tuple[Array, Array]:
+    *weights, x, h, c = arrays
+    return cpu.lstm_step(*weights, x.astype(h.dtype), h, c)
+
+
+_step_on_cpu.defvjp(
+    lambda *arrays: (_step_on_cpu(*arrays), arrays),
+    # Steps are for acting: their gradient is rarely asked for.
+    lambda arrays, d_state: jax.vjp(partial(_step_by_xla, None), *arrays)[1](d_state),
+)
+
+
+def _join(x: Array, h: Array) -> Array:
+    return jnp.concatenate([x.astype(h.dtype), h], axis=1)
+
+
+# Jitted here so that eager calls do not trace and compile the loop anew each time.
+@partial(jax.jit, static_argnames="dtype")
+def lstm_scan(
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
+    bias: Float[Array, "gates"],
+    x: Float[Array, "batch time input"],
+    h: Float[Array, "batch hidden"],
+    c: Float[Array, "batch hidden"],
+    done: Bool[Array, "batch time"] | None = None,
+    dtype: Any = None,
+) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
+    """`lstm_cell` over time; the state is zeroed before steps where `done` is set.
+
+    On a CPU it is `puffer_jax.kernels.cpu.lstm`, where that can be built. Elsewhere its gradient is
+    written out (`jax.custom_vjp`): the gates are kept, the backward loop does one matmul a step,
+    and those for weights and inputs follow it; autodiff keeps twice as much. The price: no
+    forward-mode derivatives (`jax.jvp`, `jax.hessian`).
+    """
+    arrays = weight_ih, weight_hh, bias, x, h, c, done
+    by_xla = partial(_scan_by_xla, dtype)
+    if not _kernels_take(dtype, x, *arrays[:3], h, c):
+        return by_xla(*arrays)
+
+    def by_us(*arrays: Any) -> tuple[Array, Array, Array]:
+        *weights, x, h, c, done = arrays
+        done = jnp.zeros(x.shape[:2], bool) if done is None else done
+        return _lstm_by_us(*weights, x.astype(h.dtype), h, c, done)
+
+    return jax.lax.platform_dependent(*arrays, cpu=by_us, default=by_xla)
+
+
+def _scan_by_xla(
+    dtype: Any, weight_ih: Array, weight_hh: Array, *others: Any
+) -> tuple[Array, Array, Array]:
+    return _lstm_scan(dtype, jnp.concatenate([weight_ih, weight_hh], axis=1), *others)
+
+
+def _at(t: Array, sequences: Any) -> Any:
+    # Reading and writing rows of (batch, time, ...) saves two transposed copies of the sequence.
+    pick = partial(jax.lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
+    return jax.tree.map(pick, sequences)
+
+
+def _put(sequence: Array, t: Array, value: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(sequence, value, t, axis=1)
+
+
+def _keep(state: tuple[Array, ...], done: Array | None) -> tuple[Array, ...]:
+    """The state, zero in the rows of `done`."""
+    if done is None:
+        return state
+    return tuple(jnp.where(done[:, None], 0, part) for part in state)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lstm_scan(
+    dtype: Any, weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None
+) -> tuple[Array, Array, Array]:
+    # The results go where the inputs were if they are of a kind: on CPUs the first touch of fresh
+    # memory costs as much as the arithmetic done on it.
+    shape = (*x.shape[:2], h.shape[1])
+    in_place = x.shape == shape and x.dtype == h.dtype
+
+    def step(carry: tuple[Array, ...], t: Array):
+        *state, outputs = carry
+        x_t, done_t = _at(t, (outputs if in_place else x, done))
+        h, c = _keep(tuple(state), done_t)
+        h, c = lstm_cell(weight, bias, x_t, h, c, dtype)
+        return (h, c, _put(outputs, t, h)), None
+
+    start = x if in_place else jax.lax.empty(shape, h.dtype)
+    (h, c, outputs), _ = jax.lax.scan(step, (h, c, start), jnp.arange(x.shape[1]))
+    return outputs, h, c
+
+
+def _lstm_scan_forward(
+    dtype: Any, weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None
+) -> tuple[Any, Any]:
+    def step(carry: tuple[Array, ...], t: Array):
+        *state, outputs = carry
+        x_t, done_t = _at(t, (x, done))
+        h, c = _keep(tuple(state), done_t)
+        i, f, g, o = _gates(weight, bias, _join(x_t, h), dtype)
+        c = f * c + i * g
+        # XLA:CPU runs what it fuses into a write to a buffer of the loop on one core.
+        h, *kept = jax.lax.optimization_barrier((o * jnp.tanh(c), c, i, f, g, o))
+        return (h, kept[0], _put(outputs, t, h)), kept
+
+    time = x.shape[1]
+    outputs = jax.lax.empty((h.shape[0], time, h.shape[1]), h.dtype)
+    (h_last, c_last, outputs), kept = jax.lax.scan(step, (h, c, outputs), jnp.arange(time))
+    return (outputs, h_last, c_last), (weight, x, h, c, done, outputs, kept)
+
+
+def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    weight, x, h, c, done, outputs, (cs, *gates) = residuals
+    d_outputs, dh_last, dc_last = cotangents
+    inputs, dtype = x.shape[2], weight.dtype if dtype is None else dtype
+    of_x, of_h = jnp.split(weight.astype(dtype), (inputs,), axis=1)
+
+    def step(carry: tuple[Array, ...], row: Any):
+        dh, dc, c_t, d_gates = carry
+        t, (i, f, g, o) = row
+        d_h, done_t = _at(t, (d_outputs, done))
+        c_before = jnp.where(t > 0, cs[jnp.maximum(t - 1, 0)], c)
+        (c_kept,) = _keep((c_before,), done_t)
+        tanh_c = jnp.tanh(c_t)
+        dh = dh + d_h
+        dc = dc + dh * o * (1 - tanh_c * tanh_c)
+        parts = [
+            dc * g * i * (1 - i),
+            dc * c_kept * f * (1 - f),
+            dc * i * (1 - g * g),
+            dh * tanh_c * o * (1 - o),
+        ]
+        now = jax.lax.optimization_barrier(jnp.concatenate(parts, axis=1).astype(dtype))
+        dh, dc = _keep(((now @ of_h).astype(h.dtype), dc * f), done_t)
+        return (dh, dc, c_before, _put(d_gates, t, now)), None
+
+    d_gates = jax.lax.empty((*x.shape[:2], weight.shape[0]), dtype)
+    steps = jnp.arange(x.shape[1]), gates
+    (dh, dc, _, d_gates), _ = jax.lax.scan(
+        step, (dh_last, dc_last, cs[-1], d_gates), steps, reverse=True
+    )
+    # The rest needs no loop.
+    h_before = jnp.concatenate([h[:, None], outputs[:, :-1]], axis=1)
+    if done is not None:
+        h_before = jnp.where(done[..., None], 0, h_before)
+    joined = jnp.concatenate([x.astype(dtype), h_before.astype(dtype)], axis=2)
+    flat, joined = (rows.reshape(-1, rows.shape[2]) for rows in (d_gates, joined))
+    d_weight = jnp.matmul(flat.T, joined, preferred_element_type=weight.dtype)
+    dx = (flat @ of_x).astype(x.dtype).reshape(x.shape)
+    return d_weight, flat.sum(0, dtype=h.dtype), dx, dh, dc, None
+
+
+_lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
+
+_lstm_by_us = cpu.differentiable(cpu.lstm, cpu.lstm_gradient, partial(_scan_by_xla, None))
