@@ -7,15 +7,15 @@ import torch
 from pufferlib import pytorch as reference
 from scipy import integrate, stats
 
-from puffer_jax.distributions import (
+from puffer_jax.nn.distributions import (
     Normal,
     TanhNormal,
     entropy,
     entropy_probs,
     log_prob,
     mask_logits,
-    sample_logits,
 )
+from puffer_jax.nn.sampling import sample_logits
 
 INF, NAN = np.inf, np.nan
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}

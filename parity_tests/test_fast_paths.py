@@ -14,10 +14,10 @@ import scipy.special
 from flax import nnx
 
 import puffer_jax
-from puffer_jax import layers, random
 from puffer_jax.kernels import convolution, lstm, perceptron, pooling, recurrence
 from puffer_jax.kernels.cpu import library
 from puffer_jax.kernels.cpu.images import Windows
+from puffer_jax.nn import linear, random
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 THREEFRY = jax.random.key(0, impl="threefry2x32")  # `quick` makes another the default
@@ -218,7 +218,7 @@ def test_perceptron(kernels, batch, inputs, hidden, outputs):
 
     def ours(x, *arrays):
         first, *heads = run(x, *arrays)
-        results = layers.perceptron(x, first, heads)
+        results = linear.perceptron(x, first, heads)
         assert [r.shape[1] for r in results] == (outputs or [hidden])
         return jnp.concatenate(results, axis=-1)
 
@@ -241,7 +241,7 @@ def test_linear(kernels, batch, inputs, outputs):
 
     def ours(x, *arrays):
         heads = [linear(*arrays[i : i + 2]) for i in range(0, len(arrays), 2)]
-        return jnp.concatenate(layers.linear(x, heads), axis=-1)
+        return jnp.concatenate(linear.linear(x, heads), axis=-1)
 
     def plain(x, *arrays):
         parts = (x @ arrays[i] + arrays[i + 1] for i in range(0, len(arrays), 2))
@@ -259,7 +259,7 @@ def test_linear_leaves_other_layers_alone():
     second = nnx.Linear(3, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
     x = draw(0, 4, 3).astype(jnp.float32)
     for heads in ([first], [second], [first, second]):
-        for mine, layer in zip(layers.linear(x, heads), heads, strict=True):
+        for mine, layer in zip(linear.linear(x, heads), heads, strict=True):
             assert mine.dtype == layer(x).dtype
             np.testing.assert_array_equal(mine, layer(x))
 
@@ -334,7 +334,7 @@ def test_nan_and_infinity_pass(kernels):
         x = jnp.asarray([[0.0], [jnp.nan], [jnp.inf], [-jnp.inf]], dtype)
         first = nnx.Linear(1, 1, param_dtype=dtype, rngs=nnx.Rngs(0))
         first.kernel[...] = jnp.ones((1, 1), dtype)
-        out = layers.perceptron(x, first, [])[0][:, 0]
+        out = linear.perceptron(x, first, [])[0][:, 0]
         np.testing.assert_array_equal(out, [0, np.nan, np.inf, np.nan])  # as jax.nn.gelu has it
         np.testing.assert_array_equal(out, jax.nn.gelu(x, approximate=False)[:, 0])
 
@@ -530,7 +530,7 @@ def layer_and_head(x, *arrays):
     linear = [nnx.Linear(*s, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for s in sizes]
     for i, layer in enumerate(linear):
         layer.kernel[...], layer.bias[...] = arrays[2 * i : 2 * i + 2]
-    return layers.perceptron(x, linear[0], linear[1:])[0]
+    return linear.perceptron(x, linear[0], linear[1:])[0]
 
 
 DONE = jnp.asarray([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)

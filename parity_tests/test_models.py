@@ -29,7 +29,7 @@ from flax import nnx
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 import puffer_jax
-from puffer_jax.layers import reset_orthogonal
+from puffer_jax.nn.initializers import reset_orthogonal
 
 pytestmark = pytest.mark.usefixtures("quick")
 

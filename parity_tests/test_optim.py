@@ -17,7 +17,7 @@ from flax import nnx
 
 import puffer_jax
 from puffer_jax import optim
-from puffer_jax.modules import torch_layout
+from puffer_jax.nn.torch_layout import torch_layout
 
 with warnings.catch_warnings():  # heavyball's import appends filters of its own
     import heavyball

@@ -19,8 +19,9 @@ from flax import nnx
 import puffer_jax
 from puffer_jax import parity
 from puffer_jax.kernels.perceptron import gelu
-from puffer_jax.layers import LSTM, flatten_channels_first
-from puffer_jax.modules import torch_parameters
+from puffer_jax.nn.images import flatten_channels_first
+from puffer_jax.nn.lstm import LSTM
+from puffer_jax.nn.torch_layout import torch_parameters
 from puffer_jax.parity import compare, reference_policy
 from puffer_jax.report import BARS, MAX_RATIO, PRECISIONS, Errors, Report, Row
 

@@ -41,7 +41,7 @@ from reference import skeleton
 import puffer_jax
 from puffer_jax import load_state_dict, load_weights, policy_from_checkpoint, save_weights
 from puffer_jax.base.files import write_atomically
-from puffer_jax.modules import torch_parameters
+from puffer_jax.nn.torch_layout import torch_parameters
 
 pytestmark = pytest.mark.usefixtures("quick")
 

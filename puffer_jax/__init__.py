@@ -20,17 +20,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.check import PolicyReport as PolicyReport
     from puffer_jax.check import check_policy as check_policy
     from puffer_jax.config import PuffeRLConfig as PuffeRLConfig
-    from puffer_jax.distributions import Normal as Normal
-    from puffer_jax.distributions import TanhNormal as TanhNormal
-    from puffer_jax.distributions import entropy as entropy
-    from puffer_jax.distributions import entropy_probs as entropy_probs
-    from puffer_jax.distributions import log_prob as log_prob
-    from puffer_jax.distributions import mask_logits as mask_logits
-    from puffer_jax.distributions import sample_logits as sample_logits
     from puffer_jax.jaxenv import as_jax_env as as_jax_env
-    from puffer_jax.layers import LSTM as LSTM
-    from puffer_jax.layers import layer_init as layer_init
-    from puffer_jax.layers import torch_init as torch_init
     from puffer_jax.loggers import JSONLLogger as JSONLLogger
     from puffer_jax.loggers import MultiLogger as MultiLogger
     from puffer_jax.loggers import NoLogger as NoLogger
@@ -42,14 +32,24 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.models import LSTMWrapper as LSTMWrapper
     from puffer_jax.models import ProcgenResnet as ProcgenResnet
     from puffer_jax.models import ResidualBlock as ResidualBlock
-    from puffer_jax.modules import merge as merge
-    from puffer_jax.modules import split as split
     from puffer_jax.nativize import flatten_observations as flatten_observations
     from puffer_jax.nativize import flattened_tensor_size as flattened_tensor_size
     from puffer_jax.nativize import nativize_dtype as nativize_dtype
     from puffer_jax.nativize import nativize_tensor as nativize_tensor
     from puffer_jax.nativize import numpy_to_jax_dtype_dict as numpy_to_jax_dtype_dict
     from puffer_jax.nativize import unflatten_observations as unflatten_observations
+    from puffer_jax.nn.distributions import Normal as Normal
+    from puffer_jax.nn.distributions import TanhNormal as TanhNormal
+    from puffer_jax.nn.distributions import entropy as entropy
+    from puffer_jax.nn.distributions import entropy_probs as entropy_probs
+    from puffer_jax.nn.distributions import log_prob as log_prob
+    from puffer_jax.nn.distributions import mask_logits as mask_logits
+    from puffer_jax.nn.initializers import layer_init as layer_init
+    from puffer_jax.nn.initializers import torch_init as torch_init
+    from puffer_jax.nn.lstm import LSTM as LSTM
+    from puffer_jax.nn.params import merge as merge
+    from puffer_jax.nn.params import split as split
+    from puffer_jax.nn.sampling import sample_logits as sample_logits
     from puffer_jax.pufferl import NonFiniteError as NonFiniteError
     from puffer_jax.pufferl import PuffeRL as PuffeRL
     from puffer_jax.pufferl import make_train as make_train
@@ -65,21 +65,7 @@ _EXPORTS = {
         "check_policy",
     ),
     "config": ("PuffeRLConfig",),
-    "distributions": (
-        "Normal",
-        "TanhNormal",
-        "entropy",
-        "entropy_probs",
-        "log_prob",
-        "mask_logits",
-        "sample_logits",
-    ),
     "jaxenv": ("as_jax_env",),
-    "layers": (
-        "LSTM",
-        "layer_init",
-        "torch_init",
-    ),
     "loggers": (
         "JSONLLogger",
         "MultiLogger",
@@ -95,10 +81,6 @@ _EXPORTS = {
         "ProcgenResnet",
         "ResidualBlock",
     ),
-    "modules": (
-        "merge",
-        "split",
-    ),
     "nativize": (
         "flatten_observations",
         "flattened_tensor_size",
@@ -107,6 +89,24 @@ _EXPORTS = {
         "numpy_to_jax_dtype_dict",
         "unflatten_observations",
     ),
+    "nn.distributions": (
+        "Normal",
+        "TanhNormal",
+        "entropy",
+        "entropy_probs",
+        "log_prob",
+        "mask_logits",
+    ),
+    "nn.initializers": (
+        "layer_init",
+        "torch_init",
+    ),
+    "nn.lstm": ("LSTM",),
+    "nn.params": (
+        "merge",
+        "split",
+    ),
+    "nn.sampling": ("sample_logits",),
     "pufferl": (
         "NonFiniteError",
         "PuffeRL",

@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from puffer_jax.base import spaces
-from puffer_jax.distributions import Normal
-from puffer_jax.modules import merge, split, torch_parameters
+from puffer_jax.nn.distributions import Normal
+from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.torch_layout import torch_parameters
 
 # A bound beyond this counts as none: CartPole's are 3e38, where any network overflows.
 _LARGE = 1e6

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax.distributions import sample_logits
+from puffer_jax.nn.sampling import sample_logits
 
 State = dict[str, Array]
 

@@ -617,8 +617,8 @@ def play(
     """
     import jax
 
-    from puffer_jax.distributions import sample_logits
-    from puffer_jax.modules import merge, split
+    from puffer_jax.nn.params import merge, split
+    from puffer_jax.nn.sampling import sample_logits
     from puffer_jax.ppo import is_recurrent
 
     graphdef, params = split(policy)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from puffer_jax import models
 from puffer_jax.base import spaces
-from puffer_jax.modules import merge, split
+from puffer_jax.nn.params import merge, split
 
 _SIZES: dict[type, tuple[str, ...]] = {
     models.Default: ("hidden_size",),

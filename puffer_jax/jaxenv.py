@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import random
 from puffer_jax.base.spaces import (
     Box,
     Continuous,
@@ -26,6 +25,7 @@ from puffer_jax.base.spaces import (
     kind_of,
     structured_dtype,
 )
+from puffer_jax.nn import random
 
 _PROTOCOL = (
     "a JAX-native environment has `observation_space`, `action_space`, `reset(key) -> (obs, state)`"

@@ -19,22 +19,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from puffer_jax.base import spaces
-from puffer_jax.distributions import Normal
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.kernels.pooling import max_pool
-from puffer_jax.layers import (
-    LSTM,
-    Conv2d,
-    Deferred,
-    flatten,
-    flatten_channels_first,
-    layer_init,
-    linear,
-    perceptron,
-    reset_orthogonal,
-    torch_init,
-)
 from puffer_jax.nativize import flatten_observations, nativize_dtype, nativize_tensor
+from puffer_jax.nn.distributions import Normal
+from puffer_jax.nn.images import Conv2d, Deferred, flatten, flatten_channels_first
+from puffer_jax.nn.initializers import layer_init, reset_orthogonal, torch_init
+from puffer_jax.nn.linear import linear, perceptron
+from puffer_jax.nn.lstm import LSTM
 
 # Flax's own initial kernels would be drawn only to be overwritten.
 _zeros = jax.nn.initializers.zeros

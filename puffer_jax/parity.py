@@ -26,8 +26,10 @@ from jax.extend.core import get_opaque_trace_state
 
 from puffer_jax import models
 from puffer_jax.base import spaces
-from puffer_jax.layers import LSTM, Deferred
-from puffer_jax.modules import merge, split, torch_aliases, torch_modules
+from puffer_jax.nn.images import Deferred
+from puffer_jax.nn.lstm import LSTM
+from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.torch_layout import torch_aliases, torch_modules
 from puffer_jax.report import PRECISIONS, Errors, Kind, Report, Row
 from puffer_jax.weights import state_dict
 

@@ -14,11 +14,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from puffer_jax import optim, random
+from puffer_jax import optim
 from puffer_jax.config import PuffeRLConfig, Sizes
-from puffer_jax.distributions import sample_logits
 from puffer_jax.kernels.recurrence import recurrence
-from puffer_jax.modules import merge, split, torch_layout
+from puffer_jax.nn import random
+from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.sampling import sample_logits
+from puffer_jax.nn.torch_layout import torch_layout
 
 Params = dict[str, Any]
 

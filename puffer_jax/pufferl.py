@@ -16,14 +16,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import checkpoint, optim, random, rollout
+from puffer_jax import checkpoint, optim, rollout
 from puffer_jax.base.profile import Profile
 from puffer_jax.config import PuffeRLConfig
 from puffer_jax.dashboard import Dashboard, Snapshot
 from puffer_jax.hostenv import Received, as_host_env
 from puffer_jax.jaxenv import as_jax_env
 from puffer_jax.loggers import Logger, NoLogger
-from puffer_jax.modules import merge, split
+from puffer_jax.nn import random
+from puffer_jax.nn.params import merge, split
 from puffer_jax.ppo import Experience, TrainState, is_recurrent, make_learner
 
 _LOG_SECONDS = 0.25

@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import random
 from puffer_jax.base import spaces
 from puffer_jax.config import PuffeRLConfig, Sizes
-from puffer_jax.distributions import sample_logits
 from puffer_jax.jaxenv import AdaptedEnv, autoreset
-from puffer_jax.modules import merge, split
+from puffer_jax.nn import random
+from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.ppo import Experience, Last, Params, is_recurrent
 
 State = dict[str, Array]

@@ -27,7 +27,8 @@ from flax import nnx
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import _from_json, _to_json
 from puffer_jax.describe import build, describe, infer
-from puffer_jax.modules import TorchParameter, mismatches, torch_aliases, torch_parameters
+from puffer_jax.nn.params import mismatches
+from puffer_jax.nn.torch_layout import TorchParameter, torch_aliases, torch_parameters
 
 _TORCH_INSTALL = "pip install 'torch>=2.10'"
 

@@ -18,7 +18,7 @@ from gymnasium.spaces import Box, Discrete
 from jax.nn.initializers import zeros
 
 from puffer_jax import layer_init
-from puffer_jax.layers import flatten_channels_first
+from puffer_jax.nn.images import flatten_channels_first
 
 
 class Policy(nnx.Module):

@@ -17,8 +17,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 from jax.nn.initializers import zeros
 
 from puffer_jax import layer_init, nativize_dtype, nativize_tensor
-from puffer_jax.layers import flatten_channels_first
 from puffer_jax.nativize import emulated_dtypes
+from puffer_jax.nn.images import flatten_channels_first
 
 
 class Policy(nnx.Module):

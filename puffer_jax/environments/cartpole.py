@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import random
 from puffer_jax.base.spaces import Box, Discrete
+from puffer_jax.nn import random
 
 _GRAVITY = 9.8
 _POLE_MASS = 0.1

@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from puffer_jax import random
 from puffer_jax.base.spaces import Box, Discrete
+from puffer_jax.nn import random
 
 _Transition = tuple[Array, Any, Array, Array, Array, dict[str, Array]]
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import random
 from puffer_jax.base.spaces import Box, Discrete
+from puffer_jax.nn import random
 
 _Transition = tuple[Array, Any, Array, Array, Array, dict[str, Array]]
 

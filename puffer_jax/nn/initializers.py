@@ -1,0 +1,116 @@
+"""Initial weights: torch's, and orthogonal ones."""
+
+import math
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from puffer_jax.nn.torch_layout import TorchParameter, torch_parameters
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def _affine(layer: nnx.Module, function: str) -> list[TorchParameter]:
+    """Weight and, if there is one, bias."""
+    if not isinstance(layer, nnx.Linear | nnx.Conv):
+        raise TypeError(f"{function} takes an nnx.Linear or nnx.Conv; got {type(layer).__name__}")
+    return torch_parameters(layer)
+
+
+def layer_init(
+    layer: Layer, std: float = math.sqrt(2), bias_const: float = 0.0, *, rngs: nnx.Rngs
+) -> Layer:
+    """Orthogonal weights of gain `std` and a constant bias, in place; CleanRL's default.
+
+    The kernel is orthogonal as a matrix (out, everything else), as torch flattens it.
+
+    Args:
+        layer: `nnx.Linear` or `nnx.Conv` of any number of spatial dimensions; a layer
+            without bias is fine.
+        std: the gain: all singular values of the flattened kernel.
+        bias_const: value of every bias.
+        rngs: draws one key from the stream `params`.
+
+    Returns:
+        `layer`, for use in one expression.
+
+    Raises:
+        TypeError: another type of layer.
+
+    Reference: `pufferlib.pytorch.layer_init`; Saxe et al. 2013, arXiv:1312.6120.
+    """
+    for parameter in _affine(layer, "layer_init"):
+        if parameter.name == "weight":
+            _set(parameter, std * _orthogonal(parameter, rngs))
+        else:
+            _set(parameter, jnp.full(parameter.shape, bias_const))
+    return layer
+
+
+@partial(jax.jit, static_argnames=("rows", "columns", "dtype"))
+def _orthogonal_matrix(key: Array, rows: int, columns: int, dtype: jnp.dtype) -> Array:
+    # JAX's own initialiser decomposes a square matrix of the longer side, 40 times the work
+    # for NatureCNN's Linear.
+    tall = jax.random.normal(key, (max(rows, columns), min(rows, columns)), dtype)
+    q, r = jnp.linalg.qr(tall)
+    # Without the signs the distribution would depend on the decomposition's conventions.
+    q *= jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
+    return q if rows >= columns else q.T
+
+
+def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs) -> Array:
+    rows, *rest = parameter.shape
+    # QR knows no half precision.
+    dtype = jnp.promote_types(parameter.variables[0].dtype, jnp.float32)
+    matrix = _orthogonal_matrix(rngs.params(), rows, math.prod(rest), dtype)
+    return matrix.reshape(parameter.shape)
+
+
+def _set(parameter: TorchParameter, value: Array) -> None:
+    for variable, array in zip(parameter.variables, parameter.from_torch(value), strict=True):
+        variable[...] = array.astype(variable.dtype)
+
+
+def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
+    """Torch's default for Linear and Conv, in place: weights and bias U(-1/sqrt(fan_in), +).
+
+    Args:
+        layer: `nnx.Linear` or `nnx.Conv`.
+        rngs: draws two keys from the stream `params`.
+
+    Raises:
+        TypeError: another type of layer.
+
+    Reference: `torch.nn.Linear.reset_parameters`.
+    """
+    weight, *bias = _affine(layer, "torch_init")
+    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+    for parameter in (weight, *bias):
+        _set(parameter, _uniform(rngs, parameter.shape, bound, parameter.variables[0].dtype))
+    return layer
+
+
+def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: Any) -> Array:
+    return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+
+
+def reset_orthogonal(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
+    """Give every weight of `module` an orthogonal value of gain 1 and zero every bias, in place.
+
+    Goes by torch's names, as the reference does: names with `layer_norm` are left alone, those
+    with `bias` are zeroed, those with `weight` and at least two dimensions become orthogonal,
+    the rest (a learned log-std, say) keeps its value.
+
+    Reference: the loop in `pufferlib.models.LSTMWrapper.__init__`.
+    """
+    for parameter in torch_parameters(module):
+        if "layer_norm" in parameter.name:
+            continue
+        if "bias" in parameter.name:
+            _set(parameter, jnp.zeros(parameter.shape))
+        elif "weight" in parameter.name and len(parameter.shape) >= 2:
+            _set(parameter, _orthogonal(parameter, rngs))

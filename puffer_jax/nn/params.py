@@ -1,0 +1,108 @@
+"""A policy's parameters as a plain nested dict, and back."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx, traverse_util
+
+Path = tuple[str | int, ...]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphDef:
+    """The static half of a policy: its structure, and what `merge` checks parameters against."""
+
+    graphdef: Any
+    shapes: tuple[tuple[Path, Shape], ...]
+    attributes: tuple[tuple[Path, tuple[str, ...]], ...]
+
+
+def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, Any]]:
+    """Split a policy into its static structure and a plain nested dict of arrays.
+
+    The dict is what `jax.jit`, `jax.grad`, `jax.vmap`, optax and orbax handle fastest.
+
+    Returns:
+        `(graphdef, params)`; `graphdef` is hashable and equal for policies of the same
+        structure, so it can be closed over or passed as a static argument.
+
+    Raises:
+        TypeError: the policy holds a variable that is not an `nnx.Param` (dropout keys,
+            batch statistics): a forward pass would have to write it back.
+    """
+    graphdef, state = nnx.split(policy)
+    strangers = [
+        f"{'.'.join(map(str, path))}: {type(variable).__name__}"
+        for path, variable in nnx.to_flat_state(state)
+        if not isinstance(variable, nnx.Param)
+    ]
+    if strangers:
+        raise TypeError(
+            "a policy holds only nnx.Param and static values; keep other state outside it. "
+            f"Found {', '.join(strangers)}"
+        )
+    params = nnx.to_pure_dict(state)
+    attributes = tuple((path, tuple(vars(module))) for path, module in _submodules(policy))
+    return GraphDef(graphdef, tuple(sorted(_shapes(params).items(), key=str)), attributes), params
+
+
+def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
+    """Rebuild a policy from what `split` returned; free under `jax.jit` once traced.
+
+    Raises:
+        ValueError: `params` lacks an array, has one too many or one of another shape; all
+            are listed. (Flax itself matches a plain dict by sorted position only, so a
+            renamed key would permute weights without a word.)
+    """
+    expected, given = dict(graphdef.shapes), _shapes(params)
+    if expected != given:
+        problems = mismatches(
+            {_dotted(path): shape for path, shape in expected.items()},
+            {_dotted(path): shape for path, shape in given.items()},
+        )
+        raise ValueError("the parameters do not fit the policy: " + "; ".join(problems))
+    policy = nnx.merge(graphdef.graphdef, params)
+    # Flax rebuilds attributes in sorted order; torch's order is the order of definition.
+    modules = dict(_submodules(policy))
+    for path, names in graphdef.attributes:
+        values = vars(modules[path])
+        for name in names:
+            if name in values:
+                values[name] = values.pop(name)
+    return policy
+
+
+def mismatches(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
+    """Every missing, unexpected and mis-shaped name, one line of text for each kind."""
+    wrong = [
+        f"{name} {given[name]} instead of {expected[name]}"
+        for name in expected
+        if name in given and tuple(given[name]) != tuple(expected[name])
+    ]
+    kinds = {
+        "missing": [f"{name} {expected[name]}" for name in expected if name not in given],
+        "unexpected": [f"{name} {given[name]}" for name in given if name not in expected],
+        "wrong shape": wrong,
+    }
+    return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+
+
+def _shapes(params: Mapping[str, Any]) -> dict[Path, Shape]:
+    flat: dict[Path, Any] = dict(traverse_util.flatten_dict(params))
+    return {path: tuple(np.shape(x)) for path, x in flat.items()}
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _submodules(module: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    yield path, module
+    items = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
+    for name, value in items:
+        if isinstance(value, nnx.Module | nnx.List | nnx.Dict):
+            yield from _submodules(value, (*path, name))

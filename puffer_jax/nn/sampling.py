@@ -1,0 +1,160 @@
+"""Actions drawn from a policy's logits, with their log-probability and entropy."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num, PRNGKeyArray
+
+from puffer_jax.kernels import cpu
+from puffer_jax.nn import random
+from puffer_jax.nn.distributions import Logits, Normal, _at_least_float32, _pick, entropy
+
+
+def sample_logits(
+    logits: Logits,
+    action: ArrayLike | None = None,
+    *,
+    key: PRNGKeyArray | None = None,
+    deterministic: bool = False,
+) -> tuple[Num[Array, "..."], Float[Array, " batch"], Float[Array, " batch"]]:
+    """Sample actions, or score given ones (reference: `pufferlib.pytorch.sample_logits`).
+
+    Give exactly one of `action`, `key` and `deterministic=True`. A sampled action is a constant
+    to `grad`, so the log-probability has the score-function gradient, as in the reference.
+
+    A bad row of logits (NaN, +inf, or -inf throughout; -inf beside finite logits is a mask) or a
+    bad element of a Normal (loc or scale not finite, scale not positive) does no harm elsewhere:
+    its action is drawn uniformly, or from N(0, 1), or is 0 if deterministic; its row's
+    log-probability and entropy are NaN, with gradient 0; other rows are untouched.
+
+    Args:
+        logits: Discrete: (batch, n). MultiDiscrete: a tuple or list of k arrays (batch, n_i).
+            Continuous: `Normal` or `TanhNormal` with loc (batch, k); more axes are flattened.
+        action: any shape of batch * k elements in row order, say (segments, horizon) for
+            logits of segments * horizon rows; for Discrete k = 1.
+        key: a PRNG key to sample with.
+        deterministic: take the first most likely action (a Normal's `mode()`).
+
+    Returns:
+        action: sampled: int32 (batch,), int32 (batch, k), or (batch, k) in loc's dtype; given:
+            its own dtype, (batch,), (batch, k), or as given for continuous actions.
+        logprob: (batch,), summed over k. NaN for an index outside 0..n-1 (but see Raises).
+        entropy: (batch,), summed over k; a batch of one keeps its axis, unlike in the reference.
+
+    Raises:
+        TypeError: `logits` is none of the above.
+        ValueError: not exactly one of the three ways is given; wrong shapes or number of
+            elements; an action index outside 0..n-1 when nothing is traced.
+    """
+    ways = {"action": action is not None, "key": key is not None, "deterministic": deterministic}
+    given = [way for way, is_given in ways.items() if is_given]
+    if len(given) != 1:
+        got = " and ".join(given) or "none of them"
+        raise ValueError(f"give exactly one of action, key and deterministic=True; got {got}")
+    if isinstance(logits, Normal):
+        return _sample_continuous(logits, action, key)
+    is_multi = isinstance(logits, tuple | list)
+    components: list[Any] = list(logits) if isinstance(logits, tuple | list) else [logits]
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in components):
+        raise TypeError(
+            "logits must be an array, a tuple or list of arrays, a Normal or a TanhNormal; got "
+            + ("a sequence of " if is_multi else "")
+            + ", ".join(type(x).__name__ for x in components)
+        )
+    shapes = [x.shape for x in components]
+    if not shapes or any(len(s) != 2 or s[0] != shapes[0][0] or s[1] == 0 for s in shapes):
+        raise ValueError(f"logits must be (batch, n) with one batch and n > 0; got shapes {shapes}")
+    k = len(components)
+    actions = [None] * k if action is None else _rows(action, shapes[0][0], k, shapes).T
+    labels = [f" (component {i})" if is_multi else "" for i in range(k)]
+    if key is None:
+        parts = map(_score, components, actions, labels)
+    else:
+        parts = [_draw(key, i, k, logits) for i, logits in enumerate(components)]
+    columns, logprobs, entropies = zip(*parts, strict=True)
+    if not is_multi:
+        return columns[0], logprobs[0], entropies[0]
+    return jnp.stack(columns, 1), jnp.stack(logprobs).sum(0), jnp.stack(entropies).sum(0)
+
+
+def _rows(action: ArrayLike, batch: int, k: int, shapes: object) -> Array:
+    action = jnp.asarray(action)
+    if action.size != batch * k:
+        raise ValueError(
+            f"action of shape {action.shape} does not fit logits of shape {shapes}: "
+            f"they need {batch} * {k} elements"
+        )
+    return action.reshape(batch, k)
+
+
+def _normalised(logits: Array) -> tuple[Array, Array]:
+    """Normalised logits (batch, n), those of bad rows uniform; and which rows are bad (batch,)."""
+    masked = logits == -jnp.inf  # no max here: XLA's CPU reduction drops NaNs of large arrays
+    bad = ~(jnp.isfinite(logits) | masked).all(-1) | masked.all(-1)
+    safe = jnp.where(bad[:, None], 0, logits)
+    return safe - jax.nn.logsumexp(safe, axis=-1, keepdims=True), bad
+
+
+def _score(logits: ArrayLike, action: Array | None, label: str = "") -> tuple[Array, Array, Array]:
+    """(action, logprob, entropy) of a given action, or of the most likely one."""
+    normalised, bad = _normalised(_at_least_float32(logits))
+    if action is None:
+        action = normalised.argmax(-1).astype(jnp.int32)
+    logprob = jnp.where(bad, jnp.nan, _pick(normalised, action, label))
+    return action, logprob, jnp.where(bad, jnp.nan, entropy(normalised))
+
+
+def _draw(
+    key: PRNGKeyArray, component: int, components: int, logits: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """(action, logprob, entropy) of a random action of one of so many components."""
+    logits = _at_least_float32(logits)
+
+    def plain(key: Array, logits: Array) -> tuple[Array, Array, Array]:
+        own = random.split(key, components)[component]
+        # Noise added to large logits would be rounded off, hence the normalised ones.
+        return _score(logits, random.categorical(own, _normalised(logits)[0]))
+
+    if not random.serves(key, logits):
+        return plain(key, logits)
+    by_us = partial(_draw_on_cpu, component)
+    return jax.lax.platform_dependent(
+        key, logits, cpu=lambda key, x: by_us(random.data_of(key), x), default=plain
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _draw_on_cpu(component: int, key: Array, logits: Array) -> tuple[Array, Array, Array]:
+    return tuple(cpu.sample(key, logits, component))  # type: ignore[return-value]
+
+
+@_draw_on_cpu.defjvp
+def _draw_jvp(component: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (key, logits), (_, d_logits) = primals, tangents
+    results = action, *_ = _draw_on_cpu(component, key, logits)
+    d_scores = jax.jvp(lambda x: _score(x, action)[1:], (logits,), (d_logits,))[1]
+    return results, (np.zeros(action.shape, jax.dtypes.float0), *d_scores)
+
+
+def _sample_continuous(
+    normal: Normal, action: ArrayLike | None, key: PRNGKeyArray | None
+) -> tuple[Array, Array, Array]:
+    loc, scale = normal._parameters()
+    if loc.ndim == 0:
+        raise ValueError("loc must be (batch, k); got a scalar")
+    batch, k = loc.shape[0], math.prod(loc.shape[1:])
+    bad = ~(jnp.isfinite(loc) & jnp.isfinite(scale) & (scale > 0)).reshape(batch, k)
+    loc = jnp.where(bad, 0, normal._narrow(loc).reshape(batch, k))
+    safe = type(normal)(loc, jnp.where(bad, 1, scale.reshape(batch, k)))
+    if action is None:
+        action = jax.lax.stop_gradient(safe.mode() if key is None else safe.sample(key))
+    # Drawn or given, an action is scored by its value: a trainer that scores a stored action
+    # again starts from a ratio of exactly 1, also where tanh was rounded to +-1.
+    logprob = safe.log_prob(_rows(action, batch, k, f"({batch}, {k})"))
+    logprob, total = (jnp.where(bad, jnp.nan, x).sum(1) for x in (logprob, safe.entropy()))
+    return jnp.asarray(action), logprob, total

@@ -1,0 +1,183 @@
+"""What puffer_jax knows of any `nnx.Module`: split and merge, and its parameters as torch's.
+
+The exchange with torch is a rule per layer type (`_RULES`) applied along attribute paths:
+`policy.encoder.layers[0].kernel` of an `nnx.Linear` is torch's `policy.encoder.0.weight`,
+transposed. A module whose attributes carry the names of its torch twin therefore converts
+with no code. A class may say more:
+
+    torch_names = {"attribute": "torch_attribute", ...}    other names, and torch's order
+    torch_aliases = {"cell.weight_ih": "lstm.weight_ih_l0"}    keys torch lists twice (tied)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from puffer_jax.nn.params import Shape, merge, mismatches, split
+from puffer_jax.nn.torch_rules import _CONTAINERS, _RULES, _get, _rule_for, _same, _same_back
+
+
+class TorchParameter(NamedTuple):
+    """One tensor of the torch twin and the Flax parameters that hold its values.
+
+    `pack` turns their NumPy arrays into torch's tensor; `unpack` is its inverse.
+    """
+
+    name: str
+    variables: tuple[nnx.Param, ...]
+    pack: Callable[..., Any]
+    unpack: Callable[..., tuple[Any, ...]]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the torch tensor."""
+        zero = np.zeros((), np.int8)
+        return self.pack(*(np.broadcast_to(zero, v.shape) for v in self.variables)).shape
+
+    def to_torch(self) -> np.ndarray:
+        """A copy of the current values in torch's layout."""
+        return np.array(self.pack(*(np.asarray(v[...]) for v in self.variables)), order="C")
+
+    def from_torch(self, tensor: Any) -> tuple[Any, ...]:
+        """Arrays for `variables` holding the values of `tensor`."""
+        return self.unpack(tensor, *(v.shape for v in self.variables))
+
+
+def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParameter]:
+    """The module's parameters in torch's `named_parameters()` order.
+
+    A module's own parameters come before those of its submodules, each group in the order
+    of definition. Tied tensors appear once, as in torch.
+
+    Raises:
+        TypeError: a layer type with parameters and no rule, or a variable that is no Param.
+    """
+    rule = _rule_for(module)
+    if rule is not None:
+        parameters = [
+            TorchParameter(prefix + name, tuple(variables), pack, unpack)
+            for name, paths, pack, unpack in rule
+            if (variables := [_get(module, path) for path in paths])[0] is not None
+        ]
+        covered = sum(len(parameter.variables) for parameter in parameters)
+    else:
+        parameters = []
+        flax_layer = type(module).__module__.startswith("flax.")
+        covered = 0 if flax_layer and not isinstance(module, _CONTAINERS) else None
+    if covered is not None:
+        if covered != len(jax.tree.leaves(nnx.state(module))):
+            where = prefix.rstrip(".") or "module"
+            raise TypeError(
+                f"{where}: no torch rule for this {type(module).__name__}; "
+                f"known are {', '.join(sorted(cls.__name__ for cls in _RULES))} and bare nnx.Param"
+            )
+        return parameters
+    own, below = [], []
+    for name, value in _attributes(module):
+        if isinstance(value, nnx.Param):
+            own.append(TorchParameter(prefix + name, (value,), _same, _same_back))
+        elif isinstance(value, nnx.Variable):
+            raise TypeError(f"{prefix + name}: {type(value).__name__} has no torch counterpart")
+        else:
+            below.extend(torch_parameters(value, f"{prefix}{name}."))
+    return own + below
+
+
+def torch_layout(
+    policy: nnx.Module,
+) -> tuple[
+    Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[Mapping[str, Any]], dict[str, Any]]
+]:
+    """Two functions between a policy's dict of parameters and torch's names and layouts.
+
+    Both only transpose, reshape, join and cut: they are linear, keep every leaf's dtype, trace
+    under `jit`, `vmap` and `grad`, and take gradients and optimizer moments as well.
+
+    Args:
+        policy: only its structure is used, so `nnx.eval_shape` may have made it.
+
+    Returns:
+        `to_torch(tree)`: the nested dict that `split` returns, of NumPy or JAX arrays -> torch
+            name -> array, each tensor once, in `named_parameters()` order (where Flax has not
+            sorted the attributes, as `nnx.eval_shape` does).
+        `from_torch(tensors)`: its inverse.
+
+    Raises:
+        TypeError: a layer has no torch counterpart, or a parameter is in none. The functions
+            raise ValueError for names or shapes that do not fit.
+    """
+    graphdef, params = split(policy)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+    def parameters(tree: Mapping[str, Any]) -> tuple[nnx.Module, dict[str, TorchParameter]]:
+        merged = merge(graphdef, tree)
+        first: dict[tuple[int, ...], TorchParameter] = {}
+        for parameter in torch_parameters(merged):
+            # A module under two attributes is listed twice; torch names it once.
+            first.setdefault(tuple(map(id, parameter.variables)), parameter)
+        return merged, {parameter.name: parameter for parameter in first.values()}
+
+    def to_torch(tree: Mapping[str, Any]) -> dict[str, Any]:
+        named = parameters(tree)[1]
+        return {name: p.pack(*(v.get_value() for v in p.variables)) for name, p in named.items()}
+
+    def from_torch(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        merged, named = parameters(template)
+        expected = {name: parameter.shape for name, parameter in named.items()}
+        given = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+        if expected != given:
+            problems = "; ".join(mismatches(expected, given))
+            raise ValueError(f"the tensors do not fit the policy: {problems}")
+        for name, parameter in named.items():
+            arrays = parameter.from_torch(tensors[name])
+            for variable, array in zip(parameter.variables, arrays, strict=True):
+                variable.set_value(array)
+        return split(merged)[1]
+
+    covered = sum(len(p.variables) for p in parameters(template)[1].values())
+    if covered != len(jax.tree.leaves(params)):
+        raise TypeError(
+            "only nnx.Param in modules, nnx.List, nnx.Dict and nnx.Sequential have a torch "
+            f"counterpart: {covered} of the policy's {len(jax.tree.leaves(params))} have"
+        )
+    return to_torch, from_torch
+
+
+def torch_aliases(module: nnx.Module) -> dict[str, str]:
+    """Tied keys of the torch twin's `state_dict()`: alias -> the name it is tied to."""
+    return {
+        f"{prefix}{alias}": f"{prefix}{name}"
+        for prefix, below in torch_modules(module)
+        for alias, name in getattr(type(below), "torch_aliases", {}).items()
+    }
+
+
+def torch_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Every module with its name in torch and a final dot; the root's name is empty."""
+    yield prefix, module
+    if _rule_for(module) is None:
+        for name, value in _attributes(module):
+            if not isinstance(value, nnx.Variable):
+                yield from torch_modules(value, f"{prefix}{name}.")
+
+
+def _attributes(module: Any) -> Iterator[tuple[str, Any]]:
+    """Torch name and value of every parameter and submodule, in torch's order."""
+    if isinstance(module, nnx.Sequential):
+        module = module.layers
+    if isinstance(module, nnx.List):
+        items = [(str(i), value) for i, value in enumerate(module)]
+    elif isinstance(module, nnx.Dict):
+        items = list(module.items())
+    else:
+        names = getattr(type(module), "torch_names", {})
+        attributes = vars(module)
+        order = [name for name in names if name in attributes]
+        order += [name for name in attributes if name not in names]
+        items = [(names.get(name, name), attributes[name]) for name in order]
+    for name, value in items:
+        if isinstance(value, nnx.Variable | nnx.Module | nnx.List | nnx.Dict):
+            yield name, value

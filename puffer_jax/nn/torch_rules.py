@@ -1,0 +1,116 @@
+"""How torch names and lays out the parameters of each kind of layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from puffer_jax.nn.params import Shape
+
+
+def _rule_for(module: Any) -> "tuple[Rule, ...] | None":
+    return next((_RULES[cls] for cls in type(module).__mro__ if cls in _RULES), None)
+
+
+def _get(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+# A rule: torch name, Flax attribute paths, Flax arrays -> tensor, (tensor, *shapes) -> arrays.
+Rule = tuple[str, tuple[str, ...], Callable[..., Any], Callable[..., tuple[Any, ...]]]
+
+
+def _same(array: Any) -> Any:
+    return array
+
+
+def _same_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor,)
+
+
+def _linear(kernel: Any) -> Any:
+    return kernel.T
+
+
+def _linear_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor.T,)
+
+
+def _conv(kernel: Any) -> Any:
+    # (*window, in, out) -> (out, in, *window)
+    spatial = range(kernel.ndim - 2)
+    return kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *spatial)
+
+
+def _conv_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor.transpose(*range(2, tensor.ndim), 1, 0),)
+
+
+def _concatenate(arrays: list[Any]) -> Any:
+    return arrays[0].__array_namespace__().concat(arrays)  # NumPy's arrays, JAX's and tracers
+
+
+def _attention_in(*kernels: Any) -> Any:
+    # three (in, heads, head_dim) -> (3 * heads * head_dim, in)
+    return _concatenate([kernel.reshape(kernel.shape[0], -1).T for kernel in kernels])
+
+
+def _attention_in_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
+    rows = tensor.shape[0] // 3
+    return tuple(
+        tensor[i * rows : (i + 1) * rows].T.reshape(shape) for i, shape in enumerate(shapes)
+    )
+
+
+def _attention_bias(*biases: Any) -> Any:
+    return _concatenate([bias.reshape(-1) for bias in biases])
+
+
+def _attention_bias_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
+    rows = tensor.shape[0] // 3
+    return tuple(tensor[i * rows : (i + 1) * rows].reshape(s) for i, s in enumerate(shapes))
+
+
+def _attention_out(kernel: Any) -> Any:
+    # (heads, head_dim, out) -> (out, heads * head_dim)
+    return kernel.reshape(-1, kernel.shape[-1]).T
+
+
+def _attention_out_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    return (tensor.T.reshape(shape),)
+
+
+_BIAS: Rule = ("bias", ("bias",), _same, _same_back)
+
+_SCALE: Rule = ("weight", ("scale",), _same, _same_back)
+
+_QKV = ("query", "key", "value")
+
+_RULES: dict[type, tuple[Rule, ...]] = {
+    nnx.Linear: (("weight", ("kernel",), _linear, _linear_back), _BIAS),
+    nnx.Conv: (("weight", ("kernel",), _conv, _conv_back), _BIAS),
+    nnx.Embed: (("weight", ("embedding",), _same, _same_back),),
+    nnx.LayerNorm: (_SCALE, _BIAS),
+    nnx.GroupNorm: (_SCALE, _BIAS),
+    nnx.RMSNorm: (_SCALE,),
+    nnx.MultiHeadAttention: (
+        (
+            "in_proj_weight",
+            tuple(f"{name}.kernel" for name in _QKV),
+            _attention_in,
+            _attention_in_back,
+        ),
+        (
+            "in_proj_bias",
+            tuple(f"{name}.bias" for name in _QKV),
+            _attention_bias,
+            _attention_bias_back,
+        ),
+        ("out_proj.weight", ("out.kernel",), _attention_out, _attention_out_back),
+        ("out_proj.bias", ("out.bias",), _same, _same_back),
+    ),
+}
+
+_CONTAINERS = (nnx.Sequential, nnx.List, nnx.Dict)
