@@ -9,8 +9,8 @@ from flax import nnx
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 import puffer_jax
-from puffer_jax import check
-from puffer_jax.check import check_policy
+from puffer_jax.policies.check import check_policy
+from puffer_jax.policies.check import run as check_run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -450,9 +450,9 @@ def test_faults_of_the_caller_are_raised():
 # --- the observations --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", check._KINDS)
+@pytest.mark.parametrize("kind", check_run._KINDS)
 def test_observations_lie_in_the_space(kind):
-    run = check._Run(Custom(), ref.stub_env(MIXED, Discrete(2)), 8, 0)
+    run = check_run._Run(Custom(), ref.stub_env(MIXED, Discrete(2)), 8, 0)
     x = jax.tree.map(np.asarray, run.observations[kind])
     for row in range(8):
         sample = jax.tree.map(lambda leaf, row=row: leaf[row], x)
@@ -470,7 +470,7 @@ def test_observations_lie_in_the_space(kind):
 
 
 def test_random_observations_reach_every_value():
-    run = check._Run(Custom(), ref.stub_env(MIXED, Discrete(2)), 200, 0)
+    run = check_run._Run(Custom(), ref.stub_env(MIXED, Discrete(2)), 200, 0)
     x = run.observations["random"]
     assert set(x["number"].tolist()) == {-1, 0, 1, 2}
     assert set(x["flags"].ravel().tolist()) == {0, 1}
@@ -480,7 +480,7 @@ def test_random_observations_reach_every_value():
 
 def test_emulated_bytes_hold_the_drawn_fields():
     env = ref.emulated(MIXED, Discrete(2))
-    run = check._Run(Custom(), env, 4, 0)
+    run = check_run._Run(Custom(), env, 4, 0)
     x = run.observations["highest"]
     assert x.dtype == np.uint8 and x.shape == (4, *env.single_observation_space.shape)
     fields = np.asarray(x).view(env.emulated["emulated_observation_dtype"])[:, 0]

@@ -11,7 +11,7 @@ from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import puffer_jax
-from puffer_jax.cleanrl import Policy, RecurrentPolicy
+from puffer_jax.policies.cleanrl import Policy, RecurrentPolicy
 
 pytestmark = pytest.mark.usefixtures("quick")
 

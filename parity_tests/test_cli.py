@@ -116,7 +116,7 @@ def test_check_an_emulated_environment_and_its_converted_checkpoint(save, tmp_pa
 
 
 def test_check_returns_1_for_another_function(save, monkeypatch, capsys):
-    monkeypatch.setattr("puffer_jax.models.gelu", jax.nn.gelu)
+    monkeypatch.setattr("puffer_jax.policies.default.gelu", jax.nn.gelu)
     assert main(["check", save(default())]) == 1
     assert "First layer that differs: encoder.1" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import puffer_jax
-from puffer_jax.check import check_policy
+from puffer_jax.policies.check import check_policy
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "policies"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "toy")

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puffer_jax.base.spaces import emulated_dtypes
-from puffer_jax.nativize import (
+from puffer_jax.nativize import structured_dtype
+from puffer_jax.policies.nativize import (
     flatten_observations,
     flattened_tensor_size,
     nativize_dtype,
     nativize_tensor,
     numpy_to_jax_dtype_dict,
-    structured_dtype,
     unflatten_observations,
 )
 

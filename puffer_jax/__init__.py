@@ -17,8 +17,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
     from puffer_jax import vector as vector
-    from puffer_jax.check import PolicyReport as PolicyReport
-    from puffer_jax.check import check_policy as check_policy
     from puffer_jax.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.jaxenv import as_jax_env as as_jax_env
     from puffer_jax.loggers import JSONLLogger as JSONLLogger
@@ -26,18 +24,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.loggers import NoLogger as NoLogger
     from puffer_jax.loggers import TensorBoardLogger as TensorBoardLogger
     from puffer_jax.loggers import WandbLogger as WandbLogger
-    from puffer_jax.models import Convolutional as Convolutional
-    from puffer_jax.models import ConvSequence as ConvSequence
-    from puffer_jax.models import Default as Default
-    from puffer_jax.models import LSTMWrapper as LSTMWrapper
-    from puffer_jax.models import ProcgenResnet as ProcgenResnet
-    from puffer_jax.models import ResidualBlock as ResidualBlock
-    from puffer_jax.nativize import flatten_observations as flatten_observations
-    from puffer_jax.nativize import flattened_tensor_size as flattened_tensor_size
-    from puffer_jax.nativize import nativize_dtype as nativize_dtype
-    from puffer_jax.nativize import nativize_tensor as nativize_tensor
-    from puffer_jax.nativize import numpy_to_jax_dtype_dict as numpy_to_jax_dtype_dict
-    from puffer_jax.nativize import unflatten_observations as unflatten_observations
     from puffer_jax.nn.distributions import Normal as Normal
     from puffer_jax.nn.distributions import TanhNormal as TanhNormal
     from puffer_jax.nn.distributions import entropy as entropy
@@ -50,6 +36,20 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.nn.params import merge as merge
     from puffer_jax.nn.params import split as split
     from puffer_jax.nn.sampling import sample_logits as sample_logits
+    from puffer_jax.policies.check import PolicyReport as PolicyReport
+    from puffer_jax.policies.check import check_policy as check_policy
+    from puffer_jax.policies.convolutional import Convolutional as Convolutional
+    from puffer_jax.policies.default import Default as Default
+    from puffer_jax.policies.nativize import flatten_observations as flatten_observations
+    from puffer_jax.policies.nativize import flattened_tensor_size as flattened_tensor_size
+    from puffer_jax.policies.nativize import nativize_dtype as nativize_dtype
+    from puffer_jax.policies.nativize import nativize_tensor as nativize_tensor
+    from puffer_jax.policies.nativize import numpy_to_jax_dtype_dict as numpy_to_jax_dtype_dict
+    from puffer_jax.policies.nativize import unflatten_observations as unflatten_observations
+    from puffer_jax.policies.procgen import ConvSequence as ConvSequence
+    from puffer_jax.policies.procgen import ProcgenResnet as ProcgenResnet
+    from puffer_jax.policies.procgen import ResidualBlock as ResidualBlock
+    from puffer_jax.policies.recurrent import LSTMWrapper as LSTMWrapper
     from puffer_jax.pufferl import NonFiniteError as NonFiniteError
     from puffer_jax.pufferl import PuffeRL as PuffeRL
     from puffer_jax.pufferl import make_train as make_train
@@ -60,10 +60,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.weights import state_dict as state_dict
 
 _EXPORTS = {
-    "check": (
-        "PolicyReport",
-        "check_policy",
-    ),
     "config": ("PuffeRLConfig",),
     "jaxenv": ("as_jax_env",),
     "loggers": (
@@ -72,22 +68,6 @@ _EXPORTS = {
         "NoLogger",
         "TensorBoardLogger",
         "WandbLogger",
-    ),
-    "models": (
-        "ConvSequence",
-        "Convolutional",
-        "Default",
-        "LSTMWrapper",
-        "ProcgenResnet",
-        "ResidualBlock",
-    ),
-    "nativize": (
-        "flatten_observations",
-        "flattened_tensor_size",
-        "nativize_dtype",
-        "nativize_tensor",
-        "numpy_to_jax_dtype_dict",
-        "unflatten_observations",
     ),
     "nn.distributions": (
         "Normal",
@@ -107,6 +87,26 @@ _EXPORTS = {
         "split",
     ),
     "nn.sampling": ("sample_logits",),
+    "policies.check": (
+        "PolicyReport",
+        "check_policy",
+    ),
+    "policies.convolutional": ("Convolutional",),
+    "policies.default": ("Default",),
+    "policies.nativize": (
+        "flatten_observations",
+        "flattened_tensor_size",
+        "nativize_dtype",
+        "nativize_tensor",
+        "numpy_to_jax_dtype_dict",
+        "unflatten_observations",
+    ),
+    "policies.procgen": (
+        "ConvSequence",
+        "ProcgenResnet",
+        "ResidualBlock",
+    ),
+    "policies.recurrent": ("LSTMWrapper",),
     "pufferl": (
         "NonFiniteError",
         "PuffeRL",

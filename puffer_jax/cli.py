@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from puffer_jax import models
+from puffer_jax import policies
 from puffer_jax.base.spaces import emulated_dtypes, kind_of
 from puffer_jax.bench.command import Bench
 from puffer_jax.commands import Eval, Plot, Train, train_defaults
@@ -76,7 +76,7 @@ class Check(_PolicyOptions):
         _load_reference(reference, self.model, policy)
 
         lead, state = (self.batch,), None
-        if isinstance(policy, models.LSTMWrapper):
+        if isinstance(policy, policies.LSTMWrapper):
             lead = (self.batch, self.time)
             # Not zero, so that h and c cannot change places without being noticed.
             rng = np.random.default_rng(self.seed)
@@ -144,7 +144,7 @@ def _image_shape(policy: Any) -> tuple[int, int, int] | None:
     """An image that fits a Convolutional, whose weights do not depend on the sides."""
     policy = getattr(policy, "policy", policy)
     if (
-        not isinstance(policy, models.Convolutional)
+        not isinstance(policy, policies.Convolutional)
         or policy.env_spec.single_observation_space.shape
     ):
         return None

@@ -553,7 +553,7 @@ def make_policy(
     import jax.numpy as jnp
     from flax import nnx
 
-    from puffer_jax.models import LSTMWrapper
+    from puffer_jax.policies.recurrent import LSTMWrapper
 
     given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     dtype = jnp.bfloat16 if precision == "bfloat16" else None

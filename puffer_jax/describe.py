@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from puffer_jax import models
+from puffer_jax import policies
 from puffer_jax.base import spaces
 from puffer_jax.nn.params import merge, split
 
 _SIZES: dict[type, tuple[str, ...]] = {
-    models.Default: ("hidden_size",),
-    models.Convolutional: (
+    policies.Default: ("hidden_size",),
+    policies.Convolutional: (
         "framestack",
         "flat_size",
         "input_size",
@@ -27,8 +27,8 @@ _SIZES: dict[type, tuple[str, ...]] = {
         "channels_last",
         "downsample",
     ),
-    models.ProcgenResnet: ("cnn_width", "mlp_width"),
-    models.LSTMWrapper: ("input_size", "hidden_size"),
+    policies.ProcgenResnet: ("cnn_width", "mlp_width"),
+    policies.LSTMWrapper: ("input_size", "hidden_size"),
 }
 
 _CLASSES = {cls.__name__: cls for cls in _SIZES}
@@ -52,7 +52,7 @@ def describe(policy: Any) -> dict[str, Any]:
         "sample_dtype": observation.sample_dtype and observation.sample_dtype.str,
     }
     description["action"] = {"class": type(action).__name__, **asdict(action)}
-    if isinstance(policy, models.LSTMWrapper):
+    if isinstance(policy, policies.LSTMWrapper):
         description["policy"] = describe(policy.policy)
     return description
 
@@ -103,7 +103,7 @@ def _construct(description: Any, spec: spaces.EnvSpec | None, dtypes: dict[str, 
             raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
     env = _spec_from(description) if spec is None else spec
     rngs = nnx.Rngs(0)
-    if cls is models.LSTMWrapper:
+    if cls is policies.LSTMWrapper:
         inner = description["policy"]
         if inner["class"] == "LSTMWrapper":
             raise ValueError(

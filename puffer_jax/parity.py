@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
-from puffer_jax import models
+from puffer_jax import policies
 from puffer_jax.base import spaces
 from puffer_jax.nn.images import Deferred
 from puffer_jax.nn.lstm import LSTM
@@ -554,16 +554,16 @@ def reference_policy(jax_policy: nnx.Module) -> Any:
 
     def twin(policy: Any, env: Any) -> Any:
         match policy:
-            case models.LSTMWrapper():
+            case policies.LSTMWrapper():
                 inner = twin(policy.policy, env)
                 return reference.LSTMWrapper(env, inner, policy.input_size, policy.hidden_size)
-            case models.Default():
+            case policies.Default():
                 return reference.Default(env, policy.hidden_size)
-            case models.Convolutional():
+            case policies.Convolutional():
                 sizes = ("framestack", "flat_size", "hidden_size", "output_size")
                 options = (*sizes, "channels_last", "downsample")
                 return reference.Convolutional(env, **{n: getattr(policy, n) for n in options})
-            case models.ProcgenResnet():
+            case policies.ProcgenResnet():
                 return ProcgenResnet(env, policy.cnn_width, policy.mlp_width)
         raise ValueError(f"PufferLib has no policy of the class {type(policy).__name__}")
 
@@ -619,7 +619,7 @@ def reference_env(jax_policy: Any) -> SimpleNamespace:
         raise ValueError(
             f"PufferLib's policies take arrays; the shape of the observations is {layout.shape}"
         )
-    elif isinstance(inner, models.Default):
+    elif isinstance(inner, policies.Default):
         observation = box(np.dtype(np.float32), layout.shape)
     else:
         observation = Box(0, 255, layout.shape, np.uint8)

@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # what _NATIVE says, for type checkers
     from puffer_jax.environments.cartpole import CartPole as CartPole
     from puffer_jax.environments.ocean import Memory as Memory
     from puffer_jax.environments.ocean import Squared as Squared
-    from puffer_jax.environments.policies import Policy as Policy
     from puffer_jax.environments.probes import ProbeAction as ProbeAction
     from puffer_jax.environments.probes import ProbeDiscount as ProbeDiscount
     from puffer_jax.environments.probes import ProbeMemory as ProbeMemory
     from puffer_jax.environments.probes import ProbeObservationAction as ProbeObservationAction
     from puffer_jax.environments.probes import ProbeObservationValue as ProbeObservationValue
     from puffer_jax.environments.probes import ProbeValue as ProbeValue
+    from puffer_jax.policies.choice import Policy as Policy
 
 _NATIVE = {
     "cartpole": ("cartpole", "CartPole"),
@@ -38,7 +38,9 @@ _NATIVE = {
     "probe_value": ("probes", "ProbeValue"),
     "squared": ("ocean", "Squared"),
 }
-_HOME = {name: module for module, name in _NATIVE.values()} | {"Policy": "policies"}
+_HOME = {name: f"puffer_jax.environments.{module}" for module, name in _NATIVE.values()} | {
+    "Policy": "puffer_jax.policies.choice"
+}
 __all__ = sorted([*_HOME, "env_creator", "family", "make", "names"])  # type: ignore[reportUnsupportedDunderAll]
 
 Family = Literal["native", "gymnax", "gymnasium", "atari", "minigrid", "pettingzoo"]
@@ -155,7 +157,7 @@ def _gymnax(name: str, known: str, arguments: dict[str, Any]) -> Any:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(importlib.import_module(f"puffer_jax.environments.{_HOME[name]}"), name)
+        value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'puffer_jax.environments' has no attribute {name!r}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from puffer_jax import models
+from puffer_jax import policies
 from puffer_jax.base import spaces
 from puffer_jax.base.text import near
 
@@ -50,7 +50,7 @@ def Policy(
         case "Convolutional" if image is not None:
             arguments |= {} if hidden_size is None else {"output_size": hidden_size}
             arguments |= _convolutions(image, options)
-    policy_class = getattr(models, name)
+    policy_class = getattr(policies, name)
     known = inspect.signature(policy_class.__init__).parameters
     wrong = near([option for option in options if option not in known], known)
     if wrong:

@@ -1,0 +1,189 @@
+"""A policy under test: its observations, and its outputs on them."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puffer_jax.base import spaces
+from puffer_jax.nn.distributions import Normal
+from puffer_jax.nn.params import merge, split
+
+# A bound beyond this counts as none: CartPole's are 3e38, where any network overflows.
+_LARGE = 1e6
+
+_RANDOM = ("random", "random 2", "random 3")
+
+_KINDS = ("zero", "lowest", "highest", *_RANDOM)
+
+_TIME = 3
+
+# Of the largest magnitude. Batch sizes, jit and eager round differently, in bfloat16 by a percent;
+# the same program on the same row does not.
+_CLOSE, _SAME = 2e-2, 1e-5
+
+
+class _Broken(Exception):
+    """A rule is; says which and what to do."""
+
+
+def _require(condition: Any, otherwise: str) -> None:
+    if not condition:
+        raise _Broken(otherwise)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, _Broken):
+        return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
+
+
+def _draw(space: Any, kind: str, count: int, rng: np.random.Generator) -> Any:
+    """`count` observations of a space, (count, *shape), in the form of the space."""
+    match spaces.kind_of(space):
+        case "dict":
+            return {key: _draw(sub, kind, count, rng) for key, sub in space.spaces.items()}
+        case "tuple":
+            return tuple(_draw(sub, kind, count, rng) for sub in space.spaces)
+        case "discrete" | "multidiscrete":
+            low = np.asarray(getattr(space, "start", 0))
+            high = low + np.asarray(getattr(space, "nvec", getattr(space, "n", None))) - 1
+            shape, dtype = high.shape, np.dtype(np.int32)
+        case "multibinary":
+            low, high, shape, dtype = 0, 1, tuple(space.shape), np.dtype(space.dtype)
+        case "box":
+            low, high, shape = space.low, space.high, tuple(space.shape)
+            dtype = np.dtype(space.dtype)
+    low, high = (np.clip(np.asarray(x, np.float64), -_LARGE, _LARGE) for x in (low, high))
+    # Where there is no bound, a window near zero.
+    width = np.where(high - low < _LARGE, high - low, 2.0)
+    start = np.clip(-1.0, low, high - width)
+    steps = not jnp.issubdtype(dtype, jnp.floating)
+    random = start + rng.random((count, *shape)) * (width + steps)
+    random = np.minimum(np.floor(random), high) if steps else random
+    values = {"lowest": low, "highest": high, "zero": np.clip(0.0, low, high)}.get(kind, random)
+    return np.broadcast_to(values, (count, *shape)).astype(dtype)
+
+
+def _unbounded(dtype: np.dtype) -> Any:
+    """A structured dtype as a space; what its leaves may hold is guessed."""
+    if dtype.names is not None:
+        return SimpleNamespace(spaces={name: _unbounded(dtype[name]) for name in dtype.names})
+    low, high = -np.inf, np.inf
+    if not jnp.issubdtype(dtype.base, jnp.floating):
+        small = dtype.base.itemsize < 4 and dtype.base != np.bool_
+        low, high = (np.iinfo(dtype.base).min, np.iinfo(dtype.base).max) if small else (0, 1)
+    return SimpleNamespace(low=low, high=high, shape=dtype.shape, dtype=dtype.base)
+
+
+def _fill(struct: np.ndarray, tree: Mapping[str, Any]) -> None:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            _fill(struct[name], value)
+        else:
+            struct[name] = value
+
+
+class _Run:
+    """A policy under test, its observations, and its outputs on them."""
+
+    def __init__(self, policy: Any, env: Any, batch: int, seed: int):
+        spec = spaces.env_spec(env)
+        self.layout, self.action = spec.single_observation_space, spec.single_action_space
+        self.space = getattr(env, "single_observation_space", None)
+        self.space = env.observation_space if self.space is None else self.space
+        self.policy, self.batch, self.rng = policy, batch, np.random.default_rng(seed)
+        self.recurrent = hasattr(policy, "initial_state")
+        self.observations = {kind: self.draw(kind, batch) for kind in _KINDS}
+        self.outputs: dict[str, dict[str, np.ndarray]] = {}
+        self.traces = 0
+
+    def draw(self, kind: str, count: int) -> Any:
+        if self.layout.sample_dtype is None or self.layout.structured is None:
+            return jax.tree.map(jnp.asarray, _draw(self.space, kind, count, self.rng))
+        packed = np.zeros(count, self.layout.structured)
+        _fill(packed, _draw(_unbounded(self.layout.structured), kind, count, self.rng))
+        return jnp.asarray(packed.view(self.layout.sample_dtype).reshape(count, -1))
+
+    def sequences(self, kind: str) -> Any:
+        """(batch, time, *obs)."""
+        fold = lambda x: x.reshape(self.batch, _TIME, *x.shape[1:])  # noqa: E731
+        return jax.tree.map(fold, self.draw(kind, self.batch * _TIME))
+
+    def fresh(self, batch: int) -> Any:
+        return self.policy.initial_state(batch) if self.recurrent else None
+
+    def act(self, observations: Any) -> dict[str, np.ndarray]:
+        """Named outputs, eagerly."""
+        return _arrays(_step(self.policy, observations, self.fresh(self.batch))[0])
+
+    @cached_property
+    def compiled(self) -> Callable[[Any, Any], Any]:
+        """`_step`, jitted, as a function of observations and state."""
+        graphdef, params = split(self.policy)
+
+        @jax.jit
+        def step(params: Any, observations: Any, state: Any) -> Any:
+            self.traces += 1
+            return _step(merge(graphdef, params), observations, state)
+
+        return partial(step, params)
+
+
+def _step(policy: Any, observations: Any, state: Any) -> tuple[dict[str, Any], Any]:
+    """Named outputs and the new state; the state of a policy without memory is None."""
+    if state is not None:
+        logits, values, state = policy.forward_eval(observations, state)
+    else:
+        # LSTMWrapper passes the state by keyword.
+        hidden = policy.encode_observations(observations, state=None)
+        logits, values = policy.decode_actions(hidden)
+    return _named(logits, values), state
+
+
+def _arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(y) for name, y in outputs.items()}
+
+
+def _named(logits: Any, values: Any) -> dict[str, Any]:
+    if isinstance(logits, Normal):
+        scale = jnp.broadcast_to(logits.scale, jnp.shape(logits.loc))
+        named = {"loc": logits.loc, "scale": scale, "values": values}
+    elif isinstance(logits, tuple):
+        named = {**{f"logits[{i}]": x for i, x in enumerate(logits)}, "values": values}
+    else:
+        named = {"logits": logits, "values": values}
+    for name, y in named.items():
+        if not hasattr(y, "shape"):
+            raise TypeError(
+                f"{name.split('[')[0]} is a {type(y).__name__}; return (logits, values), logits "
+                "being an array, a tuple of arrays or a puffer_jax.Normal"
+            )
+    return named
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any], tolerance: float) -> str:
+    """Names of the outputs that differ by more than `tolerance` of their largest magnitude."""
+    return ", ".join(name for name in b if name not in a or not _near(a[name], b[name], tolerance))
+
+
+def _near(a: Any, b: Any, tolerance: float) -> bool:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    scale = np.abs(b[np.isfinite(b)]).max(initial=0)
+    return a.shape == b.shape and np.allclose(a, b, 0, tolerance * scale, equal_nan=True)
+
+
+def _unusable(outputs: Mapping[str, np.ndarray]) -> list[str]:
+    """Outputs no distribution can be made of; -inf beside finite logits is a mask."""
+    bad = []
+    for name, y in outputs.items():
+        largest = y.max(-1) if name.startswith("logits") and y.ndim > 1 else y
+        if not np.isfinite(largest).all() or (name == "scale" and not (y > 0).all()):
+            bad.append(name)
+    return bad

@@ -1,0 +1,161 @@
+"""`ProcgenResnet`: the IMPALA ResNet."""
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+from puffer_jax.kernels.pooling import max_pool
+from puffer_jax.nn.images import Conv2d, flatten_channels_first
+from puffer_jax.nn.initializers import torch_init
+from puffer_jax.nn.linear import linear
+from puffer_jax.policies.base import State, _Policy, _zeros
+
+
+class ResidualBlock(nnx.Module):
+    """Two 3x3 convolutions around a skip connection, images (batch, H, W, channels).
+
+    Quirk kept: torch's default uniform initialisation.
+
+    Reference: `pufferlib.models.ResidualBlock`.
+    """
+
+    torch_names: ClassVar = {"conv0": "conv0", "conv1": "conv1"}
+
+    def __init__(
+        self, channels: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
+    ):
+        self.conv0 = _conv3x3(channels, channels, rngs, dtype, param_dtype, rectify=True)
+        self.conv1 = _conv3x3(channels, channels, rngs, dtype, param_dtype, rectify=True)
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
+        """Images of the same shape."""
+        return self.conv1(self.conv0(x)) + x
+
+
+class ConvSequence(nnx.Module):
+    """A 3x3 convolution, max-pooling to half the size and two residual blocks.
+
+    Quirk kept: torch's default uniform initialisation.
+
+    Args:
+        input_shape: (H, W, C); the reference's is (C, H, W).
+        out_channels: C'.
+        rngs: stream `params`.
+        dtype: of the convolutions.
+        param_dtype: of the parameters.
+
+    Reference: `pufferlib.models.ConvSequence`; Espeholt et al. 2018 (IMPALA).
+    """
+
+    torch_names: ClassVar = {name: name for name in ("conv", "res_block0", "res_block1")}
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        out_channels: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        self._input_shape = tuple(input_shape)
+        self._out_channels = out_channels
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.conv = _conv3x3(input_shape[2], out_channels, rngs, dtype, param_dtype)
+        self.res_block0 = ResidualBlock(out_channels, rngs=rngs, **dtypes)
+        self.res_block1 = ResidualBlock(out_channels, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Shaped[Array, "batch height width channels"]) -> Array:
+        """Images (batch, H, W, C) -> (batch, H', W', C'); bytes are scaled to 0..1."""
+        return self.res_block1(self.res_block0(max_pool(self.conv(x))))
+
+    def get_output_shape(self) -> tuple[int, int, int]:
+        """(H', W', C')."""
+        height, width, _ = self._input_shape
+        return (height + 1) // 2, (width + 1) // 2, self._out_channels
+
+
+class ProcgenResnet(_Policy):
+    """The IMPALA ResNet as used for Procgen: three `ConvSequence`s and a Linear.
+
+    Observations are (batch, H, W, C), valued 0..255. Unlike the reference's it has
+    `hidden_size`, `is_continuous` and `forward_eval`, so it runs bare in a trainer as well as
+    inside `LSTMWrapper`.
+
+    Quirk kept: all inner layers have torch's default uniform initialisation; only the heads
+    are orthogonal.
+
+    Args:
+        env: gives the spaces; actions are Discrete.
+        cnn_width: channels of the first sequence; the others have twice as many.
+        mlp_width: width of the encoding.
+        rngs: stream `params`.
+        dtype: of convolutions and matmuls.
+        param_dtype: of parameters, logits and values.
+
+    Raises:
+        ValueError: the observation is no image or the action space not Discrete.
+
+    Reference: `pufferlib.models.ProcgenResnet`; Espeholt et al. 2018 (IMPALA).
+    """
+
+    torch_names: ClassVar = {name: name for name in ("network", "actor", "value")}
+
+    def __init__(
+        self,
+        env: Any,
+        cnn_width: int = 16,
+        mlp_width: int = 256,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        super().__init__(env, dtype, param_dtype)
+        self.cnn_width = cnn_width
+        self.mlp_width = mlp_width
+        self.hidden_size = mlp_width
+        shape = self._image_shape()
+        if shape is None:
+            raise ValueError("ProcgenResnet needs the image size: an env with an observation space")
+        sequences = []
+        for width in (cnn_width, 2 * cnn_width, 2 * cnn_width):
+            sequences.append(ConvSequence(shape, width, rngs=rngs, **self._dtypes()))
+            shape = sequences[-1].get_output_shape()
+
+        linear = nnx.Linear(
+            math.prod(shape), mlp_width, kernel_init=_zeros, rngs=rngs, **self._dtypes()
+        )
+        self.network = nnx.Sequential(
+            *sequences,
+            flatten_channels_first,
+            jax.nn.relu,
+            torch_init(linear, rngs=rngs),
+            jax.nn.relu,
+        )
+        self.actor = self._linear(mlp_width, self._discrete_actions(), 0.01, rngs=rngs)
+        self.value = self._linear(mlp_width, 1, 1.0, rngs=rngs)
+
+    def encode_observations(
+        self, observations: Any, state: State | None = None
+    ) -> Float[Array, "batch hidden"]:
+        """Hidden vectors (batch, mlp_width); no time axis."""
+        return self.network(self._scaled_images(observations))
+
+    def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Array, Array]:
+        """Logits (batch, n) and values (batch, 1)."""
+        logits, values = linear(hidden, (self.actor, self.value))
+        return logits.astype(self.param_dtype), values.astype(self.param_dtype)
+
+
+def _conv3x3(
+    inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, rectify: bool = False
+) -> Conv2d:
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    return torch_init(
+        Conv2d(inputs, outputs, 3, padding=1, rectify=rectify, rngs=rngs, **dtypes), rngs=rngs
+    )
