@@ -53,11 +53,11 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.pufferl import NonFiniteError as NonFiniteError
     from puffer_jax.pufferl import PuffeRL as PuffeRL
     from puffer_jax.pufferl import make_train as make_train
-    from puffer_jax.weights import load_state_dict as load_state_dict
-    from puffer_jax.weights import load_weights as load_weights
-    from puffer_jax.weights import policy_from_checkpoint as policy_from_checkpoint
-    from puffer_jax.weights import save_weights as save_weights
-    from puffer_jax.weights import state_dict as state_dict
+    from puffer_jax.weights.files import load_weights as load_weights
+    from puffer_jax.weights.files import policy_from_checkpoint as policy_from_checkpoint
+    from puffer_jax.weights.files import save_weights as save_weights
+    from puffer_jax.weights.state_dicts import load_state_dict as load_state_dict
+    from puffer_jax.weights.state_dicts import state_dict as state_dict
 
 _EXPORTS = {
     "config": ("PuffeRLConfig",),
@@ -112,11 +112,13 @@ _EXPORTS = {
         "PuffeRL",
         "make_train",
     ),
-    "weights": (
-        "load_state_dict",
+    "weights.files": (
         "load_weights",
         "policy_from_checkpoint",
         "save_weights",
+    ),
+    "weights.state_dicts": (
+        "load_state_dict",
         "state_dict",
     ),
 }

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from puffer_jax.weights import save_weights
+from puffer_jax.weights.files import save_weights
 
 _FORMAT = 1
 

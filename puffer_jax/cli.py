@@ -15,7 +15,8 @@ from puffer_jax import policies
 from puffer_jax.base.spaces import emulated_dtypes, kind_of
 from puffer_jax.bench.command import Bench
 from puffer_jax.commands import Eval, Plot, Train, train_defaults
-from puffer_jax.weights import policy_from_checkpoint, save_weights, state_dict
+from puffer_jax.weights.files import policy_from_checkpoint, save_weights
+from puffer_jax.weights.state_dicts import state_dict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
 from puffer_jax.config import Auto, PuffeRLConfig, read_ini
 from puffer_jax.environments import host
-from puffer_jax.weights import load_weights, policy_from_checkpoint
+from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
 _INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
 

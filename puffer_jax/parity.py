@@ -31,7 +31,7 @@ from puffer_jax.nn.lstm import LSTM
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.torch_layout import torch_aliases, torch_modules
 from puffer_jax.report import PRECISIONS, Errors, Kind, Report, Row
-from puffer_jax.weights import state_dict
+from puffer_jax.weights.state_dicts import state_dict
 
 Arrays = dict[str, np.ndarray]
 

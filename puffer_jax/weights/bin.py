@@ -1,0 +1,93 @@
+"""`.bin`: the flat float32 file of PufferLib's C inference, with a JSON sidecar."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from puffer_jax.base.files import write_atomically
+from puffer_jax.base.text import _from_json, _to_json
+from puffer_jax.nn.params import mismatches
+from puffer_jax.weights.description import describe
+from puffer_jax.weights.pt import Contents
+from puffer_jax.weights.state_dicts import _parameters
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _save_bin(policy: nnx.Module, path: Path) -> None:
+    tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
+    data = b"".join(tensor.astype("<f4").tobytes() for tensor in tensors.values())
+    sidecar = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "parameters": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "policy": describe(policy),
+    }
+    # Two files cannot be replaced in one step. Without a sidecar the weights still load, so
+    # the old one goes first: a crash leaves a file that lacks its check, never a false one.
+    _sidecar(path).unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(data))
+    text = _to_json(sidecar, indent=1).encode()
+    write_atomically(_sidecar(path), lambda file: file.write(text))
+
+
+class _Sidecar(NamedTuple):
+    sha256: str
+    shapes: dict[str, tuple[int, ...]]
+    description: Any
+
+
+def _read_sidecar(path: Path) -> _Sidecar | None:
+    sidecar = _sidecar(path)
+    try:
+        content = _from_json(sidecar.read_bytes())
+        shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
+        if not all(type(size) is int and size >= 0 for s in shapes.values() for size in s):
+            raise ValueError("sizes that are no sizes")
+        return _Sidecar(content["sha256"], shapes, content["policy"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{sidecar.name} is not a sidecar of weights: {error!r}") from error
+
+
+def _read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    data = path.read_bytes()
+    sidecar = _read_sidecar(path)
+    name = _sidecar(path).name
+    if shapes is None:
+        if sidecar is None:
+            raise ValueError(
+                f"no sidecar {name}, and a .bin file names nothing; build the policy yourself "
+                "and use load_weights"
+            )
+        shapes = sidecar.shapes
+    if sidecar is not None:
+        problems = mismatches(shapes, sidecar.shapes)
+        if not problems and list(shapes) != list(sidecar.shapes):
+            problems = [f"the order {list(sidecar.shapes)}, not {list(shapes)}"]
+        if problems:
+            raise ValueError(f"{name} does not fit the policy; it has {'; '.join(problems)}")
+        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
+            raise ValueError(
+                f"the checksum is not the one in {name}: the file is damaged, or another program "
+                f"wrote it; delete {name} to load it unchecked"
+            )
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if len(data) != 4 * sum(sizes):
+        raise ValueError(
+            f"{len(data)} bytes, {len(data) / 4:g} float32 numbers; the policy has {sum(sizes)} "
+            "parameters"
+        )
+    numbers = np.split(np.frombuffer(data, "<f4"), np.cumsum(sizes)[:-1])
+    tensors = {
+        name: part.reshape(shape)
+        for (name, shape), part in zip(shapes.items(), numbers, strict=True)
+    }
+    return tensors, sidecar and sidecar.description

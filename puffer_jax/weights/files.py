@@ -1,0 +1,151 @@
+"""Files of weights: the suffix says the format."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from puffer_jax.weights.bin import _read_bin, _save_bin, _sidecar
+from puffer_jax.weights.description import build
+from puffer_jax.weights.inference import infer
+from puffer_jax.weights.pt import Contents, _read_pt, _save_pt
+from puffer_jax.weights.safetensors import _read_safetensors, _save_safetensors
+from puffer_jax.weights.state_dicts import LoadResult, _parameters, _strip_prefixes, load_state_dict
+
+
+def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
+    """Write the policy's weights; the suffix `.pt`, `.safetensors` or `.bin` says how.
+
+    The file appears whole or not at all: it is written beside its final place, synced and
+    renamed. A symbolic link is replaced by the file, so what it pointed to stays. `.bin` gets a
+    sidecar `<path>.json` with names, shapes and a checksum.
+
+    Raises:
+        ValueError: another suffix.
+        ImportError: `.pt` without torch.
+        TypeError: the policy has a layer with no torch counterpart.
+    """
+    path = Path(path)
+    _SAVERS[_suffix(path)](policy, path)
+
+
+def load_weights(
+    policy: nnx.Module,
+    path: str | os.PathLike[str],
+    strict: bool = True,
+    *,
+    allow_non_finite: bool = False,
+) -> LoadResult:
+    """Read weights from a `.pt`, `.safetensors` or `.bin` file into the policy, in place.
+
+    Args:
+        policy: the policy to fill; unchanged when anything is wrong.
+        path: the file.
+        strict: see `load_state_dict`.
+        allow_non_finite: see `load_state_dict`.
+
+    Raises:
+        ValueError: a suffix, file or content that does not fit, with the reason.
+        ImportError: `.pt` without torch >= 2.10.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    read = _READERS[_suffix(path)]
+    shapes = {name: parameter.shape for name, parameter in _parameters(policy)[0].items()}
+    with _naming(path):
+        tensors, _ = read(path, shapes)
+        return load_state_dict(policy, tensors, strict, allow_non_finite=allow_non_finite)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in _SAVERS:
+        raise ValueError(
+            f"{path}: the suffix says the format and must be one of {', '.join(_SAVERS)}"
+        )
+    return path.suffix
+
+
+_SAVERS: dict[str, Callable[[nnx.Module, Path], None]] = {
+    ".pt": _save_pt,
+    ".safetensors": _save_safetensors,
+    ".bin": _save_bin,
+}
+
+# Readers are told the shapes to expect, where a policy is there to tell; .bin has no other.
+_READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Contents]] = {
+    ".pt": _read_pt,
+    ".safetensors": _read_safetensors,
+    ".bin": _read_bin,
+}
+
+
+def policy_from_checkpoint(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    env: Any = None,
+    *,
+    nvec: tuple[int, ...] | int | None = None,
+    image_shape: tuple[int, ...] | None = None,
+    channels_last: bool = False,
+    downsample: int = 1,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    allow_non_finite: bool = False,
+) -> Any:
+    """Build the policy a checkpoint was saved from, and load it.
+
+    Class and sizes come from the metadata of our own files or else from keys and shapes. What
+    shapes cannot tell comes from `env`, or from an argument.
+
+    Args:
+        checkpoint: a `.pt`, `.safetensors` or `.bin` file, or a state_dict.
+        env: the environment the policy was trained on; gives both spaces.
+        nvec: how a fused discrete head splits: 5 for Discrete(5), (2, 3) for MultiDiscrete.
+            Not needed for heads of fewer than four rows, which cannot hold two choices.
+        image_shape: observation shape of a ProcgenResnet (H, W, C), or of a Convolutional to
+            have its sizes checked.
+        channels_last: as `Convolutional` was built.
+        downsample: as `Convolutional` was built.
+        dtype: of the policy's matmuls.
+        param_dtype: of its parameters.
+        allow_non_finite: see `load_state_dict`.
+
+    Raises:
+        ValueError: the keys are those of no known policy (load a custom one with
+            `load_weights`), something shapes cannot tell was not given, or the file is broken.
+    """
+
+    def restore(tensors: Mapping[str, Any], description: Any) -> Any:
+        if description is None:
+            named = _strip_prefixes(tensors, set())
+            shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
+            options = {"channels_last": channels_last, "downsample": downsample}
+            description = infer(shapes, env, nvec, image_shape, options)
+        policy = build(description, env, {"dtype": dtype, "param_dtype": param_dtype})
+        load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
+        return policy
+
+    if isinstance(checkpoint, Mapping):
+        return restore(checkpoint, None)
+    path = Path(checkpoint)
+    read = _READERS[_suffix(path)]
+    with _naming(path):
+        tensors, description = read(path, None)
+        policy = restore(tensors, description)
+        order = list(_parameters(policy)[0])
+        # Only the sidecar said which numbers are whose; a permutation may fit as well.
+        if path.suffix == ".bin" and list(tensors) != order:
+            raise ValueError(f"{_sidecar(path).name} has the order {list(tensors)}, not {order}")
+    return policy

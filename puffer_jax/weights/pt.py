@@ -1,0 +1,85 @@
+"""`.pt`: the state_dict that PufferLib's trainer writes and reads."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from puffer_jax.base.files import write_atomically
+from puffer_jax.weights.state_dicts import _parameters
+
+_TORCH_INSTALL = "pip install 'torch>=2.10'"
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f".pt files need torch: {_TORCH_INSTALL} (.safetensors needs nothing more)"
+        ) from error
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        raise ImportError(
+            f".pt files need torch >= 2.10, whose loader is safe against hostile files; found "
+            f"{torch.__version__}: {_TORCH_INSTALL}"
+        )
+    return torch
+
+
+def _save_pt(policy: nnx.Module, path: Path) -> None:
+    torch = _import_torch()
+
+    def to_tensor(array: np.ndarray) -> Any:
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.astype(np.float32)).bfloat16()
+        return torch.from_numpy(array)
+
+    parameters, aliases = _parameters(policy)
+    tensors = OrderedDict((name, to_tensor(p.to_torch())) for name, p in parameters.items())
+    # The same tensor under both names: torch then stores it once, as the reference does.
+    tensors.update((alias, tensors[name]) for alias, name in aliases.items())
+    write_atomically(path, lambda file: torch.save(tensors, file))
+
+
+# What a reader gives: tensors under torch's names, and the description of the policy if any.
+Contents = tuple[dict[str, Any], Any]
+
+
+def _read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    torch = _import_torch()
+    with open(path, "rb") as file:
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        # A damaged pickle is a program gone wrong: any exception can come out of it.
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                "not a readable state_dict. It is refused unless torch.load with "
+                "weights_only=True accepts it, since unpickling anything else can run code. If "
+                f"it holds a whole module, save module.state_dict() instead. ({reason})"
+            ) from error
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"holds a {type(tensors).__name__}, not a state_dict")
+    strangers = [
+        str(name)
+        for name, tensor in tensors.items()
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
+    ]
+    if strangers:
+        raise ValueError(f"not a state_dict; no names of tensors: {', '.join(strangers)}")
+    # A view that repeats one number claims any size, and a policy of that size would be built.
+    hollow = [str(name) for name, t in tensors.items() if not _is_dense(t, torch)]
+    if hollow:
+        raise ValueError(f"tensors that do not hold their own numbers: {', '.join(hollow)}")
+    return dict(tensors), None
+
+
+def _is_dense(tensor: Any, torch: Any) -> bool:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()

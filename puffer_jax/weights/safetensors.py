@@ -1,0 +1,39 @@
+"""`.safetensors`: torch's names and layouts, with a description of the policy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flax import nnx
+
+from puffer_jax.base.files import write_atomically
+from puffer_jax.base.text import _from_json, _to_json
+from puffer_jax.weights.description import describe
+from puffer_jax.weights.pt import Contents
+from puffer_jax.weights.state_dicts import _parameters
+
+_METADATA_KEY = "puffer_jax"
+
+
+def _save_safetensors(policy: nnx.Module, path: Path) -> None:
+    from safetensors.numpy import save
+
+    # Tied keys are left out: the format has no tied tensors, and loading restores them.
+    tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
+    metadata = {"format": "pt", _METADATA_KEY: _to_json(describe(policy))}
+    data = save(tensors, metadata)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def _read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb"):  # its errors name the path; those of safe_open may not
+        pass
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    # AttributeError: a number format NumPy does not have.
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a readable safetensors file: {error}") from error
+    return tensors, _from_json(metadata.get(_METADATA_KEY, "null"))

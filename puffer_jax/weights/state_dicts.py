@@ -1,0 +1,168 @@
+"""State dicts: parameters under torch's names, in torch's layouts."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from puffer_jax.nn.params import mismatches
+from puffer_jax.nn.torch_layout import TorchParameter, torch_aliases, torch_parameters
+
+
+def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
+    """Copies of the parameters as torch names them, orders them and lays them out.
+
+    Tied keys (`cell.*` of an LSTMWrapper) are included, as in torch, and share memory with
+    the keys they are tied to. Pass the merge of a graphdef and gradients to have gradients
+    under torch's names.
+
+    Raises:
+        TypeError: the policy has a layer with no torch counterpart.
+    """
+    parameters, aliases = _parameters(policy)
+    tensors = {name: parameter.to_torch() for name, parameter in parameters.items()}
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def _parameters(policy: nnx.Module) -> tuple[dict[str, TorchParameter], dict[str, str]]:
+    """Torch's name of every parameter, and the tied keys: alias -> the name it is tied to."""
+    parameters, aliases = {}, {}
+    names: dict[tuple[int, ...], str] = {}
+    for parameter in torch_parameters(policy):
+        # A submodule under two attributes is one module in torch too, and two keys.
+        name = names.setdefault(tuple(map(id, parameter.variables)), parameter.name)
+        if name == parameter.name:
+            parameters[name] = parameter
+        else:
+            aliases[parameter.name] = name
+    covered = {id(v) for parameter in parameters.values() for v in parameter.variables}
+    dropped = [
+        ".".join(map(str, path))
+        for path, value in nnx.iter_graph(policy, graph=True)
+        if isinstance(value, nnx.Variable | np.ndarray | jax.Array) and id(value) not in covered
+    ]
+    if dropped:
+        raise TypeError(
+            "only nnx.Param in modules, nnx.List, nnx.Dict and nnx.Sequential have a torch "
+            f"counterpart; these would be lost: {', '.join(dropped)}"
+        )
+    return parameters, aliases | torch_aliases(policy)
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict(strict=False)` did not use."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def load_state_dict(
+    policy: nnx.Module,
+    state_dict: Mapping[str, Any],
+    strict: bool = True,
+    *,
+    allow_non_finite: bool = False,
+) -> LoadResult:
+    """Copy a state_dict into the policy, in place.
+
+    Floating tensors of any width are converted to the policy's own dtype: float16 and
+    bfloat16 exactly, float64 rounded, as torch does. The prefixes `module.` (DDP) and
+    `_orig_mod.` (torch.compile) are stripped, and of tied keys one is enough.
+
+    Args:
+        policy: any `nnx.Module` whose layers have a torch counterpart.
+        state_dict: torch's names -> NumPy, torch or JAX arrays.
+        strict: whether missing and unexpected keys are an error; a wrong shape always is.
+        allow_non_finite: accept NaN and infinity.
+
+    Raises:
+        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, a value is no
+            floating-point tensor or not finite; all are named at once.
+        TypeError: the policy has a layer with no torch counterpart.
+    """
+    parameters, aliases = _parameters(policy)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    expected = shapes | {alias: shapes[name] for alias, name in aliases.items()}
+    tensors = _strip_prefixes(state_dict, expected.keys())
+    for alias, name in aliases.items():  # of tied keys one is enough
+        if alias not in tensors:
+            expected.pop(alias)
+        elif name not in tensors:
+            expected.pop(name, None)
+    given = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+    problems = [
+        problem
+        for problem in mismatches(expected, given)
+        if strict or problem.startswith("wrong shape")
+    ]
+
+    # Only tensors of the right shape are looked into, however large the others claim to be.
+    fitting = [name for name, shape in expected.items() if given.get(name) == shape]
+    arrays = {name: _as_array(tensors[name]) for name in fitting}
+    wrong = [f"{name} ({_dtype(tensors[name])})" for name in fitting if arrays[name] is None]
+    if wrong:
+        problems.append(f"no floating-point numbers: {', '.join(wrong)}")
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    for alias in [alias for alias in aliases if alias in arrays]:
+        name, array = aliases[alias], arrays.pop(alias)
+        if not np.array_equal(arrays.setdefault(name, array), array, equal_nan=True):
+            problems.append(f"{alias} and {name} are one tensor in the policy but differ here")
+
+    new: list[tuple[nnx.Param, jax.Array]] = []
+    non_finite = []
+    for name, array in arrays.items():
+        variables = parameters[name].variables
+        unpacked = parameters[name].from_torch(array)
+        with np.errstate(over="ignore"):
+            converted = [a.astype(v.dtype) for a, v in zip(unpacked, variables, strict=True)]
+        if not all(np.isfinite(a).all() for a in converted):
+            non_finite.append(name)
+        new += zip(variables, map(jnp.asarray, converted), strict=True)
+    if non_finite and not allow_non_finite:
+        names = ", ".join(non_finite)
+        problems.append(f"NaN or infinity (allow_non_finite=True lets them in): {names}")
+    if problems:
+        raise ValueError("the state_dict does not fit the policy: " + "; ".join(problems))
+    for variable, array in new:
+        variable.set_value(array)
+    return LoadResult(
+        [name for name in expected if name not in given],
+        [name for name in given if name not in expected],
+    )
+
+
+def _strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
+    def strip(name: str) -> str:
+        if name not in expected:
+            name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        while name not in expected and name.startswith("module."):
+            name = name.removeprefix("module.")
+        return name
+
+    stripped = {}
+    for name, tensor in tensors.items():
+        if strip(name) in stripped:
+            raise ValueError(f"two keys of the state_dict both stand for {strip(name)!r}")
+        stripped[strip(name)] = tensor
+    return stripped
+
+
+def _as_array(tensor: Any) -> np.ndarray | None:
+    """`tensor` as a NumPy array, or None where it does not hold floating-point numbers."""
+    if hasattr(tensor, "detach"):
+        try:
+            tensor = tensor.detach().cpu()
+            # NumPy has no narrow formats but float16; float32 holds them all exactly.
+            narrow = tensor.is_floating_point() and tensor.itemsize < 4
+            tensor = (tensor.float() if narrow else tensor).numpy()
+        except (TypeError, RuntimeError):  # sparse, quantised, without data
+            return None
+    array = np.asarray(tensor)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else None
+
+
+def _dtype(tensor: Any) -> str:
+    return str(getattr(tensor, "dtype", type(tensor).__name__))
