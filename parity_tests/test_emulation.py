@@ -30,7 +30,8 @@ from pettingzoo.butterfly import knights_archers_zombies_v11
 from pettingzoo.classic import connect_four_v3, rps_v2
 from test_nativize import NESTED, containers, leaf_spaces
 
-from puffer_jax import emulation, nativize_dtype, nativize_tensor
+from puffer_jax import nativize_dtype, nativize_tensor
+from puffer_jax.environments import emulation
 
 # gymnasium's `contains`, which the reference calls.
 CASTING = pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")

@@ -15,8 +15,9 @@ from gymnasium.spaces import Box, Discrete
 from PIL import Image
 
 import puffer_jax
-from puffer_jax import commands, emulation, environments, vector
+from puffer_jax import commands, environments, vector
 from puffer_jax.cli import main
+from puffer_jax.environments import emulation
 
 FAMILIES = {
     "cartpole": ("native", "cartpole"),

@@ -18,7 +18,7 @@ from flax import struct
 from puffer_jax import environments
 from puffer_jax.base.spaces import Box, Dict, Discrete, MultiDiscrete, env_spec
 from puffer_jax.environments import CartPole, Memory, ProbeMemory, Squared
-from puffer_jax.jaxenv import AdaptedEnv, TimeLimited, as_jax_env, autoreset
+from puffer_jax.environments.jax_native import AdaptedEnv, TimeLimited, as_jax_env, autoreset
 
 KEY = jax.random.key(0)
 

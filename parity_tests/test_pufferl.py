@@ -25,7 +25,7 @@ from reference import generic
 import puffer_jax
 from puffer_jax import ppo, rollout
 from puffer_jax.config import PuffeRLConfig
-from puffer_jax.jaxenv import as_jax_env
+from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.pufferl import NonFiniteError, PuffeRL, make_train
 
 # All of this computes little: compiling is what takes the time.

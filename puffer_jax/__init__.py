@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import random as random
     from puffer_jax import vector as vector
     from puffer_jax.config import PuffeRLConfig as PuffeRLConfig
-    from puffer_jax.jaxenv import as_jax_env as as_jax_env
+    from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
     from puffer_jax.loggers import JSONLLogger as JSONLLogger
     from puffer_jax.loggers import MultiLogger as MultiLogger
     from puffer_jax.loggers import NoLogger as NoLogger
@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
 
 _EXPORTS = {
     "config": ("PuffeRLConfig",),
-    "jaxenv": ("as_jax_env",),
+    "environments.jax_native": ("as_jax_env",),
     "loggers": (
         "JSONLLogger",
         "MultiLogger",

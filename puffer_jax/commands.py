@@ -455,7 +455,7 @@ def _naming_the_flag() -> Iterator[None]:
 
 def _native(name: str, arguments: dict[str, Any]) -> Any:
     """A JAX-native environment, or None if the name is not of one."""
-    from puffer_jax.jaxenv import as_jax_env
+    from puffer_jax.environments.jax_native import as_jax_env
 
     if environments.family(name)[0] not in ("native", "gymnax"):
         return None

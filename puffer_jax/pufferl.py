@@ -20,8 +20,8 @@ from puffer_jax import checkpoint, optim, rollout
 from puffer_jax.base.profile import Profile
 from puffer_jax.config import PuffeRLConfig
 from puffer_jax.dashboard import Dashboard, Snapshot
+from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.hostenv import Received, as_host_env
-from puffer_jax.jaxenv import as_jax_env
 from puffer_jax.loggers import Logger, NoLogger
 from puffer_jax.nn import random
 from puffer_jax.nn.params import merge, split
@@ -49,7 +49,7 @@ class PuffeRL:
     Args:
         config: a `PuffeRLConfig`, or a PufferLib `args["train"]` dict.
         vecenv: a PufferLib vecenv, a `gymnasium.vector.VectorEnv`, or a JAX-native environment
-            (see `puffer_jax.jaxenv.as_jax_env`), of which `config.num_envs` are run.
+            (see `puffer_jax.as_jax_env`), of which `config.num_envs` are run.
         policy: its parameters are copied; `trainer.policy` has the trained ones.
         logger: see `puffer_jax.loggers`; its `run_id` names the run's folder.
 
@@ -563,7 +563,7 @@ def make_train(
 
     Args:
         config: `total_timesteps` says how many epochs.
-        env: JAX-native, see `puffer_jax.jaxenv.as_jax_env`.
+        env: JAX-native, see `puffer_jax.as_jax_env`.
         policy: to start from, or a function of `nnx.Rngs` that makes one for each key.
 
     Returns:

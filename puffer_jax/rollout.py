@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base import spaces
 from puffer_jax.config import PuffeRLConfig, Sizes
-from puffer_jax.jaxenv import AdaptedEnv, autoreset
+from puffer_jax.environments.jax_native import AdaptedEnv, autoreset
 from puffer_jax.nn import random
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from puffer_jax.base.spaces import kind_of, structured_dtype
-from puffer_jax.emulation import emulate_observation_space, joint_space
+from puffer_jax.environments.emulation.spaces import emulate_observation_space, joint_space
 from puffer_jax.workers import (
     GIVEN,
     Actor,
@@ -865,7 +865,7 @@ class JaxVecEnv(VecEnv):
         import jax
         import jax.numpy as jnp
 
-        from puffer_jax.jaxenv import as_jax_env
+        from puffer_jax.environments.jax_native import as_jax_env
 
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")

@@ -137,7 +137,7 @@ def _is_puffer(env: Any) -> bool:
 
 
 def _emulate(env: Any, creator: Any, given: dict[str, Any]) -> Any:
-    from puffer_jax import emulation
+    from puffer_jax.environments import emulation
 
     if hasattr(env, "possible_agents"):
         return emulation.PettingZooPufferEnv(env=env, **given)

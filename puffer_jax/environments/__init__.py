@@ -104,8 +104,7 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: Any) -> 
         case "gymnax", known:
             return _gymnax(name, known, kwargs)
         case whose, _:
-            from puffer_jax import emulation
-            from puffer_jax.environments import host
+            from puffer_jax.environments import emulation, host
 
             several = whose == "pettingzoo"
             kind = emulation.PettingZooPufferEnv if several else emulation.GymnasiumPufferEnv
@@ -145,7 +144,7 @@ def _gymnax(name: str, known: str, arguments: dict[str, Any]) -> Any:
         import gymnax
     except ImportError as error:
         raise ImportError(f"{name} needs gymnax: pip install gymnax six") from error
-    from puffer_jax.jaxenv import as_jax_env
+    from puffer_jax.environments.jax_native import as_jax_env
 
     if known not in gymnax.registered_envs:
         raise ValueError(

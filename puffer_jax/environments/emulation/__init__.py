@@ -1,0 +1,24 @@
+"""Any environment behind flat arrays, so that vecenvs and policies see one kind of environment.
+
+What `pufferlib.emulation` does, with its names, layouts and protocol, so that the environments of
+either serve in the vecenvs of both. A nested observation becomes a row of numbers, which
+`puffer_jax.nativize` reads; a nested action comes from a MultiDiscrete. The way from one to the
+other is laid out once, when the environment is made. An episode that ended is begun anew by
+whoever calls `reset`: a vecenv does so in the next step.
+
+Every observation must have the shape and the dtype of its space, which NumPy would else broadcast
+and cast without a word; that it lies within bounds is checked for the first of each agent only,
+and so are the actions.
+
+Neither JAX nor torch is imported here: workers run this.
+"""
+
+from puffer_jax.environments.emulation.buffers import Buffers as Buffers
+from puffer_jax.environments.emulation.buffers import set_buffers as set_buffers
+from puffer_jax.environments.emulation.spaces import emulate_action_space as emulate_action_space
+from puffer_jax.environments.emulation.spaces import (
+    emulate_observation_space as emulate_observation_space,
+)
+from puffer_jax.environments.emulation.spaces import joint_space as joint_space
+from puffer_jax.environments.emulation.wrappers import GymnasiumPufferEnv as GymnasiumPufferEnv
+from puffer_jax.environments.emulation.wrappers import PettingZooPufferEnv as PettingZooPufferEnv

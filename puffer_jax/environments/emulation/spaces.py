@@ -1,0 +1,113 @@
+"""Flat spaces for structured ones, and what reads and writes them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.base.spaces import children_of, emulated_dtypes, kind_of
+
+
+def _gymnasium() -> Any:
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError(
+            "environments need gymnasium: pip install 'puffer_jax[vector]'"
+        ) from error
+    return gymnasium
+
+
+def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
+    """The Box of the rows that stand for observations of `space`, and the struct in a row.
+
+    Returns:
+        (`space` itself if it is a Box, else a flat Box; the dtype of one observation).
+
+    Raises:
+        TypeError: a space that is not supported.
+        ValueError: a Dict or Tuple without parts or with keys that cannot name a field.
+    """
+    sample, structured = emulated_dtypes(space)
+    if kind_of(space) == "box":
+        return space, structured
+    if sample.kind == "b":
+        low, high = False, True
+    else:
+        # gymnasium warns of the bounds of float64.
+        floats = sample if sample.itemsize < 4 else np.float32
+        info = np.iinfo(sample) if sample.kind in "iu" else np.finfo(floats)
+        kind = int if sample.kind in "iu" else float
+        low, high = kind(info.min), kind(info.max)
+    shape = (structured.itemsize // sample.itemsize,)
+    return _gymnasium().spaces.Box(low, high, shape, sample), structured
+
+
+def emulate_action_space(space: Any) -> tuple[Any, Callable[[list[int]], Any] | None]:
+    """The flat space of actions that stand for those of `space`, and how to build the latter.
+
+    Unlike the reference, parts may be MultiDiscrete and MultiBinary, and a Discrete or
+    MultiDiscrete may start elsewhere than at 0: the flat actions always do start there.
+
+    Returns:
+        (`space` itself, None) for a Box, and for what a policy acts in as it is; else a Discrete
+        or MultiDiscrete, and a function of the list of its components.
+
+    Raises:
+        TypeError: a space that is not supported.
+        ValueError: a Box within a Dict or Tuple; and as `emulate_observation_space`.
+    """
+    kind = kind_of(space)
+    starts_at_0 = not np.any(getattr(space, "start", 0))
+    flat = kind == "discrete" or (kind == "multidiscrete" and np.ndim(space.nvec) == 1)
+    if kind == "box" or (flat and starts_at_0):
+        return space, None
+    sizes: list[int] = []
+    build = _builder(space, sizes)
+    spaces = _gymnasium().spaces
+    return spaces.Discrete(sizes[0]) if kind == "discrete" else spaces.MultiDiscrete(sizes), build
+
+
+def _builder(space: Any, sizes: list[int]) -> Callable[[list[int]], Any]:
+    """How to build an action of `space` from components, whose sizes are appended to `sizes`."""
+    children = children_of(space)
+    if children is not None:
+        parts = [(key, _builder(child, sizes)) for key, child in children.items()]
+        if isinstance(space.spaces, Mapping):
+            return lambda flat: {key: part(flat) for key, part in parts}
+        return lambda flat: tuple([part(flat) for _, part in parts])
+    first, start = len(sizes), getattr(space, "start", 0)
+    match kind_of(space):
+        case "discrete":
+            sizes.append(int(space.n))
+            start = int(start)
+            return lambda flat: start + flat[first]
+        case "multidiscrete":
+            nvec = np.asarray(space.nvec)
+        case "multibinary":
+            nvec = np.full(space.shape, 2)
+        case _:
+            raise ValueError(f"a nested action space cannot hold {space}, only discrete ones")
+    sizes.extend(nvec.ravel().tolist())
+    last, shape, dtype = len(sizes), nvec.shape, space.dtype
+    return lambda flat: np.array(flat[first:last], dtype).reshape(shape) + start
+
+
+def joint_space(space: Any, n: int) -> Any:
+    """The space of `n` agents side by side (`pufferlib.spaces.joint_space`).
+
+    Raises:
+        ValueError: `space` is not Discrete, MultiDiscrete or Box.
+    """
+    spaces = _gymnasium().spaces
+    match kind_of(space):
+        case "discrete":
+            return spaces.MultiDiscrete([space.n] * n)
+        case "multidiscrete":
+            low, high = np.zeros_like(space.nvec), space.nvec - 1
+        case "box":
+            low, high = space.low, space.high
+        case _:
+            raise ValueError(f"agents act and observe in Discrete, MultiDiscrete or Box: {space}")
+    low, high = (np.repeat(bound[None], n, axis=0) for bound in (low, high))
+    return spaces.Box(low, high, dtype=space.dtype)

@@ -1,0 +1,378 @@
+"""Environments of gymnasium and PettingZoo behind flat arrays."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.environments.emulation.buffers import Buffers, set_buffers
+from puffer_jax.environments.emulation.rows import _Reader, _Writer
+from puffer_jax.environments.emulation.spaces import (
+    _gymnasium,
+    emulate_action_space,
+    emulate_observation_space,
+)
+
+
+class _Emulated:
+    """What the environments of one and of several agents have in common."""
+
+    single_observation_space: Any
+    single_action_space: Any
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminals: np.ndarray
+    truncations: np.ndarray
+    masks: np.ndarray
+    actions: np.ndarray
+    teacher_actions: np.ndarray
+
+    def __init__(
+        self, env: Any, spaces: tuple[Any, Any], agents: int, buf: Buffers | None, seed: int | None
+    ):
+        self.env = env
+        self.num_agents = agents
+        self.agent_ids = np.arange(agents)
+        self.initialized = False
+        self._seed = seed
+        try:
+            self.single_observation_space, structured = emulate_observation_space(spaces[0])
+            self.single_action_space, build = emulate_action_space(spaces[1])
+            self.emulated = {
+                "observation_dtype": self.single_observation_space.dtype,
+                "emulated_observation_dtype": structured,
+            }
+            set_buffers(self, buf)
+            self._write = _Writer(env, spaces[0], self.observations, structured).write
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{env}: {error}") from error
+        self._reader = _Reader(env, self.single_action_space, build)
+        self.is_obs_emulated = self.single_observation_space is not spaces[0]
+        self.is_atn_emulated = build is not None
+
+    @property
+    def render_mode(self) -> Any:
+        """That of the environment."""
+        return self.env.render_mode
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """That of the environment."""
+        return getattr(self.env, "metadata", None) or {"render_modes": []}
+
+    def seed(self, seed: int | None) -> None:
+        """Seed of the next reset, if that gets none."""
+        self._seed = seed
+
+    def render(self) -> Any:
+        """What the environment draws."""
+        return self.env.render()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def _reset(self, seed: int | None, options: Any) -> tuple[Any, Any]:
+        seed, self._seed = self._seed if seed is None else seed, None
+        given = {"seed": seed, "options": options}
+        self.initialized = True
+        # Environments may tell a seed of None from none at all.
+        return self.env.reset(**{name: v for name, v in given.items() if v is not None})
+
+    def _check_running(self, done: bool) -> None:
+        if not self.initialized:
+            raise RuntimeError(f"{self.env}: step() before reset()")
+        if done:
+            raise RuntimeError(f"{self.env}: step() after the episode's end; call reset()")
+
+
+class GymnasiumPufferEnv(_Emulated):
+    """A gymnasium environment behind flat arrays: one agent.
+
+    Attributes:
+        env: the environment.
+        observation_space: `single_observation_space`, the Box of a row of `observations`.
+        action_space: `single_action_space`, what `step` takes.
+        emulated: what `puffer_jax.nativize_dtype` reads.
+        done: whether `reset` is due.
+        observations, rewards, terminals, truncations, masks, actions, teacher_actions: see
+            `set_buffers`; written in place.
+    """
+
+    def __init__(
+        self,
+        env: Any = None,
+        env_creator: Any = None,
+        env_args: Sequence[Any] | None = (),
+        env_kwargs: Mapping[str, Any] | None = None,
+        buf: Buffers | None = None,
+        seed: int | None = 0,
+    ):
+        """Make the environment, if it is not made, and lay out the way to the buffers.
+
+        Args:
+            env: an environment, or an id for `gymnasium.make`.
+            env_creator: or a function of `env_args` and `env_kwargs` that gives one, or an id.
+            env_args: see there.
+            env_kwargs: see there.
+            buf: the buffers, see `set_buffers`.
+            seed: of the first reset, if that gets none. (The reference ignores it.)
+
+        Raises:
+            TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
+            ValueError: both or neither of `env` and `env_creator`; or a space that cannot be laid
+                out.
+        """
+        if isinstance(env, str):
+            env, env_creator = None, env if env_creator is None else env_creator
+        if isinstance(env_creator, str):
+            env_creator = partial(_gymnasium().make, env_creator)
+        env = _make(env, env_creator, env_args, env_kwargs)
+        super().__init__(env, (env.observation_space, env.action_space), 1, buf, seed)
+        self.observation_space = self.single_observation_space
+        self.action_space = self.single_action_space
+        self.done = True
+
+    @property
+    def unwrapped(self) -> Any:
+        """This; below it the spaces are others."""
+        return self
+
+    def reset(self, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, Any]:
+        """Begin an episode.
+
+        Returns:
+            (`observations` (1, *shape), info).
+
+        Raises:
+            ValueError: the observation is not in its space.
+        """
+        observation, info = self._reset(seed, options)
+        self._write(0, observation)
+        self.done = False
+        self.rewards[0], self.terminals[0], self.truncations[0] = 0, False, False
+        self.masks[0] = True
+        return self.observations, info
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, Any]:
+        """Act.
+
+        Args:
+            action: of `action_space`, also with a leading axis of 1.
+
+        Returns:
+            (`observations`, reward, terminated, truncated, info). Rewards of several agents are
+            added up, and the episode ends when it does for any of them.
+
+        Raises:
+            RuntimeError: there is no running episode.
+            ValueError: the action or the observation is not in its space.
+        """
+        if self.done:
+            self._check_running(True)
+        observation, reward, terminated, truncated, info = self.env.step(self._reader.read(action))
+        if type(reward) is not float:
+            reward = float(np.sum(reward) if isinstance(reward, _MANY) else reward)
+        if type(terminated) is not bool:
+            terminated = bool(np.any(terminated))
+        if type(truncated) is not bool:
+            truncated = bool(np.any(truncated))
+        self._write(0, observation)
+        self.rewards[0] = reward
+        if terminated or truncated:  # both are False since the reset
+            self.terminals[0], self.truncations[0], self.done = terminated, truncated, True
+        return self.observations, reward, terminated, truncated, info
+
+
+class PettingZooPufferEnv(_Emulated):
+    """A PettingZoo environment behind flat arrays: a row for each possible agent.
+
+    An agent that is not there has a row of zeros, which is masked; unlike the reference's, also
+    after a reset.
+
+    Attributes:
+        env: the parallel environment.
+        emulated: what `puffer_jax.nativize_dtype` reads.
+        mask: agent -> whether it is there.
+        observations, rewards, terminals, truncations, masks, actions, teacher_actions: see
+            `set_buffers`; written in place.
+    """
+
+    def __init__(
+        self,
+        env: Any = None,
+        env_creator: Any = None,
+        env_args: Sequence[Any] | None = (),
+        env_kwargs: Mapping[str, Any] | None = None,
+        buf: Buffers | None = None,
+        seed: int | None = 0,
+    ):
+        """Make the environment, if it is not made, and lay out the way to the buffers.
+
+        Args:
+            env: a parallel environment; one in which agents take turns (AEC) goes through
+                PettingZoo's own converter.
+            env_creator: or a function of `env_args` and `env_kwargs` that gives one.
+            env_args: see there.
+            env_kwargs: see there.
+            buf: the buffers, see `set_buffers`.
+            seed: of the first reset, if that gets none. (The reference ignores it.)
+
+        Raises:
+            TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
+            ValueError: both or neither of `env` and `env_creator`; a space that cannot be laid
+                out, or that is not the same for all agents.
+        """
+        env = _parallel(_make(env, env_creator, env_args, env_kwargs))
+        agents = list(env.possible_agents)
+        spaces = env.observation_space(agents[0]), env.action_space(agents[0])
+        for agent in agents[1:]:
+            for first, own in zip(
+                spaces, (env.observation_space(agent), env.action_space(agent)), strict=True
+            ):
+                if own != first:
+                    raise ValueError(
+                        f"{env}: all agents must have the same spaces; {agents[0]!r} has {first}, "
+                        f"{agent!r} {own}"
+                    )
+        super().__init__(env, spaces, len(agents), buf, seed)
+        self.possible_agents = agents
+        self.mask = dict.fromkeys(agents, False)
+        self._rows = {agent: self.observations[i] for i, agent in enumerate(agents)}
+        self._over = True
+
+    @property
+    def agents(self) -> list[Any]:
+        """Those that are there."""
+        return self.env.agents
+
+    @property
+    def done(self) -> bool:
+        """Whether `reset` is due."""
+        return self._over or not self.env.agents
+
+    def observation_space(self, agent: Any) -> Any:
+        """`single_observation_space`; raises ValueError if there is no such agent."""
+        self._check_agents((agent,))
+        return self.single_observation_space
+
+    def action_space(self, agent: Any) -> Any:
+        """`single_action_space`; raises ValueError if there is no such agent."""
+        self._check_agents((agent,))
+        return self.single_action_space
+
+    def reset(
+        self, seed: int | None = None, options: Any = None
+    ) -> tuple[dict[Any, np.ndarray], Any]:
+        """Begin an episode.
+
+        Returns:
+            (agent -> its row of `observations`, infos).
+
+        Raises:
+            ValueError: an observation is not in its space, or of an agent there is none of.
+        """
+        observations, infos = self._reset(seed, options)
+        no = dict.fromkeys(observations, False)
+        self._receive(observations, no, no, no)
+        self.terminals[:] = False
+        self._over = False
+        return self._rows, infos
+
+    def step(self, actions: Mapping[Any, Any] | np.ndarray) -> tuple[Mapping[Any, Any], ...]:
+        """Act.
+
+        Args:
+            actions: (agents, ...) in the order of `possible_agents`, or by agent. Those of agents
+                that are not there are left out.
+
+        Returns:
+            (observations, rewards, terminated, truncated, infos), dicts by agent; the first four
+            have all possible agents.
+
+        Raises:
+            RuntimeError: there is no running episode.
+            ValueError: an action or observation is not in its space, or of an agent there is none
+                of.
+        """
+        self._check_running(self.done)
+        here = set(self.env.agents)
+        if not isinstance(actions, np.ndarray):
+            self._check_agents(actions)
+            own = {a: self._reader.read(action) for a, action in actions.items() if a in here}
+        elif len(actions) == self.num_agents:
+            read = self._reader.read_all(actions)
+            own = {a: x for a, x in zip(self.possible_agents, read, strict=True) if a in here}
+        else:
+            raise ValueError(f"{self.env}: {len(actions)} actions for {self.num_agents} agents")
+        observations, rewards, terminated, truncated, infos = self.env.step(own)
+        self._receive(observations, rewards, terminated, truncated)
+        self._over = all(terminated.values()) or all(truncated.values())
+        padded = self._pad(rewards, 0), self._pad(terminated, True), self._pad(truncated, False)
+        return self._rows, *padded, infos
+
+    def _pad(self, values: Mapping[Any, Any], absent: Any) -> Mapping[Any, Any]:
+        if values.keys() == self.mask.keys():
+            return values
+        return {agent: values.get(agent, absent) for agent in self.possible_agents}
+
+    def _receive(
+        self,
+        observations: Mapping[Any, Any],
+        rewards: Mapping[Any, Any],
+        terminated: Mapping[Any, Any],
+        truncated: Mapping[Any, Any],
+    ) -> None:
+        """Write the rows of the agents that are observed, and zeros for those that are not."""
+        count, mask, write = 0, self.mask, self._write
+        for i, agent in enumerate(self.possible_agents):
+            here = agent in observations
+            mask[agent] = self.masks[i] = here
+            if here:
+                count += 1
+                write(i, observations[agent])
+                self.rewards[i] = rewards[agent]
+                self.terminals[i] = terminated[agent]
+                self.truncations[i] = truncated[agent]
+            else:
+                self.observations[i] = 0
+                self.rewards[i], self.terminals[i], self.truncations[i] = 0, True, False
+        if count != len(observations):
+            self._check_agents(observations)
+
+    def _check_agents(self, agents: Any) -> None:
+        unknown = [agent for agent in agents if agent not in self.mask]
+        if unknown:
+            raise ValueError(f"{self.env}: no agents {unknown}; there are {self.possible_agents}")
+
+
+_MANY = (np.ndarray, list, tuple)
+
+
+def _make(
+    env: Any,
+    creator: Any,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> Any:
+    if (env is None) == (creator is None):
+        raise ValueError(f"give either env or env_creator, got {env!r} and {creator!r}")
+    if env is not None:
+        if callable(env):
+            raise TypeError(f"env must be an environment; give {env!r} as env_creator")
+        return env
+    if not callable(creator):
+        raise TypeError(f"env_creator must be callable, got {creator!r}")
+    return creator(*(args or ()), **(kwargs or {}))
+
+
+def _parallel(env: Any) -> Any:
+    """The environment, or what PettingZoo makes of one whose agents take turns."""
+    if not hasattr(env, "agent_iter"):
+        return env
+    from pettingzoo.utils import conversions
+
+    if env.metadata.get("is_parallelizable", False):
+        return conversions.aec_to_parallel(env)
+    return conversions.turn_based_aec_to_parallel(env)

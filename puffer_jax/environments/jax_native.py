@@ -1,0 +1,374 @@
+"""JAX-native environments: the protocol of a single one, adapters to it, and resets.
+
+An environment is a pair of pure functions of arrays, so that a rollout of many compiles into
+one program: `jax.vmap` makes the batch, `jax.lax.scan` the time. Environments are recognised by
+what they have, so neither gymnax nor brax is imported here.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from puffer_jax.base.spaces import Continuous, MultiDiscrete, env_spec, kind_of, structured_dtype
+from puffer_jax.environments.jax_adapters import (
+    _BRAX_MAX_STEPS,
+    _casts,
+    _from_brax,
+    _from_gymnax,
+    _split,
+)
+from puffer_jax.nn import random
+
+_PROTOCOL = (
+    "a JAX-native environment has `observation_space`, `action_space`, `reset(key) -> (obs, state)`"
+    " and `step(key, state, action) -> (obs, state, reward, terminated, truncated, info)`; those of"
+    " gymnax (`step_env`, `default_params`) and brax (`observation_size`, `action_size`) are"
+    " adapted"
+)
+
+
+class JaxEnv(Protocol):
+    """One environment, not a batch. Both functions are pure and can be traced.
+
+    Attributes:
+        observation_space: any space that `puffer_jax.spaces.env_spec` understands.
+        action_space: the same.
+    """
+
+    @property
+    def observation_space(self) -> Any: ...  # noqa: D102
+
+    @property
+    def action_space(self) -> Any: ...  # noqa: D102
+
+    def reset(self, key: Any, /) -> tuple[Any, Any]:
+        """`(obs, state)` of a new episode; obs is an array, or a dict or tuple of arrays."""
+        ...
+
+    def step(self, key: Any, state: Any, action: Any, /) -> tuple[Any, ...]:
+        """`(obs, state, reward, terminated, truncated, info)`; never resets.
+
+        reward, terminated and truncated are scalars; both of the latter may be set at once, as
+        in gymnasium; then the episode counts as terminated. info is a dict of arrays.
+        """
+        ...
+
+
+class Step(NamedTuple):
+    """What a step with automatic reset gives.
+
+    Attributes:
+        obs: of the new episode where one begins.
+        state: the same.
+        reward: float32, of the action taken.
+        terminated: bool; the episode ended, there is no future to bootstrap from.
+        truncated: bool; the episode was cut; unless terminated, bootstrap from `final_obs`.
+        final_obs: the observation the action led to, before any reset, at every step.
+        info: as the environment gave it, before any reset.
+    """
+
+    obs: Any
+    state: Any
+    reward: Array
+    terminated: Array
+    truncated: Array
+    final_obs: Any
+    info: dict[str, Any]
+
+
+class TimeLimited(NamedTuple):
+    """State of an environment with `max_steps`: its own state, and the steps taken so far."""
+
+    state: Any
+    steps: Array
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedEnv:
+    """A `JaxEnv` whose dtypes are checked and fixed, made by `as_jax_env`.
+
+    Attributes:
+        observation_space: see `JaxEnv`.
+        action_space: see `JaxEnv`.
+        reset: see `JaxEnv`. The observation has the dtype its space declares.
+        step: see `JaxEnv`. reward is float32, terminated and truncated are bool, and the state
+            has the dtypes it had at reset, so that it can be carried through `jax.lax.scan`.
+        unwrapped: the environment that was adapted.
+    """
+
+    observation_space: Any
+    action_space: Any
+    reset: Callable[..., Any]
+    step: Callable[..., Any]
+    unwrapped: Any
+
+
+def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -> AdaptedEnv:
+    """Adapt an environment to `JaxEnv`, checking it once without running it.
+
+    Args:
+        env: one of
+
+            - a `JaxEnv`; its `step` may also give five values, (obs, state, reward, done, info).
+              Then `info["truncation"]` or `info["truncated"]`, where there is one, says that
+              done is a truncation.
+            - a gymnax environment, or the pair (env, params) of `gymnax.make`. Since gymnax 1.0
+              its time limit sets truncated. Before, `done` did not tell a limit from an end:
+              done at `state.time >= params.max_steps_in_episode` counts as truncated.
+            - a brax environment (or MuJoCo Playground's), not wrapped with automatic resets.
+              `state.info["truncation"]` sets truncated; info is `state.metrics`.
+        env_params: gymnax's parameters; `env.default_params` if None.
+        max_steps: truncate episodes after so many steps, beside the limits the environment has
+            itself. Brax environments have none: 1000 there if None, as in brax's own training
+            (unless `state.info` has "truncation", so that something else already counts).
+
+    Returns:
+        The adapted environment; `env` itself if it is one already and nothing is to be added.
+
+    Raises:
+        TypeError: `env` is none of these; a space is none or is a method.
+        ValueError: the observation does not fit its space; the state changes structure or
+            shape in a step; reward or an end is no scalar; `step` gives too few values; the
+            environment resets itself; an argument does not go with the environment.
+    """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1; got {max_steps}")
+    if isinstance(env, tuple) and len(env) == 2:
+        if env_params is not None:
+            raise ValueError("env is a pair (env, params) already; got env_params as well")
+        env, env_params = env
+    if isinstance(env, AdaptedEnv) and env_params is None and max_steps is None:
+        return env
+    name = type(env).__name__
+    if hasattr(env, "step_env") and hasattr(env, "default_params"):
+        inner = _from_gymnax(env, env_params)
+    elif env_params is not None:
+        raise ValueError(f"env_params are gymnax's; {name} is no gymnax environment")
+    elif hasattr(env, "observation_size") and hasattr(env, "action_size"):
+        inner, counts_steps = _from_brax(env)
+        if max_steps is None and not counts_steps:
+            max_steps = _BRAX_MAX_STEPS
+    else:
+        _check_protocol(env)
+        inner = env
+    return _fix(env, name, inner, max_steps)
+
+
+def autoreset(env: Any) -> Callable[[Any, Any, Any], Step]:
+    """The step of an environment whose next episode begins where one ends.
+
+    The reset is computed in every step, as both sides of a condition are under `vmap`, with a
+    key of its own.
+
+    Args:
+        env: as in `as_jax_env`.
+
+    Returns:
+        `step(key, state, action) -> Step`, pure and for one environment.
+
+    Raises:
+        TypeError: as in `as_jax_env`.
+        ValueError: as in `as_jax_env`.
+    """
+    env = as_jax_env(env)
+
+    def step(key: PRNGKeyArray, state: Any, action: Any) -> Step:
+        step_key, reset_key = random.split(key)
+        final_obs, state, reward, terminated, truncated, info = env.step(step_key, state, action)
+        done = terminated | truncated
+        obs, state = jax.tree.map(
+            lambda new, old: jnp.where(done, new, old), env.reset(reset_key), (final_obs, state)
+        )
+        return Step(obs, state, reward, terminated, truncated, final_obs, info)
+
+    return step
+
+
+def _check_protocol(env: Any) -> None:
+    if isinstance(env, str):
+        raise TypeError(f"got the name {env!r}; make it: puffer_jax.environments.make({env!r})")
+    if isinstance(env, type):
+        raise TypeError(f"got the class {env.__name__}; pass an instance of it")
+    name = type(env).__name__
+    names = ("reset", "step", "observation_space", "action_space")
+    missing = [attribute for attribute in names if not hasattr(env, attribute)]
+    if missing:
+        raise TypeError(f"{name} lacks {', '.join(missing)}: {_PROTOCOL}")
+    if not _takes(env.step, 3) or not _takes(env.reset, 1):
+        raise TypeError(
+            f"{name} has reset{_signature(env.reset)} and step{_signature(env.step)}, like an "
+            "environment that runs in Python (gymnasium, PufferLib): vectorise that, say with "
+            f"gymnasium.make_vec, and give the trainer the vector environment. Here, {_PROTOCOL}"
+        )
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin says nothing of its arguments
+        return True
+    return True
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    names = inspect.signature(function).parameters
+    return f"({', '.join(names)})"
+
+
+def _fix(env: Any, name: str, inner: Any, max_steps: int | None) -> AdaptedEnv:
+    action = _action_spec(inner)
+    declared = _observation_spec(inner.observation_space)
+    reset, step = inner.reset, _six_values(name, inner.step)
+    if max_steps is not None:
+        reset, step = _with_limit(reset, step, max_steps)
+
+    key = jax.random.key(0)
+    obs, state = jax.eval_shape(reset, key)
+    _check_observation(name, "reset", declared, obs)
+    specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    for _ in range(4):
+        obs, state, *scalars, _ = jax.eval_shape(step, key, specs, action)
+        _check_observation(name, "step", declared, obs)
+        for what, x in zip(("reward", "terminated", "truncated"), scalars, strict=True):
+            if x.shape != ():
+                raise ValueError(f"{name}: {what} must be a scalar; got shape {x.shape}")
+        # A state may begin as an int and go on as a float: the wider dtype holds both, exactly.
+        wider = _join(name, specs, state)
+        if jax.tree.leaves(wider) == jax.tree.leaves(specs):
+            break
+        specs = wider
+    else:
+        raise ValueError(f"{name}: the dtypes of the state change with every step")
+
+    def fixed_reset(key: Any) -> tuple[Any, Any]:
+        obs, state = reset(key)
+        return _cast(obs, declared), _cast(state, specs)
+
+    def fixed_step(key: Any, state: Any, action: Any) -> tuple[Any, ...]:
+        obs, state, reward, terminated, truncated, info = step(key, state, action)
+        return (
+            _cast(obs, declared),
+            _cast(state, specs),
+            jnp.asarray(reward, jnp.float32),
+            jnp.asarray(terminated, bool),
+            jnp.asarray(truncated, bool),
+            info,
+        )
+
+    unwrapped = env.unwrapped if isinstance(env, AdaptedEnv) else env
+    return AdaptedEnv(
+        inner.observation_space, inner.action_space, fixed_reset, fixed_step, unwrapped
+    )
+
+
+def _six_values(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    def six(key: Any, state: Any, action: Any) -> tuple[Any, ...]:
+        values = step(key, state, action)
+        if not isinstance(values, tuple) or len(values) not in (5, 6):
+            got = len(values) if isinstance(values, tuple) else type(values).__name__
+            raise ValueError(
+                f"{name}.step gives {got} where (obs, state, reward, terminated, truncated, info) "
+                "or (obs, state, reward, done, info) was expected"
+            )
+        if not isinstance(values[-1], dict):
+            raise ValueError(f"{name}: info must be a dict; got {type(values[-1]).__name__}")
+        if len(values) == 6:
+            return values
+        obs, state, reward, done, info = values
+        truncated = info.get("truncation", info.get("truncated", False))
+        return obs, state, reward, *_split(done, truncated), info
+
+    return six
+
+
+def _with_limit(
+    reset: Callable[..., Any], step: Callable[..., Any], max_steps: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def limited_reset(key: Any) -> tuple[Any, TimeLimited]:
+        obs, state = reset(key)
+        return obs, TimeLimited(state, jnp.int32(0))
+
+    def limited_step(key: Any, limited: TimeLimited, action: Any) -> tuple[Any, ...]:
+        obs, state, reward, terminated, truncated, info = step(key, limited.state, action)
+        steps = limited.steps + 1
+        truncated = jnp.logical_or(truncated, steps >= max_steps)
+        return obs, TimeLimited(state, steps), reward, terminated, truncated, info
+
+    return limited_reset, limited_step
+
+
+def _action_spec(env: Any) -> jax.ShapeDtypeStruct:
+    match env_spec(env).single_action_space:
+        case Continuous(shape):
+            return jax.ShapeDtypeStruct(shape, getattr(env.action_space, "dtype", jnp.float32))
+        case MultiDiscrete(nvec):
+            return jax.ShapeDtypeStruct((len(nvec),), jnp.int32)
+        case _:
+            return jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _observation_spec(space: Any) -> Any:
+    match kind_of(space):
+        case "dict":
+            return {key: _observation_spec(sub) for key, sub in space.spaces.items()}
+        case "tuple":
+            return tuple(_observation_spec(sub) for sub in space.spaces)
+        case _:
+            dtype = structured_dtype(space)
+            return jax.ShapeDtypeStruct(dtype.shape, dtype.base)
+
+
+def _check_observation(name: str, where: str, declared: Any, given: Any) -> None:
+    fits = jax.tree.structure(declared) == jax.tree.structure(given) and all(
+        want.shape == got.shape and _casts(got.dtype, want.dtype)
+        for want, got in zip(jax.tree.leaves(declared), jax.tree.leaves(given), strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: observation_space says {_text(declared)}, {where} gives {_text(given)}"
+        )
+
+
+def _text(specs: Any) -> str:
+    if isinstance(specs, jax.ShapeDtypeStruct):
+        return f"{specs.dtype} {specs.shape}"
+    return str(jax.tree.map(lambda x: f"{x.dtype} {x.shape}", specs)).replace("'", "")
+
+
+def _is_key(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _join(name: str, before: Any, after: Any) -> Any:
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise ValueError(
+            f"{name}: a step changes the structure of the state from "
+            f"{jax.tree.structure(before)} to {jax.tree.structure(after)}"
+        )
+
+    def join(path: Any, old: Any, new: Any) -> jax.ShapeDtypeStruct:
+        keys = _is_key(old.dtype), _is_key(new.dtype)
+        if old.shape != new.shape or keys[0] != keys[1]:
+            raise ValueError(
+                f"{name}: a step changes state{jax.tree_util.keystr(path)} from {_text(old)} "
+                f"to {_text(new)}"
+            )
+        dtype = old.dtype if keys[0] else jnp.promote_types(old.dtype, new.dtype)
+        return jax.ShapeDtypeStruct(old.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(join, before, after)
+
+
+def _cast(tree: Any, specs: Any) -> Any:
+    def cast(spec: Any, x: Any) -> Any:
+        # A key may come as a typed key or as the array of old: it stays what it is.
+        return x if _is_key(spec.dtype) else jax.lax.convert_element_type(x, spec.dtype)
+
+    return jax.tree.map(cast, specs, tree)
