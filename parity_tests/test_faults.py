@@ -15,7 +15,8 @@ import pytest
 from vector_envs import Native, Tick
 
 from puffer_jax import vector
-from puffer_jax.vector import Multiprocessing, WorkerError
+from puffer_jax.vector.multiprocessing import Multiprocessing
+from puffer_jax.vector.protocol import WorkerError
 
 POOL = {"backend": Multiprocessing, "num_workers": 2, "overwork": True, "num_envs": 4}
 LOCAL = POOL | {"local_worker": True}  # environments 0 and 1 elsewhere, 2 and 3 here

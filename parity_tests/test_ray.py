@@ -8,7 +8,7 @@ from test_vector import play, same
 from vector_envs import Pair, Tick
 
 from puffer_jax import vector
-from puffer_jax.vector import WorkerError
+from puffer_jax.vector.protocol import WorkerError
 
 POOL = {"backend": "Ray", "num_envs": 4, "num_workers": 2}
 

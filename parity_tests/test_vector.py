@@ -22,7 +22,9 @@ import puffer_jax.emulation
 from puffer_jax import vector
 from puffer_jax.base import spaces
 from puffer_jax.hostenv import as_host_env
-from puffer_jax.vector import JaxVecEnv, Multiprocessing, Serial
+from puffer_jax.vector.jax_native import JaxVecEnv
+from puffer_jax.vector.multiprocessing import Multiprocessing
+from puffer_jax.vector.serial import Serial
 
 ENVS = {"walk": (Walk, 1), "pair": (Pair, 3), "native": (Native, 2)}
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from puffer_jax.vector import Serial
+from puffer_jax.vector.serial import Serial
 
 
 class Received(NamedTuple):

@@ -1,0 +1,131 @@
+"""JAX-native environments behind the protocol."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.base.spaces import kind_of
+from puffer_jax.environments.emulation.spaces import emulate_observation_space
+from puffer_jax.vector.envs import GIVEN, Info, Layout
+from puffer_jax.vector.protocol import Received, VecEnv
+
+
+class JaxVecEnv(VecEnv):
+    """Many of one JAX-native environment behind the protocol; a step is one dispatch.
+
+    For loops that are not compiled as a whole: `puffer_jax.PuffeRL` compiles rollout and update
+    together if it is given the environment itself. As an emulated environment, it ends an episode
+    with its last observation, and packs structured ones.
+
+    Args:
+        env: as in `puffer_jax.as_jax_env`.
+        num_envs: how many.
+        seed: of the first, as `make`'s.
+    """
+
+    def __init__(self, env: Any, num_envs: int, seed: int = 0):
+        import jax
+        import jax.numpy as jnp
+
+        from puffer_jax.environments.jax_native import as_jax_env
+
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        env = as_jax_env(env)
+        space, structured = emulate_observation_space(_gymnasium_space(env.observation_space))
+        emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
+        layout = Layout(space, _gymnasium_space(env.action_space), 1, emulated=True)
+        driver = SimpleNamespace(
+            single_observation_space=layout.observation_space,
+            single_action_space=layout.action_space,
+            num_agents=1,
+            emulated=emulated,
+            env=env,
+        )
+        super().__init__(driver, layout, num_envs, num_envs)
+        self._buffers = layout.buffers(num_envs)
+        self._buffers["masks"][:] = True
+        flat = self._buffers["observations"]
+        is_box = kind_of(env.observation_space) == "box"
+        self._fields = flat if is_box else flat.view([("f0", structured)])["f0"][:, 0]
+        self._infos: list[Info] = []
+
+        @jax.jit
+        def begin(keys: Any) -> tuple[Any, Any, Any]:
+            keys = jax.vmap(jax.random.split)(keys)
+            obs, state = jax.vmap(env.reset)(keys[:, 1])
+            return keys[:, 0], state, obs
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        @jax.vmap
+        def step(key: Any, state: Any, over: Any, action: Any) -> tuple[Any, ...]:
+            key, step_key, reset_key = jax.random.split(key, 3)
+            obs, new, reward, terminated, truncated, info = env.step(step_key, state, action)
+            obs, new = jax.tree.map(
+                lambda a, b: jnp.where(over, a, b), env.reset(reset_key), (obs, new)
+            )
+            ends = (terminated & ~over, truncated & ~over)
+            return key, new, obs, jnp.where(over, 0, reward), *ends, info
+
+        self._begin, self._step = begin, step
+        self._seeded = jax.jit(jax.vmap(jax.random.key))
+        self._keys, self._env_state = self._seeded(np.arange(seed, seed + num_envs)), None
+
+    def _reset(self, seed: int | None) -> None:
+        if seed is not None:
+            self._keys = self._seeded(np.arange(seed, seed + self.num_agents))
+        self._keys, self._env_state, obs = self._begin(self._keys)
+        self._keep(obs, 0, False, False, {})
+
+    def _send(self, actions: np.ndarray) -> None:
+        over = self._buffers["terminals"] | self._buffers["truncations"]
+        actions = actions.astype(self._action.base, copy=False)
+        self._keys, self._env_state, *kept = self._step(self._keys, self._env_state, over, actions)
+        self._keep(*kept)
+
+    def _keep(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> None:
+        _fill(self._fields, obs)
+        for name, value in zip(GIVEN[1:4], (reward, terminated, truncated), strict=True):
+            self._buffers[name][:] = value
+        self._infos = [{name: np.asarray(value) for name, value in info.items()}] if info else []
+
+    def _recv(self) -> Received:
+        obs, rewards, terminals, truncations, masks = (self._buffers[n] for n in GIVEN)
+        return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
+
+    def _notify(self) -> None:
+        """Pure functions have nobody to tell."""
+
+    def _close(self) -> None:
+        """Nor anything to close."""
+
+
+def _gymnasium_space(space: Any) -> Any:
+    """Gymnasium's, if the space is a leaf; a structured one is only looked at."""
+    from gymnasium import spaces
+
+    match kind_of(space):
+        case "discrete":
+            return spaces.Discrete(int(space.n))
+        case "multidiscrete":
+            return spaces.MultiDiscrete(np.asarray(space.nvec))
+        case "box":
+            low, high = (
+                np.broadcast_to(np.asarray(bound, space.dtype), space.shape)
+                for bound in (space.low, space.high)
+            )
+            return spaces.Box(low, high, dtype=space.dtype)
+        case _:
+            return space
+
+
+def _fill(fields: np.ndarray, tree: Any) -> None:
+    """Copy a tree of arrays into those of a structured dtype."""
+    if isinstance(tree, dict | tuple):
+        named = tree if isinstance(tree, dict) else {f"f{i}": x for i, x in enumerate(tree)}
+        for name, value in named.items():
+            _fill(fields[name], value)
+    else:
+        fields[...] = tree

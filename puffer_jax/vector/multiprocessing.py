@@ -1,0 +1,141 @@
+"""Workers that are processes."""
+
+import contextlib
+import itertools
+import os
+import pickle
+import select
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.vector.envs import Envs, Info, Layout, Order
+from puffer_jax.vector.pool import _CLOSING, _Pool, _Share
+from puffer_jax.vector.worker import Failure, Memory, Process, wait
+
+
+class Multiprocessing(_Pool):
+    """Environments in several processes that write into one block of shared memory.
+
+    Workers are fresh interpreters, asleep while they have nothing to do, and end with this
+    process, however it ends; see `puffer_jax.vector.worker`.
+
+    Args:
+        args: `_Pool`'s.
+        local_worker: the last worker is this process, which steps its share within `send` while
+            the others step theirs. What its environments raise comes through as it is, and no
+            `timeout` ends them. Each worker then has a share of each batch. If there are several
+            batches, the others step one while this process acts on the next, so that its own
+            shares are a quarter as large.
+        kwargs: `_Pool`'s.
+
+    Raises:
+        ValueError: see `_Pool`; or with a local worker, there are more workers than environments
+            in a batch.
+        WorkerError: an environment could not be made.
+    """
+
+    def __init__(self, *args: Any, local_worker: bool = False, **kwargs: Any):
+        self._has_local = local_worker
+        if local_worker:  # shares differ in size, so a batch is of those that make one
+            kwargs["zero_copy"] = True
+        super().__init__(*args, **kwargs)
+
+    def _divide(
+        self, num_envs: int, num_workers: int | None, batch_size: int, overwork: bool
+    ) -> list[_Share]:
+        if not self._has_local:
+            return super()._divide(num_envs, num_workers, batch_size, overwork)
+        num_workers = min(self._cores(), batch_size) if num_workers is None else num_workers
+        self._check_workers(num_workers, overwork)
+        if num_envs % batch_size or num_workers > batch_size:
+            raise ValueError(
+                "with local_worker, num_envs must be a multiple of batch_size, which must be at "
+                f"least num_workers; got {num_envs}, {batch_size} and {num_workers}"
+            )
+        others = num_workers - 1
+        own = batch_size // num_workers
+        if others and batch_size < num_envs:
+            own = max(1, own // 4)
+        ends = [(batch_size - own) * (i + 1) // others for i in range(others)] + [batch_size]
+        return [
+            _Share(worker, range(batch + begin, batch + end))
+            for batch in range(0, num_envs, batch_size)
+            for worker, (begin, end) in enumerate(itertools.pairwise([0, *ends]))
+        ]
+
+    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+        self._local: dict[int, Envs] = {}
+        self._memory = Memory(layout.size(self.num_agents))
+        self._processes: dict[int, Process] = {}
+        self._ordered: list[deque[int]] = [deque() for _ in range(self._num_workers)]
+        self._worker_of: dict[int, int] = {}  # by its file descriptor
+        self._poll = select.poll()
+        self._end = weakref.finalize(self, _end, self._processes, self._memory, os.getpid())
+        return layout.buffers(self.num_agents, self._memory.map)
+
+    def _start(self, worker: int) -> None:
+        shares = self._shares_of[worker]
+        if self._has_local and worker == self._num_workers - 1:
+            for share in shares:
+                makers, layout, options = self._parts[share]
+                buf = {name: array[self._rows[share]] for name, array in self._buffers.items()}
+                self._local[share] = Envs(makers, layout, buf, **options)
+            return
+        process = self._processes[worker] = Process(self._memory.fd)
+        self._poll.register(process.fd, select.POLLIN)
+        self._worker_of[process.fd] = worker
+        self._ordered[worker].clear()
+        for share in shares:
+            payload = self._payload(share, self.num_agents, self._rows[share])
+            process.order(Order.START, shares.index(share), payload)
+
+    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
+        if share in self._local:
+            return self._local[share].obey(order, argument)
+        worker = self._shares[share].worker
+        if order != Order.NOTIFY:
+            self._ordered[worker].append(share)
+        message = pickle.dumps(argument) if order == Order.RESET else b""
+        self._processes[worker].order(order, self._shares_of[worker].index(share), message)
+        return None
+
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+        for fd, _ in wait(self._poll, timeout):
+            worker = self._worker_of[fd]
+            reply = self._processes[worker].reply()
+            if isinstance(reply, Failure):
+                self._poll.unregister(fd)
+            ordered = self._ordered[worker]  # empty: it died without an order
+            yield ordered.popleft() if ordered else self._shares_of[worker][0], reply
+
+    def _kill(self, worker: int) -> None:
+        self._poll.unregister(self._processes[worker].fd)
+        self._processes[worker].kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers, without this one's."""
+        return [self._processes[worker].pid for worker in sorted(self._processes)]
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(super()._close)
+            stack.callback(self._end)
+            for envs in self._local.values():
+                stack.callback(envs.close)
+
+
+def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
+    if os.getpid() != owner:  # in a fork of it
+        return
+    for process in processes.values():
+        process.order(Order.CLOSE)
+    deadline = time.monotonic() + _CLOSING
+    for process in processes.values():
+        process.join(deadline)
+    memory.close()

@@ -1,0 +1,335 @@
+"""Environments spread over workers."""
+
+import math
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from puffer_jax.vector.envs import GIVEN, Info, Layout, Maker, Order
+from puffer_jax.vector.protocol import Received, VecEnv, WorkerError
+from puffer_jax.vector.worker import Failure, pack
+
+_STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
+
+_PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a place for it
+
+_CLOSING = 2.0  # seconds the workers have to close their environments
+
+
+class _Share(NamedTuple):
+    """Environments that step one after the other, as one part of a batch.
+
+    Attributes:
+        worker: that has them.
+        envs: their numbers, in a row.
+    """
+
+    worker: int
+    envs: range
+
+
+class _Pool(VecEnv):
+    """Environments spread over workers, in equal and contiguous parts.
+
+    Batches are made of units: of the workers of a whole batch side by side (`zero_copy`), or of
+    single workers.
+
+    Args:
+        env_creators: see `make`; one for each environment, as what follows.
+        env_args: see `make`.
+        env_kwargs: see `make`.
+        num_envs: see `make`.
+        num_workers: a divisor of `num_envs`; by default, the largest that the cores allow.
+        batch_size: how many environments act at once; by default, all. If fewer, the others step
+            meanwhile.
+        zero_copy: batches are of environments in a row, so that their arrays need no copying.
+        sync_traj: batches come in the order in which they were sent, each environment as often as
+            any other; or else, in the order in which they are done.
+        overwork: allow more workers than cores.
+        seed: see `make`.
+        timeout: seconds that a worker may take for one order; by default, for ever. (A minute more
+            to start; by default, ten.)
+        restart_failed: see `make`.
+
+    Raises:
+        ValueError: the numbers do not go together.
+        WorkerError: an environment could not be made.
+    """
+
+    def __init__(
+        self,
+        env_creators: Sequence[Callable[..., Any] | str],
+        env_args: Sequence[Sequence[Any]],
+        env_kwargs: Sequence[dict[str, Any]],
+        num_envs: int,
+        num_workers: int | None = None,
+        batch_size: int | None = None,
+        zero_copy: bool = True,
+        sync_traj: bool = True,
+        overwork: bool = False,
+        seed: int = 0,
+        timeout: float | None = None,
+        restart_failed: bool = False,
+    ):
+        batch_size = num_envs if batch_size is None else batch_size
+        if not 1 <= batch_size <= num_envs:
+            raise ValueError(f"batch_size must be 1 .. num_envs ({num_envs}); got {batch_size}")
+        if zero_copy and num_envs % batch_size:
+            raise ValueError(
+                f"with zero_copy, num_envs must be a multiple of batch_size; got {num_envs} and "
+                f"{batch_size}"
+            )
+        shares = self._shares = self._divide(num_envs, num_workers, batch_size, overwork)
+        makers = [*map(Maker, env_creators, env_args, env_kwargs)]
+        driver = makers[0]()
+        layout = Layout.of(driver)
+        super().__init__(driver, layout, num_envs, batch_size)
+
+        per_batch = len(shares) * batch_size // num_envs
+        if per_batch == len(shares):
+            zero_copy = True  # there is but one batch
+        self._per_unit = per_batch if zero_copy else 1
+        self._units_per_batch = per_batch // self._per_unit
+        self._sync_traj = sync_traj
+        self._owing = [0] * (len(shares) // self._per_unit)  # shares a unit waits for
+        self._sent: list[int] = []  # units, in that order
+        self._done: list[int] = []  # units among them, in that order
+        self._batch: list[int] = []
+
+        self._timeout = math.inf if timeout is None else timeout
+        self._start_limit = _PATIENCE if timeout is None else timeout + _STARTING
+        self._restart_failed = restart_failed
+        self._num_workers = 1 + max(share.worker for share in shares)
+        # By their numbers, as everywhere below, the shares that a worker has.
+        self._shares_of: list[list[int]] = [[] for _ in range(self._num_workers)]
+        for number, share in enumerate(shares):
+            self._shares_of[share.worker].append(number)
+        self._busy: dict[int, tuple[bytes, Any]] = {}
+        self._due = [math.inf] * len(shares)
+        self._restarts = [0] * self._num_workers
+        self._unproven: dict[int, int] = {}  # restarted share -> steps till it has really made one
+        self._missing: set[int] = set()  # restarted while they had nothing to do: no step for them
+        self._infos: list[list[Info]] = [[] for _ in shares]
+
+        each = layout.num_agents
+        self._rows = [slice(s.envs.start * each, s.envs.stop * each) for s in shares]
+        self._parts: list[tuple[list[Maker], Layout, dict[str, Any]]] = []
+        for share in shares:
+            first = share.envs.start
+            options = {"seed": seed + first, "first": first, "restart_failed": restart_failed}
+            self._parts.append(([makers[i] for i in share.envs], layout, options))
+        self._buffers = self._or_close(self._open, layout)
+        self._given = [self._buffers[name] for name in GIVEN]
+        self._or_close(self._start_all)
+
+    def _start_all(self) -> None:
+        for worker in range(self._num_workers):
+            self._start(worker)
+        for share in range(len(self._shares)):
+            self._order(share, Order.READY, limit=self._start_limit)
+        while self._busy:
+            self._wait()
+
+    def _divide(
+        self, num_envs: int, num_workers: int | None, batch_size: int, overwork: bool
+    ) -> list[_Share]:
+        """The shares, batch by batch: here, one of each worker, which are of equal sizes."""
+        if num_workers is None:
+            fitting = [
+                n
+                for n in range(1, num_envs + 1)
+                if not num_envs % n and not batch_size % (num_envs // n)
+            ]
+            num_workers = max((n for n in fitting if n <= self._cores()), default=min(fitting))
+        self._check_workers(num_workers, overwork)
+        if num_envs % num_workers:
+            raise ValueError(f"num_workers must divide num_envs; got {num_workers} and {num_envs}")
+        each = num_envs // num_workers
+        if batch_size % each:
+            raise ValueError(
+                "batch_size must be a multiple of the environments of one worker "
+                f"({num_envs} / {num_workers}); got {batch_size}"
+            )
+        return [_Share(w, range(w * each, (w + 1) * each)) for w in range(num_workers)]
+
+    def _check_workers(self, num_workers: int, overwork: bool) -> None:
+        cores = self._cores()
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1; got {num_workers}")
+        if num_workers > cores and not overwork:
+            raise ValueError(
+                f"num_workers is {num_workers}, but there are {cores} cores, and more workers than "
+                "those rarely pay; overwork=True allows it"
+            )
+
+    def _payload(self, share: int, agents: int, rows: slice) -> bytes:
+        makers, layout, options = self._parts[share]
+        restarts = self._restarts[self._shares[share].worker]
+        return pack((makers, layout, agents, rows, options | {"restarts": restarts}))
+
+    # --- what a kind of worker must do ---
+
+    def _cores(self) -> int:
+        """How many workers can run at once."""
+        return _cores()
+
+    @abstractmethod
+    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+        """The buffers of all agents, before any worker starts."""
+
+    @abstractmethod
+    def _start(self, worker: int) -> None:
+        """Start a worker with its shares, in the place of a lost one if there was one."""
+
+    @abstractmethod
+    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
+        """Give the share's worker an order. If it has been obeyed by then: what was told."""
+
+    @abstractmethod
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+        """By share, those of the workers that have done what they were told, after waiting."""
+
+    @abstractmethod
+    def _kill(self, worker: int) -> None:
+        """End a worker at once."""
+
+    # --- waiting for workers ---
+
+    def _order(
+        self, share: int, order: bytes, argument: Any = None, limit: float | None = None
+    ) -> None:
+        told = self._give(share, order, argument)
+        if told is not None:
+            self._obeyed(share, told)
+            return
+        self._busy[share] = order, argument
+        # The worker may have others of its shares to step before.
+        busy = sum(own in self._busy for own in self._shares_of[self._shares[share].worker])
+        self._due[share] = time.monotonic() + busy * (self._timeout if limit is None else limit)
+
+    def _obeyed(self, share: int, told: list[Info]) -> None:
+        self._infos[share] += told
+        unit = share // self._per_unit
+        self._owing[unit] -= 1
+        if not self._owing[unit]:
+            self._done.append(unit)
+
+    def _wait(self) -> None:
+        """Wait until a worker has done what it was told, or has failed or hung."""
+        due = min(self._due[share] for share in self._busy)
+        timeout = max(0.0, due - time.monotonic()) if due < math.inf else None
+        for share, reply in self._replies(timeout):
+            due = math.inf
+            if isinstance(reply, Failure):
+                self._lose(share, reply)
+                continue
+            order, _ = self._busy.pop(share)
+            if order == Order.STEP and share in self._unproven:
+                self._unproven[share] -= 1
+                if not self._unproven[share]:
+                    del self._unproven[share]
+            self._obeyed(share, reply)
+        if due < math.inf:  # nobody replied
+            late = [s for s in self._busy if self._due[s] <= time.monotonic()]
+            for worker, share in {self._shares[s].worker: s for s in reversed(late)}.items():
+                self._kill(worker)
+                order, _ = self._busy[share]
+                what = {Order.STEP: "step", Order.RESET: "reset"}.get(order, "start")
+                limit = f"timeout={self._timeout}" if what != "start" else f"{self._start_limit:g}"
+                reason = f"did not {what} within {limit} s and was killed"
+                self._lose(share, Failure(reason, lost=True))
+
+    def _lose(self, lost: int, failure: Failure) -> None:
+        """Start the worker of a share anew, if that is wanted and can help."""
+        worker, envs = self._shares[lost]
+        tasks = {share: self._busy.pop(share, None) for share in self._shares_of[worker]}
+        again = "after a restart, " * (lost in self._unproven)
+        unwanted = not (self._restart_failed and failure.lost)
+        if unwanted or again or tasks[lost] == (Order.READY, None):
+            raise WorkerError(
+                f"worker {worker} (environments {envs.start} to {envs.stop - 1}) "
+                f"{again}{failure.reason}"
+            )
+        self._restarts[worker] += 1
+        self._start(worker)
+        for share, task in tasks.items():
+            self._unproven[share] = 2  # the first may but reset
+            self._infos[share].append({"restarts": len(self._shares[share].envs)})
+            if task is None:
+                self._missing.add(share)
+            else:
+                order = Order.RESET if task[0] == Order.RESET else Order.RESTART
+                self._order(share, order, task[1], limit=self._start_limit)
+
+    # --- the protocol ---
+
+    def _reset(self, seed: int | None) -> None:
+        while self._busy:  # with the steps before
+            self._wait()
+        self._sent, self._done = [*range(len(self._owing))], []
+        self._owing = [self._per_unit] * len(self._owing)
+        self._missing.clear()
+        for number, share in enumerate(self._shares):
+            self._infos[number] = []
+            self._order(number, Order.RESET, None if seed is None else seed + share.envs.start)
+
+    def _recv(self) -> Received:
+        while not (batch := self._next_batch()):
+            self._wait()
+        self._batch = batch
+        for unit in batch:
+            self._sent.remove(unit)
+            self._done.remove(unit)
+        infos: list[Info] = []
+        for share in self._batch_shares():
+            if self._infos[share]:
+                infos += self._infos[share]
+                self._infos[share] = []
+        rows = self._batch_rows()
+        obs, rewards, terminals, truncations, masks = [array[rows] for array in self._given]
+        return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
+
+    def _next_batch(self) -> list[int]:
+        """Its units, or none if some of them must be waited for."""
+        batch = (self._sent if self._sync_traj else self._done)[: self._units_per_batch]
+        ready = len(batch) == self._units_per_batch and not any(self._owing[u] for u in batch)
+        return batch if ready else []
+
+    def _batch_shares(self) -> list[int]:
+        return [u * self._per_unit + i for u in self._batch for i in range(self._per_unit)]
+
+    def _batch_rows(self) -> Any:
+        if len(self._batch) == 1:
+            first = self._batch[0] * self._per_unit
+            return slice(self._rows[first].start, self._rows[first + self._per_unit - 1].stop)
+        rows = [self._rows[share] for share in self._batch_shares()]
+        return np.concatenate([np.arange(r.start, r.stop) for r in rows])
+
+    def _send(self, actions: np.ndarray) -> None:
+        self._buffers["actions"][self._batch_rows()] = actions
+        for unit in self._batch:
+            self._sent.append(unit)
+            self._owing[unit] = self._per_unit
+        for share in self._batch_shares():
+            if share in self._missing:
+                self._missing.remove(share)
+                self._order(share, Order.RESTART)
+            else:
+                self._order(share, Order.STEP)
+
+    def _notify(self) -> None:
+        for share in range(len(self._shares)):
+            self._give(share, Order.NOTIFY, None)
+
+    def _close(self) -> None:
+        self.driver_env.close()
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

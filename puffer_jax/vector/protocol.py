@@ -1,0 +1,199 @@
+"""What every vecenv can do, and the order of its calls."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.base.spaces import structured_dtype
+from puffer_jax.environments.emulation.spaces import joint_space
+from puffer_jax.vector.envs import Info, Layout
+
+Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
+
+
+class WorkerError(RuntimeError):
+    """A worker failed: an environment raised in it, it died, or it hung."""
+
+
+class VecEnv(ABC):
+    """The protocol, and the order of its calls.
+
+    Args:
+        driver_env: one of the environments, for its spaces.
+        layout: that of each environment.
+        num_envs: how many there are.
+        batch_envs: how many of them act at once.
+
+    Attributes:
+        driver_env: see above; a policy is made for it.
+        emulated: how a structured observation is packed, see `puffer_jax.nativize_dtype`; False
+            for native environments.
+        single_observation_space: of one agent.
+        single_action_space: of one agent.
+        num_environments: in all.
+        num_agents: of all environments.
+        agents_per_batch: that act at once.
+        agent_ids: of all agents.
+        num_buffers: groups that act by turns in this process, see `Serial`.
+    """
+
+    num_buffers = 1
+
+    def __init__(self, driver_env: Any, layout: Layout, num_envs: int, batch_envs: int):
+        self.driver_env = driver_env
+        self.emulated = driver_env.emulated
+        self.single_observation_space = layout.observation_space
+        self.single_action_space = layout.action_space
+        self.num_environments = num_envs
+        self.num_agents = layout.num_agents * num_envs
+        self.agents_per_batch = layout.num_agents * batch_envs
+        self.agent_ids = np.arange(self.num_agents)
+        self._state = "reset"  # what must be called next; or "closed"
+        self._action = structured_dtype(layout.action_space)
+        self._actions_shape = (self.agents_per_batch, *self._action.shape)
+        self._actions_checked = False
+
+    @property
+    def num_envs(self) -> int:
+        """Rows of a batch. Quirk kept: agents, not environments."""
+        return self.agents_per_batch
+
+    @functools.cached_property
+    def observation_space(self) -> Any:
+        """Of a batch, a Box."""
+        return joint_space(self.single_observation_space, self.agents_per_batch)
+
+    @functools.cached_property
+    def action_space(self) -> Any:
+        """Of a batch: MultiDiscrete for Discrete, else a Box."""
+        return joint_space(self.single_action_space, self.agents_per_batch)
+
+    def async_reset(self, seed: int | None = None) -> None:
+        """Start all episodes; environment i with `seed + i`, whichever worker has it.
+
+        With None, environments go on with the seeds they were made with.
+
+        Raises:
+            RuntimeError: it is closed.
+            WorkerError: a worker failed. Then everything is closed.
+        """
+        self._expect("reset", "recv", "send")
+        self._or_close(self._reset, seed)
+        self._state = "recv"
+
+    def recv(self) -> Received:
+        """Wait for a batch.
+
+        Returns:
+            (observations, rewards, terminals, truncations, infos, agent_ids, masks): arrays
+            (agents_per_batch, ...) but for infos, a list of what the environments tell. A mask is
+            False where an agent is not there.
+
+        Raises:
+            RuntimeError: neither `async_reset` nor `send` came before.
+            WorkerError: a worker failed. Then everything is closed.
+        """
+        self._expect("recv")
+        received = self._or_close(self._recv)
+        self._state = "send"
+        return received
+
+    def send(self, actions: Any) -> None:
+        """Act on the batch received last.
+
+        Args:
+            actions: (agents_per_batch, ...), of the joint `action_space`; whether their values are
+                in it is only looked at the first time. With several buffers, JAX may still be
+                computing them.
+
+        Raises:
+            RuntimeError: `recv` did not come before.
+            ValueError: `actions` have another shape or kind, or are outside the space.
+            WorkerError: a worker failed. Then everything is closed.
+        """
+        self._expect("send")
+        if self.num_buffers == 1:
+            actions = np.asarray(actions)
+        elif not hasattr(actions, "block_until_ready"):
+            actions = np.array(actions)  # the caller may write to its own before they are played
+        self._check_actions(actions)
+        self._or_close(self._send, actions)
+        self._state = "recv"
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, list[Info]]:
+        """`async_reset` and `recv`; gives observations and infos."""
+        self.async_reset(seed)
+        received = self.recv()
+        return received[0], received[4]
+
+    def step(
+        self, actions: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info]]:
+        """`send` and `recv`; gives observations, rewards, terminals, truncations and infos."""
+        self.send(actions)
+        return self.recv()[:5]
+
+    def notify(self) -> None:
+        """Call `notify` of the environments that have it."""
+        self._expect("reset", "recv", "send")
+        self._notify()
+
+    def close(self) -> None:
+        """Close the environments and end the workers; once more does nothing."""
+        if self._state != "closed":
+            self._state = "closed"
+            self._close()
+
+    def __enter__(self) -> "VecEnv":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _expect(self, *states: str) -> None:
+        if self._state in states:
+            return
+        if self._state == "closed":
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        first = {"reset": "(async_)reset", "recv": "recv", "send": "send"}[self._state]
+        raise RuntimeError(f"call {first} before {states[0]}")
+
+    def _or_close(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception:
+            self.close()
+            raise
+
+    def _check_actions(self, actions: Any) -> None:
+        problem = "" if actions.shape == self._actions_shape else f"shape {self._actions_shape}"
+        if not problem and not self._actions_checked:
+            space = self.action_space
+            if not np.can_cast(actions.dtype, space.dtype, "same_kind"):
+                problem = f"{space.dtype}"
+            elif not space.contains(np.asarray(actions).astype(space.dtype)):
+                problem = f"values in {space}"
+            self._actions_checked = not problem
+        if problem:
+            raise ValueError(
+                f"actions must have {problem}; got shape {actions.shape} of {actions.dtype}"
+                + (f" in {actions.min()} .. {actions.max()}" if actions.size else "")
+            )
+
+    @abstractmethod
+    def _reset(self, seed: int | None) -> None: ...
+
+    @abstractmethod
+    def _recv(self) -> Received: ...
+
+    @abstractmethod
+    def _send(self, actions: Any) -> None: ...
+
+    @abstractmethod
+    def _notify(self) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...

@@ -1,0 +1,115 @@
+"""How fast a vecenv is, and which is fastest."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from puffer_jax.vector.making import make
+from puffer_jax.vector.multiprocessing import Multiprocessing
+from puffer_jax.vector.pool import _cores
+from puffer_jax.vector.serial import Serial
+
+
+def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
+    """Steps of agents a second, of random actions.
+
+    Args:
+        vecenv: ours, the reference's, or a `gymnasium.vector.VectorEnv`. It is not closed.
+        seconds: how long.
+        think: seconds slept for each batch, as a policy on an accelerator would take.
+    """
+    vecenv.action_space.seed(0)
+    actions = [vecenv.action_space.sample() for _ in range(16)]
+    if hasattr(vecenv, "async_reset"):
+        actions = [a.astype(np.int32) if a.dtype == np.int64 else a for a in actions]
+        vecenv.async_reset(0)
+
+        def step(action: Any) -> None:
+            vecenv.recv()
+            time.sleep(think) if think else None
+            vecenv.send(action)
+    else:
+        vecenv.reset(seed=0)
+
+        def step(action: Any) -> None:
+            time.sleep(think) if think else None
+            vecenv.step(action)
+
+    batches = -max(8, 2 * vecenv.num_envs // len(actions[0]))  # that warm up
+    began = time.perf_counter()
+    while batches < 0 or time.perf_counter() - began < seconds:
+        step(actions[batches % len(actions)])
+        batches += 1
+        if batches == 0:
+            began = time.perf_counter()
+    rate = batches * len(actions[0]) / (time.perf_counter() - began)
+    if hasattr(vecenv, "async_reset"):
+        vecenv.recv()
+    return rate
+
+
+def autotune(
+    env_creator: Any,
+    batch_size: int,
+    max_envs: int | None = None,
+    cores: int | None = None,
+    think: float = 0.0,
+    seconds: float = 1.0,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Find by trial what is fastest here, and print a table of what was tried.
+
+    Tried are `Serial`, and `Multiprocessing`, with and without a local worker, with one batch of
+    environments and with several, of which the others step while one is acted on.
+
+    Args:
+        env_creator: see `make`.
+        batch_size: how many environments act at once.
+        max_envs: in all; by default, twice `batch_size`.
+        cores: the most workers; by default, one for each core.
+        think: seconds that acting on a batch takes.
+        seconds: of each trial.
+        kwargs: others of `make`'s.
+
+    Returns:
+        Arguments of `make`: `make(env_creator, **autotune(env_creator, 8))`.
+
+    Raises:
+        ValueError: `batch_size` is not within 1 and `max_envs`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    max_envs = 2 * batch_size if max_envs is None else max_envs
+    if not 1 <= batch_size <= max_envs:
+        raise ValueError(f"batch_size must be 1 .. max_envs ({max_envs}); got {batch_size}")
+    cores = _cores() if cores is None else cores
+    trials: list[dict[str, Any]] = [{"backend": Serial, "num_envs": batch_size}]
+    for num_envs in range(batch_size, max_envs + 1, batch_size):
+        for num_workers in range(1, min(cores, num_envs) + 1):
+            trial: dict[str, Any] = {
+                "backend": Multiprocessing,
+                "num_envs": num_envs,
+                "num_workers": num_workers,
+                "batch_size": batch_size,
+                "overwork": num_workers > _cores(),
+            }
+            if not num_envs % num_workers and not batch_size % (num_envs // num_workers):
+                trials.append(trial)
+            if 1 < num_workers <= batch_size:
+                trials.append(trial | {"local_worker": True})
+    rates = []
+    for trial in trials:
+        with make(env_creator, **trial, **kwargs) as vecenv:
+            rates.append(measure(vecenv, seconds, think))
+    best = int(np.argmax(rates))
+    table = Table(title=f"batches of {batch_size} environments, {1000 * think:g} ms to act on one")
+    for name in ("backend", "num_envs", "num_workers", "steps/s", ""):
+        table.add_column(name, justify="left" if name == "backend" else "right")
+    for i, (trial, rate) in enumerate(zip(trials, rates, strict=True)):
+        cells = (trial["num_envs"], trial.get("num_workers", ""), f"{rate:,.0f}")
+        name = trial["backend"].__name__ + ", local_worker" * ("local_worker" in trial)
+        table.add_row(name, *map(str, cells), "<" if i == best else "")
+    Console().print(table)
+    return trials[best]

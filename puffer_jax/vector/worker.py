@@ -1,0 +1,277 @@
+"""Some of a vecenv's environments: built, stepped and, in a process of their own, served.
+
+`Envs` is the loop over environments that every backend of `puffer_jax.vector` runs: `Serial` in
+this process, `Multiprocessing` in a `Process`, `Ray` in an `Actor`. A process is a fresh
+interpreter, not a fork, for JAX is threaded: it loads neither JAX nor torch nor the user's script,
+and shares one anonymous block of memory with its parent, so that there is no name to clean up.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from puffer_jax.vector.envs import GIVEN, Envs, Info, Order
+
+_DONE, _INFOS, _ERROR = b".", b"i", b"!"
+
+_BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from puffer_jax.vector.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+# Seconds to ask before sleeping: waking a core takes up to 0.1 ms, as long as many a step.
+_AWAKE = 1e-3
+
+# One process a core: no thread pools beside it, and no accelerator.
+_SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+def wait(poll: Any, timeout: float | None = None) -> list[tuple[int, int]]:
+    """`poll.poll`, awake at first, but giving way to whoever needs the core.
+
+    Args:
+        poll: a `select.poll` object.
+        timeout: in seconds; by default, none.
+    """
+    until = time.perf_counter() + (_AWAKE if timeout is None else min(timeout, _AWAKE))
+    while not (ready := poll.poll(0)) and time.perf_counter() < until:
+        os.sched_yield()
+    return ready or poll.poll(None if timeout is None else math.ceil(timeout * 1000))
+
+
+class Failure(NamedTuple):
+    """What became of a worker's order.
+
+    Attributes:
+        reason: a sentence's predicate and, of an exception, the traceback.
+        lost: whether the worker is gone.
+    """
+
+    reason: str
+    lost: bool
+
+
+def pack(value: Any) -> bytes:
+    """`value` by cloudpickle, which takes lambdas and what the user's script defines.
+
+    Raises:
+        ImportError: there is no cloudpickle.
+    """
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise ImportError("workers need cloudpickle: pip install 'puffer_jax[vector]'") from error
+    return cloudpickle.dumps(value)
+
+
+class Memory:
+    """A block of memory without a name: whatever dies, nothing of it is left.
+
+    Args:
+        size: in bytes.
+
+    Attributes:
+        fd: that processes inherit.
+        map: the block.
+    """
+
+    def __init__(self, size: int):
+        if hasattr(os, "memfd_create"):
+            self._file: Any = open(os.memfd_create("puffer_jax"), "r+b")
+        else:
+            self._file = tempfile.TemporaryFile()
+        self._file.truncate(size)
+        self.fd = self._file.fileno()
+        self.map = mmap.mmap(self.fd, size)
+
+    def close(self) -> None:
+        """Let go of the file; arrays in `map` stay valid."""
+        self._file.close()
+
+
+class Process:
+    """The parent's end of a worker process.
+
+    Its death closes the channel, which wakes the parent; the parent's, however it dies, closes
+    the worker's standard input, which ends the worker (`main`).
+
+    Args:
+        memory: the block to share.
+    """
+
+    def __init__(self, memory: int):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            channel = theirs.fileno()
+            # A process group of its own: Ctrl-C is for the parent, and to kill the worker is to
+            # kill what its environments started.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(channel), str(memory)],
+                stdin=subprocess.PIPE,
+                pass_fds=(channel, memory),
+                process_group=0,
+                env=_SINGLE | os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
+        self._connection = Connection(ours.detach())
+        self.fd = self._connection.fileno()
+        self.pid = self._process.pid
+
+    def order(self, order: bytes, share: int = 0, argument: bytes = b"") -> None:
+        """Send an order for a share; to a dead worker, nothing, since its channel will tell."""
+        if self._connection.closed:
+            return
+        try:
+            os.write(self.fd, order + share.to_bytes(2))
+            if argument:
+                self._connection.send_bytes(argument)
+        except ConnectionError:
+            pass
+
+    def reply(self) -> list[Info] | Failure:
+        """Read the answer that waits; of a dead worker, how it died."""
+        try:
+            reply = os.read(self.fd, 1)
+            if reply == _DONE:
+                return []
+            if reply:
+                told = self._connection.recv()
+                return told if reply == _INFOS else Failure(told, lost=False)
+        except (ConnectionError, EOFError):
+            pass
+        self.join(time.monotonic() + 1)  # its channel closes a little before it has ended
+        code = self._process.returncode
+        if code >= 0:
+            return Failure(f"exited with status {code}", lost=True)
+        return Failure(f"was killed by signal {-code} ({signal.strsignal(-code)})", lost=True)
+
+    def join(self, deadline: float) -> None:
+        """Wait for it to end until `time.monotonic()` is `deadline`, then kill it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and the processes it started."""
+        if self._connection.closed:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._connection.close()
+
+
+def boot(payload: bytes, memory: Any = None) -> Envs:
+    """Make the environments of `pack((makers, layout, agents, rows, options))`.
+
+    Their buffers are `rows` of those of all `agents`, in `memory` or in new memory; `options` are
+    what else `Envs` takes.
+    """
+    makers, layout, agents, rows, options = pickle.loads(payload)
+    buf = {name: array[rows] for name, array in layout.buffers(agents, memory).items()}
+    return Envs(makers, layout, buf, **options)
+
+
+class Actor:
+    """A worker of Ray's: one process, on some node.
+
+    Args:
+        path: where the parent finds modules.
+        payload: see `boot`.
+    """
+
+    def __init__(self, path: list[str], payload: bytes):
+        sys.path += [place for place in path if place not in sys.path]
+        self._failure: Failure | None = None
+        try:
+            self._envs = boot(payload)
+        except Exception as error:
+            self._failure = Failure(_told(error), lost=False)
+
+    def obey(self, order: bytes, argument: Any) -> tuple[list[Info] | Failure, dict[str, Any]]:
+        """Obey an order; a step's argument is its actions. Gives infos, and the buffers."""
+        if self._failure is not None:
+            return self._failure, {}
+        try:
+            if order == Order.STEP:
+                self._envs.buf["actions"][:] = argument
+            infos = self._envs.obey(order, argument)
+        except Exception as error:
+            return Failure(_told(error), lost=False), {}
+        return infos, {name: self._envs.buf[name] for name in GIVEN}
+
+
+def main(channel: int, memory: int) -> None:
+    """A worker process: obey the orders that come down a socket, asleep if there are none.
+
+    Args:
+        channel: file descriptor of the socket.
+        memory: of the block in which the buffers lie.
+    """
+    import fcntl
+
+    # The parent holds the other end of standard input and never writes. When it dies, the kernel
+    # sends SIGIO, which ends this process even while an environment hangs.
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    connection = Connection(channel)
+    with contextlib.suppress(ConnectionError, EOFError):
+        _serve(connection, memory)
+
+
+def _serve(connection: Connection, memory: int) -> None:
+    channel = connection.fileno()
+    shares: dict[int, Envs] = {}
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    while True:
+        wait(poll)
+        told, argument = os.read(channel, 3), None
+        if not told:
+            return
+        order, share = told[:1], int.from_bytes(told[1:])
+        try:
+            if order == Order.START:
+                shares[share] = boot(connection.recv_bytes(), mmap.mmap(memory, 0))
+                continue
+            if order == Order.RESET:
+                argument = connection.recv()
+            if order == Order.CLOSE:
+                with contextlib.ExitStack() as stack:
+                    for envs in shares.values():
+                        stack.callback(envs.close)
+                return
+            infos = shares[share].obey(order, argument)
+            reply = pickle.dumps(infos) if infos else b""
+        except Exception as error:
+            os.write(channel, _ERROR)
+            connection.send(_told(error))
+            return
+        if order == Order.NOTIFY:
+            continue
+        os.write(channel, _INFOS if reply else _DONE)
+        if reply:
+            connection.send_bytes(reply)
+
+
+def _told(error: Exception) -> str:
+    what = (getattr(error, "__notes__", None) or [""])[0].strip("()")
+    return (
+        f"failed {what}: {type(error).__name__}: {error}\n\n"
+        + "".join(traceback.format_exception(error)).rstrip()
+    )
