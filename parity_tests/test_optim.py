@@ -16,8 +16,8 @@ from bars import BFLOAT16, relative_error, stub_env
 from flax import nnx
 
 import puffer_jax
-from puffer_jax import optim
 from puffer_jax.nn.torch_layout import torch_layout
+from puffer_jax.ppo import optimizers
 
 with warnings.catch_warnings():  # heavyball's import appends filters of its own
     import heavyball
@@ -93,8 +93,8 @@ def runner(policy, dtype, optimizer):
 
     def make(rate, eps):
         if optimizer == "bfloat16 muon":
-            return optim.muon(rate, BETA1, *layout, newton_schulz_dtype=jnp.bfloat16)
-        return optim.make(optimizer, *layout, **hyper_parameters(rate, eps))
+            return optimizers.muon(rate, BETA1, *layout, newton_schulz_dtype=jnp.bfloat16)
+        return optimizers.make(optimizer, *layout, **hyper_parameters(rate, eps))
 
     @jax.jit
     def run(gradients, rates, eps):
@@ -245,10 +245,10 @@ def test_muon_under_the_references_autocast():
 # --- make and its parts ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_gradients_of_zero_and_bfloat16_parameters(name):
     params, layout, _ = setting("linear")
-    tx = optim.make(name, *layout, **hyper_parameters(0.1))
+    tx = optimizers.make(name, *layout, **hyper_parameters(0.1))
     zeros = jax.tree.map(np.zeros_like, params)
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)  # NumPy has the dtype, too
 
@@ -265,7 +265,7 @@ def test_gradients_of_zero_and_bfloat16_parameters(name):
         assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_vmap_over_every_hyper_parameter_goes_on_from_one_state(name):
     params, layout, _ = setting("linear")
     rng = np.random.default_rng(0)
@@ -280,9 +280,9 @@ def test_vmap_over_every_hyper_parameter_goes_on_from_one_state(name):
 
     @jax.jit
     def update(hyper, gradient, state):
-        return optim.make(name, *layout, **hyper).update(gradient, state)
+        return optimizers.make(name, *layout, **hyper).update(gradient, state)
 
-    start = optim.make(name, *layout, **hyper_parameters(1.0)).init(params)
+    start = optimizers.make(name, *layout, **hyper_parameters(1.0)).init(params)
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(start)]
     assert len(set(buffers)) == len(buffers)  # the state may be donated
     together, states = jax.jit(jax.vmap(update, (0, None, None)))(hyper, first, start)
@@ -320,9 +320,9 @@ def test_an_unknown_name_is_an_error_with_the_nearest(name, hint):
     with pytest.raises(
         ValueError, match=rf"one of adam, muon; got '{name}'; did you mean {hint}\?"
     ):
-        optim.make(name, *setting("linear")[1], **hyper_parameters(1.0))
+        optimizers.make(name, *setting("linear")[1], **hyper_parameters(1.0))
     with pytest.raises(ValueError, match=r"one of adam, muon; got 'sgd'$"):
-        optim.make("sgd", *setting("linear")[1], **hyper_parameters(1.0))
+        optimizers.make("sgd", *setting("linear")[1], **hyper_parameters(1.0))
 
 
 NORMS = {
@@ -346,7 +346,7 @@ def clip(gradients, max_norm):
 
 @jax.jit
 def our_clip(gradients, max_norm):
-    tx = optim.clip_by_global_norm(max_norm)
+    tx = optimizers.clip_by_global_norm(max_norm)
     return tx.update(gradients, tx.init(gradients))[0]
 
 
@@ -391,7 +391,7 @@ EPOCHS = np.arange(202)
 
 @jax.jit
 def our_cosine(total):
-    return jax.vmap(optim.cosine_schedule(LEARNING_RATE, total))(EPOCHS)
+    return jax.vmap(optimizers.cosine_schedule(LEARNING_RATE, total))(EPOCHS)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50])
@@ -402,7 +402,7 @@ def test_cosine_schedule_is_torchs_and_rises_again(total):
     assert found[total] == 0
     assert found[0] == found[2 * total] == LEARNING_RATE
     assert found[total + 1] > 0
-    rate = optim.cosine_schedule(LEARNING_RATE, total)(total - 1)  # eagerly
+    rate = optimizers.cosine_schedule(LEARNING_RATE, total)(total - 1)  # eagerly
     assert float(rate) == pytest.approx(expected[total - 1], rel=1e-12)
 
 
@@ -410,7 +410,7 @@ def test_cosine_schedule_of_no_epochs_is_constant():
     with pytest.raises(ZeroDivisionError):
         list(torch_cosine(0, 3))
     assert set(np.asarray(our_cosine(0)).tolist()) == {LEARNING_RATE}
-    assert float(optim.cosine_schedule(LEARNING_RATE, 0)(2)) == LEARNING_RATE
+    assert float(optimizers.cosine_schedule(LEARNING_RATE, 0)(2)) == LEARNING_RATE
 
 
 # --- torch's layout ------------------------------------------------------------------------------
@@ -497,7 +497,10 @@ def both_steps(dtype):
     """(by `make_step`, by the transformation): (carry, (gradients, skip)) -> (carry, None)."""
     layout = (dict, dict)
     numbers = hyper_parameters(0.01)
-    ours, tx = optim.make_step("adam", *layout, **numbers), optim.make("adam", *layout, **numbers)
+    ours, tx = (
+        optimizers.make_step("adam", *layout, **numbers),
+        optimizers.make("adam", *layout, **numbers),
+    )
 
     def by_us(carry, given):
         return ours(*carry, *given), None

@@ -18,7 +18,7 @@ from trainer import CONFIG, Reference, numpy_advantage
 import puffer_jax
 from puffer_jax import ppo
 from puffer_jax.bench.torch_side import compiled_advantage
-from puffer_jax.config import PuffeRLConfig
+from puffer_jax.ppo.config import PuffeRLConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -23,10 +23,12 @@ from flax import nnx
 from reference import generic
 
 import puffer_jax
-from puffer_jax import ppo, rollout
-from puffer_jax.config import PuffeRLConfig
+from puffer_jax import ppo
 from puffer_jax.environments.jax_native import as_jax_env
-from puffer_jax.pufferl import NonFiniteError, PuffeRL, make_train
+from puffer_jax.ppo import host_rollout, jax_rollout, rollout
+from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.training import make_train
+from puffer_jax.pufferl import NonFiniteError, PuffeRL
 
 # All of this computes little: compiling is what takes the time.
 pytestmark = pytest.mark.usefixtures("quick")
@@ -385,7 +387,7 @@ def test_a_step_has_few_operations(lstm):
     obs, key = np.zeros((4, 4), np.float32), np.zeros(2, np.uint32)
     # The kernels draw with threefry's keys; those of `quick` are others.
     with jax.default_prng_impl("threefry2x32"):
-        step = jax.jit(rollout.make_host_step(actor))
+        step = jax.jit(host_rollout.make_host_step(actor))
         text = step.lower(params, actor.initial_state(4), obs, None, key).compile().as_text()
     lines = text[text.index("ENTRY") :].split("\n}")[0].splitlines()[1:]
     free = (" parameter(", " constant(", " tuple(", " get-tuple-element(", " bitcast(")
@@ -462,7 +464,7 @@ def test_before_any_update_the_ratio_is_one(options):
     rounds = 2 if options else 1  # from zeros only the first segment of an epoch can be replayed
     config = small_config(num_envs=3, batch_size=3 * 16 * rounds, bptt_horizon=16, **options)
     sizes = config.sizes(None)
-    collector = rollout.make_collector(config, sizes, env, policy)
+    collector = jax_rollout.make_collector(config, sizes, env, policy)
     params = puffer_jax.split(policy)[1]
     stream = collector.init(jax.random.key(0))
     collect = jax.jit(collector.collect)
@@ -491,7 +493,7 @@ def test_rollout_steps_are_the_environments():
     env = as_jax_env(puffer_jax.environments.make("cartpole", max_steps=7))
     policy = default(env, hidden_size=4)
     config = small_config(num_envs=2, bptt_horizon=24, reward_clip=None, **RIGHT)
-    collector = rollout.make_collector(config, config.sizes(None), env, policy)
+    collector = jax_rollout.make_collector(config, config.sizes(None), env, policy)
     params = puffer_jax.split(policy)[1]
     stream = collector.init(jax.random.key(0))
     _, experience, episodes = jax.jit(collector.collect)(params, stream, jax.random.key(1))

@@ -21,7 +21,7 @@ from vector_envs import Guess, Modules, Native, Pair, Tick, Together, Walk
 import puffer_jax.emulation
 from puffer_jax import vector
 from puffer_jax.base import spaces
-from puffer_jax.hostenv import as_host_env
+from puffer_jax.ppo.host_envs import as_host_env
 from puffer_jax.vector.jax_native import JaxVecEnv
 from puffer_jax.vector.multiprocessing import Multiprocessing
 from puffer_jax.vector.serial import Serial

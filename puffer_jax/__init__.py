@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
     from puffer_jax import vector as vector
-    from puffer_jax.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
     from puffer_jax.loggers import JSONLLogger as JSONLLogger
     from puffer_jax.loggers import MultiLogger as MultiLogger
@@ -50,9 +49,10 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.procgen import ProcgenResnet as ProcgenResnet
     from puffer_jax.policies.procgen import ResidualBlock as ResidualBlock
     from puffer_jax.policies.recurrent import LSTMWrapper as LSTMWrapper
+    from puffer_jax.ppo.config import PuffeRLConfig as PuffeRLConfig
+    from puffer_jax.ppo.training import make_train as make_train
     from puffer_jax.pufferl import NonFiniteError as NonFiniteError
     from puffer_jax.pufferl import PuffeRL as PuffeRL
-    from puffer_jax.pufferl import make_train as make_train
     from puffer_jax.weights.files import load_weights as load_weights
     from puffer_jax.weights.files import policy_from_checkpoint as policy_from_checkpoint
     from puffer_jax.weights.files import save_weights as save_weights
@@ -60,7 +60,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.weights.state_dicts import state_dict as state_dict
 
 _EXPORTS = {
-    "config": ("PuffeRLConfig",),
     "environments.jax_native": ("as_jax_env",),
     "loggers": (
         "JSONLLogger",
@@ -107,10 +106,11 @@ _EXPORTS = {
         "ResidualBlock",
     ),
     "policies.recurrent": ("LSTMWrapper",),
+    "ppo.config": ("PuffeRLConfig",),
+    "ppo.training": ("make_train",),
     "pufferl": (
         "NonFiniteError",
         "PuffeRL",
-        "make_train",
     ),
     "weights.files": (
         "load_weights",

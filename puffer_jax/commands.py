@@ -20,8 +20,8 @@ from puffer_jax import checkpoint, environments, vector
 from puffer_jax.base import spaces
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
-from puffer_jax.config import Auto, PuffeRLConfig, read_ini
 from puffer_jax.environments import host
+from puffer_jax.ppo.config import Auto, PuffeRLConfig, read_ini
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
 _INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
@@ -619,7 +619,7 @@ def play(
 
     from puffer_jax.nn.params import merge, split
     from puffer_jax.nn.sampling import sample_logits
-    from puffer_jax.ppo import is_recurrent
+    from puffer_jax.ppo.objective import is_recurrent
 
     graphdef, params = split(policy)
     recurrent = is_recurrent(policy)

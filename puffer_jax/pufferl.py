@@ -16,16 +16,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax import checkpoint, optim, rollout
+from puffer_jax import checkpoint
 from puffer_jax.base.profile import Profile
-from puffer_jax.config import PuffeRLConfig
 from puffer_jax.dashboard import Dashboard, Snapshot
 from puffer_jax.environments.jax_native import as_jax_env
-from puffer_jax.hostenv import Received, as_host_env
 from puffer_jax.loggers import Logger, NoLogger
-from puffer_jax.nn import random
 from puffer_jax.nn.params import merge, split
-from puffer_jax.ppo import Experience, TrainState, is_recurrent, make_learner
+from puffer_jax.ppo import optimizers
+from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.experience import Experience, TrainState
+from puffer_jax.ppo.host_envs import as_host_env
+from puffer_jax.ppo.host_rollout import _HostSource
+from puffer_jax.ppo.jax_rollout import _JaxSource
+from puffer_jax.ppo.rollout import _owned
+from puffer_jax.ppo.training import _check_policy
+from puffer_jax.ppo.update import make_learner
 
 _LOG_SECONDS = 0.25
 
@@ -253,7 +258,7 @@ class PuffeRL:
                 means[name] = sum(numbers) / len(numbers)
         rate = self.config.learning_rate
         if self.config.anneal_lr:
-            rate = float(optim.cosine_schedule(rate, self.total_epochs)(self.epoch))
+            rate = float(optimizers.cosine_schedule(rate, self.total_epochs)(self.epoch))
         logs = {
             "SPS": self.sps,
             "agent_steps": self.global_step,
@@ -376,235 +381,3 @@ class PuffeRL:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-
-
-def _check_policy(config: PuffeRLConfig, policy: Any) -> None:
-    recurrent = is_recurrent(policy)
-    if config.use_rnn is not None and config.use_rnn != recurrent:
-        raise ValueError(
-            f"use_rnn is {config.use_rnn}, but {type(policy).__name__} has "
-            f"{'an' if recurrent else 'no'} initial_state"
-        )
-    inner = getattr(policy, "policy", policy)
-    compute = getattr(inner, "dtype", None)
-    is_bfloat16 = compute is not None and jnp.dtype(compute) == jnp.bfloat16
-    if (config.precision == "bfloat16") != is_bfloat16:
-        raise ValueError(
-            f"precision is {config.precision}, but the policy was built with dtype={compute}; "
-            "build it with dtype=jnp.bfloat16 for precision='bfloat16', without dtype for float32"
-        )
-
-
-def _owned(tree: Any) -> Any:
-    """A copy to donate: of nobody else's arrays, and of each only once."""
-    return jax.tree.map(jnp.copy, tree)
-
-
-class _JaxSource:
-    """Experience from a JAX-native environment."""
-
-    def __init__(self, config: PuffeRLConfig, env: Any, policy: nnx.Module):
-        self.sizes = config.sizes(None)
-        self.collector = rollout.make_collector(config, self.sizes, env, policy)
-        self._collect = jax.jit(self.collector.collect, donate_argnums=1)
-        self.stream: rollout.Stream
-
-    def reset(self, params: Any, key: PRNGKeyArray) -> None:
-        self.stream = _owned(jax.jit(self.collector.init)(key))
-
-    def collect(
-        self, params: Any, key: PRNGKeyArray, profile: Profile
-    ) -> tuple[Experience, int, dict[str, list[Any]]]:
-        self.stream, experience, episodes = self._collect(params, self.stream, key)
-        return experience, self.sizes.batch, self.stats(episodes)
-
-    @staticmethod
-    def stats(episodes: rollout.Episodes) -> dict[str, list[Any]]:
-        count, returns, lengths = (float(x) for x in episodes)
-        if count == 0:
-            return {}
-        # Every episode counts alike, in whichever rollout it ended.
-        return {
-            "episode_return": [returns / count] * int(count),
-            "episode_length": [lengths / count] * int(count),
-        }
-
-    def close(self) -> None:
-        pass
-
-
-class _HostSource:
-    """Experience from environments on the host."""
-
-    def __init__(self, config: PuffeRLConfig, env: Any, policy: nnx.Module):
-        self.sizes = config.sizes(env.num_agents, env.agents_per_batch)
-        self._config, self._env = config, env
-        if config.bootstrap_last and env.agents_per_batch != env.num_agents:
-            raise ValueError(
-                "bootstrap_last needs all agents in one batch; the vecenv hands out "
-                f"{env.agents_per_batch} of {env.num_agents}"
-            )
-        masked = env.masked or config.use_mask
-        actor = rollout.make_actor(config, policy, env.single_action_space)
-        self._masked = masked
-        agents, batch = self.sizes.agents, env.agents_per_batch
-        self._step = jax.jit(rollout.make_host_step(actor))
-        finish = rollout.make_finish(config, actor, agents, masked, env.own_last)
-        self._finish = jax.jit(finish)
-        steps = self.sizes.segments // batch * self.sizes.horizon
-
-        def final_value(params: Any, state: Any, obs: Any, cut: Array) -> Array:
-            return jnp.where(cut, actor.value(params, obs, state), 0)
-
-        self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
-        self._value = jax.jit(final_value)
-        self._firsts = range(0, agents, batch)  # numbers of the batches' first agents
-        self._zero = actor.initial_state(batch)
-        self._states = dict.fromkeys(self._firsts, self._zero)
-        self._pending: Received | None = None
-
-    def reset(self, params: Any, key: PRNGKeyArray) -> None:
-        self._env.async_reset(self._config.seed)
-
-    def _arrival(self, params: Any, received: Received) -> rollout.Arrival:
-        config, final_value = self._config, None
-        if config.bootstrap_truncation and not self._env.own_last:
-            cut = received.truncated & ~received.terminated
-            final_value = np.zeros(len(cut), np.float32)
-            if received.final_obs is not None and cut.any():
-                state = self._states[received.agent]
-                final_value = self._value(params, state, received.final_obs, cut)
-        return rollout.Arrival(
-            received.obs,
-            received.reward,
-            received.terminated,
-            received.truncated if config.bootstrap_truncation else None,
-            received.start if config.reset_on_done else None,
-            received.mask if self._masked else None,
-            final_value,
-        )
-
-    def collect(
-        self, params: Any, key: PRNGKeyArray, profile: Profile
-    ) -> tuple[Experience, int, dict[str, list[Any]]]:
-        env, sizes = self._env, self.sizes
-        row_of = {agent: agent for agent in self._firsts}
-        times = dict.fromkeys(row_of, 0)
-        free, full, steps = sizes.agents, 0, 0
-        stats: dict[str, list[Any]] = defaultdict(list)
-        keys = iter(np.asarray(self._keys(key)))
-        arrivals, outputs = (rollout.Rows(sizes.segments, sizes.horizon) for _ in range(2))
-        steps_taken: list[tuple[int, int, rollout.Outputs]] = []
-        first_states: dict[int, Any] = {}  # of a segment's first row
-        if not self._config.store_initial_state:
-            self._states = dict.fromkeys(self._firsts, self._zero)
-        lap = profile.laps()
-        while full < sizes.segments:
-            received = self._pending or env.recv()
-            self._pending = None
-            lap("env")
-            agent, batch = received.agent, len(received.reward)
-            row, time = row_of[agent], times[agent]
-            if row + batch > sizes.segments:
-                raise RuntimeError(
-                    f"agents {agent} to {agent + batch - 1} filled their segments before others "
-                    "began: the vecenv must hand out its batches in turn (sync_traj=True)"
-                )
-            arrival = self._arrival(params, received)
-            if time == 0:
-                first_states[row] = self._states[agent]
-            self._states[agent], output, played = self._step(
-                params, self._states[agent], arrival.obs, arrival.start, next(keys)
-            )
-            lap("forward")
-            arrivals.write(row, time, arrival)  # while the device is busy
-            steps_taken.append((row, time, output))
-            for name, values in received.stats.items():
-                stats[name].extend(values)
-            steps += int(received.mask.sum()) if self._masked else batch
-            times[agent] += 1
-            if times[agent] == sizes.horizon:
-                row_of[agent], times[agent] = free, 0
-                free, full = free + batch, full + batch
-            lap("copy")
-            action = output.action if played is None else played
-            if not env.overlaps:
-                action = np.asarray(action)
-                lap("forward")
-            env.send(action)
-            lap("env")
-        state = after = None
-        if self._config.bootstrap_last:
-            self._pending = received = env.recv()
-            lap("env")
-            state, after = self._states[0], self._arrival(params, received)
-        for step in steps_taken:
-            outputs.write(*step)
-        arrival = arrivals.tree()
-        firsts = [first_states[row] for row in sorted(first_states)]
-        experience = self._finish(
-            params, arrival._replace(obs=None), outputs.tree(), firsts, state, after
-        )
-        # Nobody writes to them any more, so that a CPU need not copy them.
-        experience = experience._replace(observations=jax.device_put(arrival.obs))
-        lap("copy")
-        return experience, steps, stats
-
-    def close(self) -> None:
-        self._env.close()
-
-
-def make_train(
-    config: PuffeRLConfig,
-    env: Any,
-    policy: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
-) -> Callable[..., tuple[Any, dict[str, Array]]]:
-    """A whole training run as one pure function, to be jitted, and vmapped over seeds and hypers.
-
-    Args:
-        config: `total_timesteps` says how many epochs.
-        env: JAX-native, see `puffer_jax.as_jax_env`.
-        policy: to start from, or a function of `nnx.Rngs` that makes one for each key.
-
-    Returns:
-        (key, hypers=None) -> (params, metrics): the trained parameters as `puffer_jax.split` gives
-        them; metrics are arrays (epochs,): the losses, "episode_return" and "episode_length" (NaN
-        where no episode ended), "episodes" and "nonfinite", the count of minibatches that were left
-        out so far. `hypers` replaces some of `config.hypers()`.
-
-    Example:
-        train = jax.jit(jax.vmap(make_train(config, env, make_policy)))
-        params, metrics = train(jax.random.split(jax.random.key(0), 64))
-    """
-    if isinstance(policy, nnx.Module):
-        template = policy
-    else:
-        make_policy = policy
-        template = nnx.eval_shape(lambda: make_policy(nnx.Rngs(0)))
-    _check_policy(config, template)
-    sizes = config.sizes(None)
-    learner = make_learner(config, sizes, template)
-    collector = rollout.make_collector(config, sizes, as_jax_env(env), template)
-
-    def train(key: PRNGKeyArray, hypers: Any = None) -> tuple[Any, dict[str, Array]]:
-        init_key, reset_key, key = jax.random.split(key, 3)
-        if isinstance(policy, nnx.Module):
-            params = split(policy)[1]
-        else:
-            params = split(policy(nnx.Rngs(init_key)))[1]
-
-        def epoch(carry: Any, key: PRNGKeyArray) -> tuple[Any, dict[str, Array]]:
-            state, stream = carry
-            collect_key, update_key = jax.random.split(key)
-            stream, experience, episodes = collector.collect(state.params, stream, collect_key)
-            state, losses, _ = learner.update(state, experience, update_key, hypers)
-            metrics = losses | episodes.means()
-            metrics |= {"episodes": episodes.episodes, "nonfinite": state.nonfinite}
-            return (state, stream), metrics
-
-        carry = (learner.init(params), collector.init(reset_key))
-        keys = jax.random.split(key, sizes.epochs)
-        (state, _), metrics = jax.lax.scan(epoch, carry, keys)
-        return state.params, metrics
-
-    return train

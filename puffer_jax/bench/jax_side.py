@@ -18,8 +18,8 @@ from puffer_jax import ppo, vector
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
-from puffer_jax.config import PuffeRLConfig
 from puffer_jax.kernels.cpu import library
+from puffer_jax.ppo.config import PuffeRLConfig
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Advantages, and how often segments are drawn."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from puffer_jax.kernels.recurrence import recurrence
+from puffer_jax.ppo.experience import Experience, Hypers
+
+
+def puff_advantage(
+    values: Float[ArrayLike, "segments time"],
+    rewards: Float[ArrayLike, "segments time"],
+    terminals: Float[ArrayLike, "segments time"],
+    ratio: Float[ArrayLike, "segments time"],
+    *,
+    gamma: Any,
+    gae_lambda: Any,
+    vtrace_rho_clip: Any,
+    vtrace_c_clip: Any,
+    mask: Bool[ArrayLike, "segments time"] | None = None,
+) -> Float[Array, "segments time"]:
+    """Generalised advantages with V-trace's clipped ratios (reference: `compute_puff_advantage`).
+
+        delta_t = min(ratio_t, rho) (r_{t+1} + gamma (1 - d_{t+1}) v_{t+1} - v_t)
+        A_t = delta_t + gamma lambda min(ratio_t, c) (1 - d_{t+1}) A_{t+1}
+
+    Quirk kept: the last step has no successor, and its advantage is 0. With ratio 1 this is GAE
+    (Schulman et al. 2016); with lambda 1, V-trace (Espeholt et al. 2018).
+
+    Args:
+        values: of the observations.
+        rewards: that came with the observations.
+        terminals: 1.0 where the episode had ended when the observation came.
+        ratio: of the current policy to the one that acted.
+        gamma: discount.
+        gae_lambda: decay of the trace.
+        vtrace_rho_clip: rho.
+        vtrace_c_clip: c.
+        mask: where False the step was not played: its advantage is 0.
+    """
+    values, rewards, terminals, ratio = map(jnp.asarray, (values, rewards, terminals, ratio))
+    alive = 1 - terminals[:, 1:]
+    before = values[:, :-1]
+    rho = jnp.minimum(ratio[:, :-1], vtrace_rho_clip)
+    c = jnp.minimum(ratio[:, :-1], vtrace_c_clip)
+    delta = rho * (rewards[:, 1:] + gamma * values[:, 1:] * alive - before)
+    decay = gamma * gae_lambda * c * alive
+    if mask is not None:
+        played = jnp.asarray(mask)[:, :-1]
+        delta, decay = delta * played, decay * played
+
+    return jnp.pad(recurrence(delta, decay), ((0, 0), (0, 1)))
+
+
+def priorities(
+    advantages: Float[Array, "segments time"], prio_alpha: Any
+) -> Float[Array, " segments"]:
+    """Weights of the segments to draw, (sum |A|) ** alpha, which sum to 1 up to 1e-6."""
+    weights = jnp.abs(advantages).sum(axis=1) ** prio_alpha
+    weights = jnp.where(jnp.isfinite(weights), weights, 0)
+    return (weights + 1e-6) / (weights.sum() + 1e-6)
+
+
+def advantage_of(
+    experience: Experience, ratio: Float[Array, "segments time"], hypers: Hypers
+) -> Float[Array, "segments time"]:
+    """`puff_advantage` of stored segments, with what the options of the rollout stored."""
+    names = ("gamma", "gae_lambda", "vtrace_rho_clip", "vtrace_c_clip")
+    rewards, terminals = experience.rewards, experience.terminals
+    values, mask, last = experience.values, experience.mask, experience.last
+    if experience.final_values is not None:
+        rewards = rewards + hypers["gamma"] * experience.final_values
+    if last is not None:
+        extra = last.rewards
+        if last.final_values is not None:
+            extra = extra + hypers["gamma"] * last.final_values
+        rewards, terminals, values, ratio = (
+            jnp.concatenate([x, y[:, None]], axis=1)
+            for x, y in (
+                (rewards, extra),
+                (terminals, last.terminals),
+                (values, last.values),
+                (ratio, jnp.ones_like(last.values)),
+            )
+        )
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, 1)))
+    advantages = puff_advantage(
+        values, rewards, terminals, ratio, **{name: hypers[name] for name in names}, mask=mask
+    )
+    return advantages[:, : experience.values.shape[1]]

@@ -1,0 +1,354 @@
+"""The trainer's configuration: the reference's `[train]` section, and options it lacks."""
+
+import ast
+import configparser
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from puffer_jax.base.text import near
+
+Auto = Literal["auto"]
+
+# Switches of torch without a meaning here: XLA always compiles, and JAX picks the device.
+_TORCH_ONLY = frozenset(
+    "device torch_deterministic cpu_offload compile compile_mode compile_fullgraph name project "
+    "tag neptune wandb env_batch_size".split()
+)
+
+_HYPERS = (
+    "learning_rate gamma gae_lambda clip_coef vf_coef vf_clip_coef ent_coef max_grad_norm "
+    "adam_beta1 adam_beta2 adam_eps vtrace_rho_clip vtrace_c_clip prio_alpha prio_beta0"
+).split()
+
+
+class Sizes(NamedTuple):
+    """The shapes of one epoch, settled for a number of agents.
+
+    Attributes:
+        agents: that act at each step, over all environments.
+        segments: rows of the experience buffer; `rounds` * agents.
+        horizon: steps of a segment.
+        minibatch_segments: rows of one minibatch.
+        minibatches: of one epoch.
+        accumulate: minibatches whose gradients make one optimizer step.
+        epochs: of the whole training.
+    """
+
+    agents: int
+    segments: int
+    horizon: int
+    minibatch_segments: int
+    minibatches: int
+    accumulate: int
+    epochs: int
+
+    @property
+    def batch(self) -> int:
+        """Steps of one epoch."""
+        return self.segments * self.horizon
+
+
+@dataclass(frozen=True)
+class PuffeRLConfig:
+    """What to train with. Names, meaning and defaults are those of PufferLib 3.0's `[train]`.
+
+    The last group is ours. Its defaults are what the reference does; `recommended()` has the
+    values we would use.
+
+    Attributes:
+        env: name of the environment, for logs.
+        seed: of the environments and of every random key.
+        total_timesteps: agent steps to train for.
+        learning_rate: of the first epoch.
+        anneal_lr: let it fall along a cosine to 0 at `total_timesteps`, epoch by epoch.
+        optimizer: "muon" or "adam".
+        adam_beta1: momentum, of both optimizers.
+        adam_beta2: Adam's second moment.
+        adam_eps: Adam's epsilon.
+        max_grad_norm: gradients of a larger 2-norm are scaled down to it.
+        batch_size: steps of an epoch; "auto": agents * `bptt_horizon`.
+        bptt_horizon: steps of a segment; "auto": `batch_size` / agents.
+        minibatch_size: steps of an update; "auto": the batch, at most 8192.
+        max_minibatch_size: of a forward pass; a larger `minibatch_size` accumulates gradients.
+        update_epochs: passes over the batch; may be a fraction.
+        gamma: discount.
+        gae_lambda: of the advantage.
+        vtrace_rho_clip: bound of the importance ratio in the temporal difference.
+        vtrace_c_clip: bound of the ratio in the trace.
+        clip_coef: PPO's clip of the ratio.
+        vf_coef: weight of the value loss.
+        vf_clip_coef: clip of the change of a value.
+        ent_coef: weight of the entropy bonus.
+        prio_alpha: segments are drawn in proportion to (sum of |advantage|) ** alpha.
+        prio_beta0: initial exponent of the importance weights that correct for it.
+        precision: "float32" or "bfloat16"; must be what the policy was built for (`dtype`).
+        use_rnn: None: whether the policy has a recurrent state.
+        data_dir: folder of all runs.
+        checkpoint_interval: epochs between checkpoints.
+        num_envs: for JAX-native environments; None: `batch_size` / `bptt_horizon`, or 64.
+        reward_scale: rewards are multiplied by it, before the clamp; values then stay near 1, which
+            the clip of a value's change is made for.
+        reward_clip: rewards are clamped to [-reward_clip, reward_clip]. None, recommended: as
+            they are; the clamp silently changes the task (field reports: PufferDrive#207).
+        recompute_advantage: scale the policy's advantages with the ratio of the current policy.
+            The reference computes that and then overwrites it (PufferLib#306, #341).
+        bootstrap_truncation: a truncated episode counts as ended, but what would have come
+            counts as the value of its last observation. The reference ignores truncation: value
+            leaks in from the next episode. Environments that reset themselves without handing
+            out the last observation (PufferLib's native ones) count as terminated instead.
+        bootstrap_last: let the last step of each segment learn too, with the reward and value that
+            follow it. In the reference its advantage is always 0 (PufferLib#363).
+        reset_on_done: zero the recurrent state where an episode starts, in the rollout and in
+            training. The reference never does (metta#2233).
+        store_initial_state: train each segment from the recurrent state it was collected from, and
+            carry the state from one epoch to the next. The reference trains from zeros, which
+            is a different policy wherever a segment does not start an epoch.
+        mean_accumulate: average accumulated gradients, where the reference sums them, so that the
+            clip by norm does not depend on `max_minibatch_size`.
+        use_mask: leave steps that a PufferLib vecenv did not play out of the update: padded
+            agents, and the step after an episode's end, whose action an emulated environment
+            ignores. gymnasium's environments always do so.
+        on_nonfinite: a minibatch with a NaN or infinite loss or gradient is never applied, and
+            "stop" ends training with a checkpoint; "skip" goes on; "ignore" applies it.
+        checkpoint_keep: how many checkpoints of a run to keep.
+    """
+
+    env: str = ""
+    seed: int = 42
+    total_timesteps: int = 10_000_000
+    learning_rate: float = 0.015
+    anneal_lr: bool = True
+    optimizer: Literal["muon", "adam"] = "muon"
+    adam_beta1: float = 0.95
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-12
+    max_grad_norm: float = 1.5
+    batch_size: int | Auto = "auto"
+    bptt_horizon: int | Auto = 64
+    minibatch_size: int | Auto = "auto"
+    max_minibatch_size: int = 32768
+    update_epochs: float = 1.0
+    gamma: float = 0.995
+    gae_lambda: float = 0.90
+    vtrace_rho_clip: float = 1.0
+    vtrace_c_clip: float = 1.0
+    clip_coef: float = 0.2
+    vf_coef: float = 2.0
+    vf_clip_coef: float = 0.2
+    ent_coef: float = 0.001
+    prio_alpha: float = 0.8
+    prio_beta0: float = 0.2
+    precision: Literal["float32", "bfloat16"] = "float32"
+    use_rnn: bool | None = None
+    data_dir: str = "experiments"
+    checkpoint_interval: int = 200
+    num_envs: int | None = None
+
+    reward_scale: float = 1.0
+    reward_clip: float | None = 1.0
+    recompute_advantage: bool = False
+    bootstrap_truncation: bool = False
+    bootstrap_last: bool = False
+    reset_on_done: bool = False
+    store_initial_state: bool = False
+    mean_accumulate: bool = False
+    use_mask: bool = False
+    on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
+    checkpoint_keep: int = 3
+
+    @classmethod
+    def recommended(cls, **changes: Any) -> "PuffeRLConfig":
+        """The configuration we would start from: the quirks off, the rest as the reference."""
+        better: dict[str, Any] = {
+            "reward_clip": None,
+            "recompute_advantage": True,
+            "bootstrap_truncation": True,
+            "bootstrap_last": True,
+            "reset_on_done": True,
+            "store_initial_state": True,
+            "mean_accumulate": True,
+            "use_mask": True,
+        }
+        return cls.from_dict(better | changes)
+
+    @classmethod
+    def from_dict(cls, values: "Mapping[str, Any] | PuffeRLConfig") -> "PuffeRLConfig":
+        """A configuration from a PufferLib `args["train"]` dict.
+
+        torch's own switches (`device`, `compile`, ...) are accepted and have no effect.
+
+        Raises:
+            ValueError: an unknown name (the nearest known one is given) or a bad value.
+        """
+        if isinstance(values, PuffeRLConfig):
+            return values
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name not in _TORCH_ONLY}
+        unknown = [name for name in known if name not in fields]
+        if unknown:
+            raise ValueError("no such training option: " + ", ".join(near(unknown, fields)))
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        return cls(**{name: _number_like(defaults[name], v) for name, v in known.items()})
+
+    @classmethod
+    def from_ini(cls, path: str | Path) -> "PuffeRLConfig":
+        """A configuration from the `[train]` section of a PufferLib `.ini` file.
+
+        Raises:
+            ValueError: as `from_dict`.
+            FileNotFoundError: there is no such file.
+        """
+        return cls.from_dict(read_ini(path).get("train", {}))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _number_like(field.default, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        positive = (
+            "total_timesteps learning_rate max_grad_norm batch_size bptt_horizon minibatch_size "
+            "max_minibatch_size update_epochs checkpoint_interval num_envs reward_clip "
+            "vtrace_rho_clip vtrace_c_clip checkpoint_keep"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if value not in ("auto", None) and not (_is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+        for name in ("batch_size", "bptt_horizon", "minibatch_size", "max_minibatch_size"):
+            value = getattr(self, name)
+            if value != "auto" and value != int(value):
+                raise ValueError(f"{name} must be a whole number of steps; got {value!r}")
+        for name in ("gamma", "gae_lambda", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be between 0 and 1; got {value!r}")
+        choices = {
+            "optimizer": ("muon", "adam"),
+            "precision": ("float32", "bfloat16"),
+            "on_nonfinite": ("stop", "skip", "ignore"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
+
+    def hypers(self) -> dict[str, float]:
+        """The numbers of the update that may be traced: see `puffer_jax.make_train`."""
+        return {name: float(getattr(self, name)) for name in _HYPERS}
+
+    def sizes(self, agents: int | None, agents_per_batch: int | None = None) -> Sizes:
+        """Settle the sizes for `agents`, checking that they divide.
+
+        Args:
+            agents: over all environments; None for a JAX-native environment, of which there can
+                be any number.
+            agents_per_batch: that act at once; None: all.
+
+        Raises:
+            ValueError: sizes that do not fit together; names the nearest that do.
+        """
+        batch, horizon = self.batch_size, self.bptt_horizon
+        if isinstance(batch, str) and isinstance(horizon, str):
+            raise ValueError("give batch_size or bptt_horizon; both are 'auto'")
+        if agents is None:
+            sized = not (isinstance(batch, str) or isinstance(horizon, str))
+            agents = self.num_envs or (max(1, int(batch) // int(horizon)) if sized else 64)
+        if isinstance(batch, str):
+            batch = agents * int(horizon)
+        if isinstance(horizon, str):
+            horizon = max(1, batch // agents)
+        if batch % horizon:
+            raise ValueError(
+                f"batch_size {batch} is no multiple of bptt_horizon {horizon}; nearest: "
+                + _multiples(batch, horizon)
+            )
+        segments = batch // horizon
+        unit = agents if agents_per_batch in (None, agents) else agents_per_batch
+        if segments < agents or segments % unit:
+            raise ValueError(
+                f"batch_size {batch} = {segments} segments of {horizon} steps, but there are "
+                f"{agents} agents{'' if unit == agents else f' in batches of {unit}'}: segments "
+                f"must be a multiple of {unit} and at least {agents}; nearest batch_size: "
+                + _multiples(max(batch, agents * horizon), unit * horizon)
+            )
+        minibatch = min(batch, 8192) if self.minibatch_size == "auto" else self.minibatch_size
+        if self.minibatch_size == "auto":
+            minibatch = max(horizon, minibatch // horizon * horizon)
+            while batch % minibatch:
+                minibatch -= horizon
+        if minibatch > batch:
+            raise ValueError(f"minibatch_size {minibatch} is larger than batch_size {batch}")
+        step = min(minibatch, self.max_minibatch_size)
+        if minibatch % step:
+            raise ValueError(
+                f"minibatch_size {minibatch} is no multiple of max_minibatch_size {step}; "
+                f"nearest: {_multiples(minibatch, step)}"
+            )
+        if step % horizon:
+            raise ValueError(
+                f"minibatch_size {step} is no multiple of bptt_horizon {horizon}; nearest: "
+                + _multiples(step, horizon)
+            )
+        minibatches, accumulate = int(self.update_epochs * batch / step), minibatch // step
+        if minibatches == 0 or minibatches % accumulate:
+            raise ValueError(
+                f"update_epochs {self.update_epochs} of batch_size {batch} make {minibatches} "
+                f"minibatches of {step}, and {accumulate} make one update: it must be a positive "
+                f"multiple; nearest: {_multiples(max(minibatches, 1), accumulate)}"
+            )
+        return Sizes(
+            agents=agents,
+            segments=segments,
+            horizon=horizon,
+            minibatch_segments=step // horizon,
+            minibatches=minibatches,
+            accumulate=accumulate,
+            epochs=max(1, self.total_timesteps // batch),
+        )
+
+
+def _number_like(default: Any, value: Any) -> Any:
+    """A number in the type of the default: 1e6 is what people write for numbers of steps."""
+    if isinstance(default, float) and _is_number(value):
+        return float(value)
+    if isinstance(value, float) and not isinstance(default, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _multiples(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return " or ".join(str(n) for n in (below, below + unit) if n > 0)
+
+
+def read_ini(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Sections of a PufferLib `.ini` file, values as Python literals where they are any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no `.ini` file.
+    """
+    parser = configparser.ConfigParser()
+    with open(path) as file:
+        try:
+            parser.read_file(file)
+        except configparser.Error as error:
+            raise ValueError(f"{path}: {error}") from error
+    return {
+        section: {name: _literal(text) for name, text in parser.items(section)}
+        for section in parser.sections()
+    }
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,98 @@
+"""The clipped PPO loss of a minibatch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from puffer_jax.nn.sampling import sample_logits
+from puffer_jax.ppo.advantage import advantage_of
+from puffer_jax.ppo.experience import Experience, Hypers
+
+
+def is_recurrent(policy: Any) -> bool:
+    """Whether the policy carries a state from step to step (`LSTMWrapper` and its like)."""
+    return hasattr(policy, "initial_state")
+
+
+def evaluate_segments(
+    policy: Any, experience: Experience
+) -> tuple[Any, Float[Array, "segments time"]]:
+    """Logits, flat (segments * time, ...), and values (segments, time) of stored segments."""
+    shape = experience.logprobs.shape
+    if is_recurrent(policy):
+        starts = {} if experience.starts is None else {"done": experience.starts}
+        logits, values, _ = policy.forward(experience.observations, experience.state, **starts)
+    else:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experience.observations)
+        logits, values = policy.forward(flat)
+    return logits, values.reshape(shape)
+
+
+def _clamp(x: Array, low: Any, high: Any) -> Array:
+    # As torch's, it passes the gradient at the bounds; jnp.clip halves it.
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
+def _mean(x: Array, mask: Array | None) -> Array:
+    return x.mean() if mask is None else (x * mask).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def _standardise(x: Array, mask: Array | None) -> Array:
+    count = x.size if mask is None else mask.sum()
+    centred = x - _mean(x, mask)
+    squares = centred**2 if mask is None else centred**2 * mask
+    return centred / (jnp.sqrt(squares.sum() / (count - 1)) + 1e-8)
+
+
+def loss(
+    policy: Any,
+    batch: Experience,
+    advantages: Float[Array, "rows time"],
+    weights: Float[Array, "rows 1"],
+    hypers: Hypers,
+    recompute_advantage: bool = False,
+) -> tuple[Array, dict[str, Array]]:
+    """The clipped PPO loss of a minibatch.
+
+    Args:
+        policy: to improve.
+        batch: the minibatch's rows; `values` are what the value loss is clipped around.
+        advantages: of its steps.
+        weights: of its rows, against the bias of drawing by priority.
+        hypers: `PuffeRLConfig.hypers()`.
+        recompute_advantage: see `PuffeRLConfig`.
+
+    Returns:
+        The loss, and the metrics by the reference's names with "ratio" and "values" (rows, time).
+    """
+    logits, values = evaluate_segments(policy, batch)
+    _, logprobs, entropy = sample_logits(logits, action=batch.actions)
+    logratio = logprobs.reshape(batch.logprobs.shape) - batch.logprobs
+    ratio = jnp.exp(logratio)
+    clip, mask = hypers["clip_coef"], batch.mask
+    returns = advantages + batch.values
+    if recompute_advantage:
+        advantages = advantage_of(batch, jax.lax.stop_gradient(ratio), hypers)
+    scaled = weights * _standardise(advantages, mask)
+    policy_loss = jnp.maximum(-scaled * ratio, -scaled * _clamp(ratio, 1 - clip, 1 + clip))
+    bound = hypers["vf_clip_coef"]
+    clipped = batch.values + _clamp(values - batch.values, -bound, bound)
+    value_loss = jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    entropy = entropy.reshape(ratio.shape)
+    metrics = {
+        "policy_loss": _mean(policy_loss, mask),
+        "value_loss": 0.5 * _mean(value_loss, mask),
+        "entropy": _mean(entropy, mask),
+        "old_approx_kl": _mean(-logratio, mask),
+        "approx_kl": _mean((ratio - 1) - logratio, mask),
+        "clipfrac": _mean((jnp.abs(ratio - 1) > clip).astype(ratio.dtype), mask),
+        "importance": _mean(ratio, mask),
+    }
+    total = (
+        metrics["policy_loss"]
+        + hypers["vf_coef"] * metrics["value_loss"]
+        - hypers["ent_coef"] * metrics["entropy"]
+    )
+    return total, metrics | {"ratio": ratio, "values": values}

@@ -1,0 +1,272 @@
+"""The optimizers of PufferLib's trainer as optax transformations.
+
+Every hyper-parameter may be a Python number or a traced scalar, so that one program can be
+`vmap`ped over learning rates. No `init` looks at them: a transformation may be rebuilt inside a
+traced function and go on from the old state. A Python `beta` is the more exact one in float32:
+1 - 0.999 is then rounded once, after the subtraction, as in torch.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
+
+from puffer_jax.kernels import cpu
+from puffer_jax.kernels.cpu import library
+
+Layout = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+OPTIMIZERS = ("adam", "muon")
+
+# One (a, b, c) for each of heavyball's five Newton-Schulz steps.
+_NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def make(
+    name: str,
+    to_torch: Layout,
+    from_torch: Layout,
+    *,
+    learning_rate: ArrayLike,
+    max_grad_norm: ArrayLike,
+    beta1: ArrayLike,
+    beta2: ArrayLike,
+    eps: ArrayLike,
+) -> optax.GradientTransformation:
+    """The trainer's optimizer: clip by norm, then "adam" or "muon".
+
+    Args:
+        name: "adam" or "muon". Muon has no use for `beta2` and `eps`; nor has the reference's.
+        to_torch: with `from_torch`, what `puffer_jax.modules.torch_layout(policy)` returned.
+        from_torch: see there.
+        learning_rate: this step's, after any schedule.
+        max_grad_norm: see `clip_by_global_norm`.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: Adam's.
+
+    Raises:
+        ValueError: `name` is neither.
+    """
+    if name == "adam":
+        optimizer = adam(learning_rate, beta1, beta2, eps)
+    elif name == "muon":
+        optimizer = muon(learning_rate, beta1, to_torch, from_torch)
+    else:
+        near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}{hint}")
+    return optax.chain(clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def make_step(
+    name: str, to_torch: Layout, from_torch: Layout, **numbers: Any
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
+    """A step of the trainer's optimizer, as the update takes it.
+
+    Args:
+        name: see `make`, as what follows.
+        to_torch: see there.
+        from_torch: see there.
+        numbers: see there.
+
+    Returns:
+        (params, opt_state, gradients, skip) -> (params, opt_state), with opt_state as the `init` of
+        `make(...)` gives it; where `skip`, a bool, they stay as they are.
+    """
+    transformation = make(name, to_torch, from_torch, **numbers)
+
+    def by_optax(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
+        change, new_state = transformation.update(gradients, state, params)
+        new = optax.apply_updates(params, change), new_state
+        return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (params, state))
+
+    def by_us(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
+        scale = _clip_scale(gradients, numbers["max_grad_norm"])
+        empty, moments = state
+        leaves, treedef = jax.tree.flatten(params)
+        others = (treedef.flatten_up_to(x) for x in (moments.mu, moments.nu, gradients))
+        beta1, beta2 = numbers["beta1"], numbers["beta2"]
+        rate, root = _adam_scalars(moments.count + 1, numbers["learning_rate"], beta1, beta2)
+        given = (scale, beta1, 1 - beta1, beta2, 1 - beta2, rate, 1 / root, numbers["eps"], skip)
+
+        def step(p: Array, m: Array, v: Array, g: Array) -> tuple[Array, ...]:
+            array = jnp.stack([jnp.asarray(x, p.dtype) for x in given])
+            return cpu.adam(array, g, p, m, v)
+
+        new = [step(*arrays) for arrays in zip(leaves, *others, strict=True)]
+        params, mu, nu = (treedef.unflatten(x) for x in zip(*new, strict=True))
+        count = jnp.where(skip, moments.count, moments.count + 1)
+        return params, (empty, optax.ScaleByAdamState(count, mu, nu))
+
+    def step(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
+        arrays = jax.tree.leaves((params, gradients))
+        if name != "adam" or not library.serves(*arrays):
+            return by_optax(params, state, gradients, skip)
+        return jax.lax.platform_dependent(
+            params, state, gradients, skip, cpu=by_us, default=by_optax
+        )
+
+    return step
+
+
+def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), norm over all of them together.
+
+    The formula of `torch.nn.utils.clip_grad_norm_`; optax's lacks the 1e-6. As there, gradients
+    that are not finite are not repaired: one NaN makes all NaN, and one infinity (or squares
+    that overflow) makes every finite gradient 0 and itself NaN.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        scale = _clip_scale(updates, max_norm)
+        return jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _clip_scale(gradients: Any, max_norm: ArrayLike) -> Array:
+    return jnp.minimum(1, max_norm / (optax.global_norm(gradients) + 1e-6))
+
+
+def adam(
+    learning_rate: ArrayLike, beta1: ArrayLike, beta2: ArrayLike, eps: ArrayLike
+) -> optax.GradientTransformation:
+    """`torch.optim.Adam` without weight decay; moments in the parameters' dtype.
+
+    The state is optax's `ScaleByAdamState`. Its `scale_by_adam` is not used: in float32 it takes
+    1 - beta2^t from a rounded beta2, which with beta2 = 0.999 puts every update off by 1e-5.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        # two trees: donating one buffer twice is an error
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: _average(m, g, beta1), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: _average(v, g * g, beta2), state.nu, updates)
+        scalars = *_adam_scalars(count, learning_rate, beta1, beta2), eps
+
+        def step(m: Array, v: Array) -> Array:
+            rate, root, epsilon = (jnp.asarray(x, m.dtype) for x in scalars)
+            return rate * m / (jnp.sqrt(v) / root + epsilon)
+
+        return jax.tree.map(step, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adam_scalars(
+    count: Array, learning_rate: ArrayLike, beta1: ArrayLike, beta2: ArrayLike
+) -> tuple[Array, Array]:
+    # 1 - beta^t, without the cancellation
+    correction1, correction2 = (-jnp.expm1(count * jnp.log1p(beta - 1)) for beta in (beta1, beta2))
+    return jnp.negative(learning_rate) / correction1, jnp.sqrt(correction2)
+
+
+class MuonState(NamedTuple):
+    """Muon's state: an exponential average of the gradients, in the layout of the parameters."""
+
+    momentum: Any
+
+
+def muon(
+    learning_rate: ArrayLike,
+    beta1: ArrayLike,
+    to_torch: Layout,
+    from_torch: Layout,
+    newton_schulz_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Muon as the reference runs it: `heavyball.ForeachMuon` 2.3.1 with its defaults.
+
+    With m = beta1 * m + (1 - beta1) * g, not corrected for its start at 0, the direction is
+    g + m. A tensor of two or more axes in torch's layout, a (1, n) one included, is flattened to
+    (rows, columns) = (out, rest), made nearly orthogonal by five Newton-Schulz steps, and scaled
+    by sqrt(max(1, rows / columns)); any other follows g + m as it is.
+
+    The momentum is kept in the parameters' dtype, or float32 where that is narrower; heavyball's
+    is float32 even for float64 parameters.
+
+    Args:
+        learning_rate: step size.
+        beta1: decay of the momentum.
+        to_torch: with `from_torch`, what `puffer_jax.modules.torch_layout(policy)` returned.
+        from_torch: see there.
+        newton_schulz_dtype: dtype of the Newton-Schulz products; None is the momentum's.
+            jnp.bfloat16 is what the reference does with `precision = bfloat16`, since its
+            autocast is never left and so covers the optimizer too.
+    """
+
+    def init(params: Any) -> MuonState:
+        return MuonState(
+            jax.tree.map(
+                lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
+            )
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        momentum = jax.tree.map(lambda m, g: _average(m, g, beta1), state.momentum, updates)
+        tensors = to_torch(jax.tree.map(jnp.add, updates, momentum))
+        directions = {
+            name: _orthogonalize(x, newton_schulz_dtype) if x.ndim >= 2 else x
+            for name, x in tensors.items()
+        }
+        rate = jnp.negative(learning_rate)
+        steps = jax.tree.map(lambda x: rate.astype(x.dtype) * x, from_torch(directions))
+        return steps, MuonState(momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _average(average: Array, new: Array, decay: ArrayLike) -> Array:
+    old_part, new_part = (jnp.asarray(x, average.dtype) for x in (decay, 1 - decay))
+    return old_part * average + new_part * new.astype(average.dtype)
+
+
+def _orthogonalize(
+    tensor: Float[Array, "out *rest"], dtype: DTypeLike | None
+) -> Float[Array, "out *rest"]:
+    matrix = tensor.reshape(tensor.shape[0], -1)
+    rows, columns = matrix.shape
+    x = matrix.T if rows > columns else matrix
+    # The Frobenius norm bounds the largest singular value, which the steps need below about 1.
+    x = (x / jnp.maximum(jnp.linalg.norm(x), 1e-7)).astype(dtype or x.dtype)
+    identity = jnp.eye(x.shape[0], dtype=x.dtype)
+    for a, b, c in _NEWTON_SCHULZ:
+        gram = x @ x.T
+        x = ((c * gram + b * identity) @ gram + a * identity) @ x
+    x = (x.T if rows > columns else x).astype(tensor.dtype)
+    return (x * max(1, rows / columns) ** 0.5).reshape(tensor.shape)
+
+
+def cosine_schedule(
+    learning_rate: ArrayLike, total_epochs: ArrayLike
+) -> Callable[[ArrayLike], Array]:
+    """Learning rate by epoch: torch's `CosineAnnealingLR(T_max=total_epochs)`, stepped once each.
+
+    It falls from `learning_rate` at epoch 0 to 0 at `total_epochs`, and as in torch rises again
+    after that, to `learning_rate` at twice as many. Where `total_epochs` is 0 (fewer time steps
+    than one batch), torch divides by zero at the first step; here the rate stays constant.
+
+    Returns:
+        A function of the epoch (a number or a traced scalar) giving a scalar array.
+    """
+
+    def schedule(epoch: ArrayLike) -> Array:
+        phase = jnp.where(total_epochs == 0, 0, epoch / jnp.maximum(total_epochs, 1))
+        return (1 + jnp.cos(jnp.pi * phase)) / 2 * jnp.asarray(learning_rate)
+
+    return schedule
