@@ -17,7 +17,7 @@ from flax import nnx
 
 import puffer_jax
 from puffer_jax.parity import compare, reference_policy
-from puffer_jax.plot import plot_runs
+from puffer_jax.run.plot import plot_runs
 
 
 @dataclass(frozen=True)

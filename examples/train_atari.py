@@ -14,7 +14,7 @@ from PIL import Image
 
 import puffer_jax
 from puffer_jax import environments, vector
-from puffer_jax.plot import plot_runs
+from puffer_jax.run.plot import plot_runs
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image
 
 import puffer_jax
-from puffer_jax import commands, environments, loggers, pufferl
+from puffer_jax import commands, environments
 from puffer_jax.cli import main
+from puffer_jax.run import loggers, trainer
 
 SMALL = ["--train.bptt-horizon", "8", "--policy.hidden-size", "8", "--train.no-anneal-lr"]
 INI = """
@@ -588,7 +589,7 @@ def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
     def run(self):
         raise puffer_jax.NonFiniteError("epoch 1: the first array is 'value.bias'")
 
-    monkeypatch.setattr(pufferl.PuffeRL, "run", run)
+    monkeypatch.setattr(trainer.PuffeRL, "run", run)
     flags = ["--train.data-dir", str(tmp_path), "--name", "f"]
     assert main(["train", "--config", write_ini(tmp_path), *flags]) == 2
     error = "puffer-jax: epoch 1: the first array is 'value.bias'\n"

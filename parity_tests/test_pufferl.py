@@ -28,7 +28,7 @@ from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.ppo import host_rollout, jax_rollout, rollout
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.training import make_train
-from puffer_jax.pufferl import NonFiniteError, PuffeRL
+from puffer_jax.run.trainer import NonFiniteError, PuffeRL
 
 # All of this computes little: compiling is what takes the time.
 pytestmark = pytest.mark.usefixtures("quick")

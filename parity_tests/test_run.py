@@ -17,10 +17,10 @@ import torch
 from flax import nnx
 from rich.console import Console
 
-from puffer_jax import checkpoint, dashboard, plot
 from puffer_jax.base.profile import Profile
-from puffer_jax.dashboard import Dashboard, Snapshot, render
-from puffer_jax.loggers import (
+from puffer_jax.run import checkpoint, dashboard, plot
+from puffer_jax.run.dashboard import Dashboard, Snapshot, render
+from puffer_jax.run.loggers import (
     JSONLLogger,
     Logger,
     MultiLogger,
@@ -710,7 +710,7 @@ def test_log_and_plot_fit_together(tmp_path):
 def test_heavy_things_come_when_needed():
     script = """
         import sys
-        import puffer_jax.loggers, puffer_jax.dashboard
+        import puffer_jax.run.loggers, puffer_jax.run.dashboard
         assert not {"jax", "torch", "wandb", "tensorboardX", "psutil"} & set(sys.modules)
         import puffer_jax.checkpoint, puffer_jax.plot
         assert not {"torch", "orbax.checkpoint", "matplotlib", "psutil"} & set(sys.modules)

@@ -18,11 +18,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import random as random
     from puffer_jax import vector as vector
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
-    from puffer_jax.loggers import JSONLLogger as JSONLLogger
-    from puffer_jax.loggers import MultiLogger as MultiLogger
-    from puffer_jax.loggers import NoLogger as NoLogger
-    from puffer_jax.loggers import TensorBoardLogger as TensorBoardLogger
-    from puffer_jax.loggers import WandbLogger as WandbLogger
     from puffer_jax.nn.distributions import Normal as Normal
     from puffer_jax.nn.distributions import TanhNormal as TanhNormal
     from puffer_jax.nn.distributions import entropy as entropy
@@ -51,8 +46,13 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.recurrent import LSTMWrapper as LSTMWrapper
     from puffer_jax.ppo.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.ppo.training import make_train as make_train
-    from puffer_jax.pufferl import NonFiniteError as NonFiniteError
-    from puffer_jax.pufferl import PuffeRL as PuffeRL
+    from puffer_jax.run.loggers import JSONLLogger as JSONLLogger
+    from puffer_jax.run.loggers import MultiLogger as MultiLogger
+    from puffer_jax.run.loggers import NoLogger as NoLogger
+    from puffer_jax.run.loggers import TensorBoardLogger as TensorBoardLogger
+    from puffer_jax.run.loggers import WandbLogger as WandbLogger
+    from puffer_jax.run.trainer import NonFiniteError as NonFiniteError
+    from puffer_jax.run.trainer import PuffeRL as PuffeRL
     from puffer_jax.weights.files import load_weights as load_weights
     from puffer_jax.weights.files import policy_from_checkpoint as policy_from_checkpoint
     from puffer_jax.weights.files import save_weights as save_weights
@@ -61,13 +61,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
 
 _EXPORTS = {
     "environments.jax_native": ("as_jax_env",),
-    "loggers": (
-        "JSONLLogger",
-        "MultiLogger",
-        "NoLogger",
-        "TensorBoardLogger",
-        "WandbLogger",
-    ),
     "nn.distributions": (
         "Normal",
         "TanhNormal",
@@ -108,7 +101,14 @@ _EXPORTS = {
     "policies.recurrent": ("LSTMWrapper",),
     "ppo.config": ("PuffeRLConfig",),
     "ppo.training": ("make_train",),
-    "pufferl": (
+    "run.loggers": (
+        "JSONLLogger",
+        "MultiLogger",
+        "NoLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+    ),
+    "run.trainer": (
         "NonFiniteError",
         "PuffeRL",
     ),

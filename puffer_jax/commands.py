@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import numpy as np
 import tyro
 
-from puffer_jax import checkpoint, environments, vector
+from puffer_jax import environments, vector
 from puffer_jax.base import spaces
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
 from puffer_jax.environments import host
 from puffer_jax.ppo.config import Auto, PuffeRLConfig, read_ini
+from puffer_jax.run import checkpoint
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
 _INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
@@ -130,8 +131,8 @@ class Train:
 
     def run(self) -> int:
         """Train, and return the exit code."""
-        from puffer_jax.loggers import NoLogger, new_run_id
-        from puffer_jax.pufferl import PuffeRL
+        from puffer_jax.run.loggers import NoLogger, new_run_id
+        from puffer_jax.run.trainer import PuffeRL
 
         if self.env is None:
             raise ValueError("give --env, --config FILE or --resume RUN")
@@ -279,7 +280,7 @@ class Plot:
 
     def run(self) -> int:
         """Draw, and return the exit code."""
-        from puffer_jax.plot import plot_runs
+        from puffer_jax.run.plot import plot_runs
 
         print(plot_runs(self.runs, self.out, self.metric))
         return 0
@@ -566,7 +567,7 @@ def make_policy(
 
 
 def _logger(settings: Train, folder: Path) -> Any:
-    from puffer_jax import loggers
+    from puffer_jax.run import loggers
 
     made: list[Any] = []
     for kind in settings.log:

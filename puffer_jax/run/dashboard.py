@@ -1,4 +1,4 @@
-"""What a run looks like while it goes: time by phase, and a picture of it all in the terminal."""
+"""A picture of a run in the terminal, while it goes."""
 
 import atexit
 import dataclasses

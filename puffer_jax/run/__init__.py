@@ -1,0 +1,1 @@
+"""A run: the trainer, its checkpoints, logs, dashboard and plots."""

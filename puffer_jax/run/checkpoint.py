@@ -1,0 +1,302 @@
+"""Checkpoints of a run: the model as PufferLib reads it, and the full train state to go on from.
+
+A run's folder holds, for each of its last epochs,
+
+    model_{epoch:06d}.pt    the policy's weights, `.safetensors` where torch is missing
+    state_{epoch:06d}/      orbax: the train state, and a JSON dict
+
+The state is written last and appears whole, by a rename, so a process killed at any moment
+leaves complete checkpoints and hidden litter, which the next `save` removes.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from puffer_jax.weights.files import save_weights
+
+_FORMAT = 1
+
+_STATE = re.compile(r"state_(\d{6,})")
+
+_MODEL = re.compile(r"model_(\d{6,})\.(pt|safetensors)")
+
+# Folders on their way in or out; orbax adds a suffix of its own.
+_LITTER = re.compile(r"\.(state_\d{6,}(\.old|\.orbax-checkpoint-tmp.*)?|model_\d{6,}\..*\.tmp)")
+
+PathLike = str | os.PathLike[str]
+
+
+def save(
+    run: PathLike,
+    epoch: int,
+    policy: nnx.Module,
+    state: Any,
+    metadata: dict[str, Any],
+    keep: int = 3,
+) -> Path:
+    """Write a checkpoint and delete old ones; complete on return.
+
+    A checkpoint of the same epoch is replaced, by two renames: a process killed between them
+    leaves none of that epoch. Of the checkpoints up to this epoch the last
+    `keep` stay, this one included; files of other names, and checkpoints of later epochs, are
+    left alone. One process at a time writes a run's folder.
+
+    Args:
+        run: the run's folder; it is made.
+        epoch: not negative.
+        policy: what the model file is written from.
+        state: a pytree of NumPy and JAX arrays of numbers or booleans, typed PRNG keys, and
+            Python numbers. Sharded arrays are gathered, so all shards must be addressable.
+        metadata: what `json.dumps` takes; tuples come back as lists.
+        keep: how many checkpoints to keep.
+
+    Returns:
+        The path of the model file.
+
+    Raises:
+        ValueError: a bad argument, or a leaf of `state` that is no number, array or key; then
+            nothing is written.
+        TypeError: `metadata` is not JSON, or a layer of the policy has no torch counterpart.
+        ImportError: orbax is missing.
+    """
+    if epoch < 0 or keep < 1:
+        raise ValueError(f"epoch is {epoch}, at least 0; keep is {keep}, at least 1")
+    run = Path(run).absolute()
+    ocp = _orbax()
+    leaves = _named(state)
+    index = {
+        "format": _FORMAT,
+        "leaves": {name: _describe(name, leaf) for name, leaf in leaves},
+        "metadata": metadata,
+    }
+    json.dumps(index)
+    # orbax refuses arrays without elements, and there is nothing to save in one.
+    data = {str(i): array for i, (_, leaf) in enumerate(leaves) if (array := _data(leaf)).size}
+
+    run.mkdir(parents=True, exist_ok=True)
+    for path in run.iterdir():
+        if _LITTER.fullmatch(path.name):
+            _delete(path)
+    model = run / f"model_{epoch:06d}.pt"
+    try:
+        save_weights(policy, model)
+    except ImportError:
+        model = model.with_suffix(".safetensors")
+        save_weights(policy, model)
+
+    final, new = _folder(run, epoch), run / f".state_{epoch:06d}"
+    items = {"index": ocp.args.JsonSave(index)}
+    if data:
+        items["arrays"] = ocp.args.PyTreeSave(data)
+    with _checkpointer(ocp) as checkpointer:
+        checkpointer.save(new, args=ocp.args.Composite(**items))
+    if final.exists():
+        os.replace(final, new.with_suffix(".old"))
+    os.replace(new, final)
+    if new.with_suffix(".old").exists():
+        _delete(new.with_suffix(".old"))
+    _prune(run, epoch, keep)
+    return model
+
+
+def latest(run: PathLike) -> int | None:
+    """The last epoch of which the run has a complete checkpoint, or None."""
+    return max(_epochs(Path(run)), default=None)
+
+
+def restore(run: PathLike, like: Any, epoch: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Read a checkpoint's state and metadata, bit for bit.
+
+    Args:
+        run: the run's folder.
+        like: a pytree as the saved one, with the same dtypes and shapes; the values are not
+            used. An array comes back as NumPy's where `like` has NumPy's, as JAX's where it has
+            JAX's or a `jax.ShapeDtypeStruct`, on the devices of `like`'s where it is committed
+            to some. JAX's weak types come back strong.
+        epoch: which checkpoint; without one, the latest.
+
+    Returns:
+        `(state, metadata)`.
+
+    Raises:
+        FileNotFoundError: there is no such complete checkpoint.
+        ValueError: the checkpoint holds other leaves, shapes or dtypes than `like`; all are
+            named. Or another version of puffer_jax wrote it.
+        ImportError: orbax is missing.
+    """
+    run = Path(run).absolute()
+    epochs = sorted(_epochs(run))
+    if epoch not in epochs and (epoch is not None or not epochs):
+        wanted = "state_*" if epoch is None else _folder(run, epoch).name
+        raise FileNotFoundError(f"no complete checkpoint {wanted} in {run}; epochs: {epochs}")
+    folder = _folder(run, epochs[-1] if epoch is None else epoch)
+    ocp = _orbax()
+    with _checkpointer(ocp) as checkpointer:
+        index = checkpointer.restore(
+            folder, args=ocp.args.Composite(index=ocp.args.JsonRestore())
+        ).index
+        if index["format"] != _FORMAT:
+            raise ValueError(f"{folder} has format {index['format']}; this version reads {_FORMAT}")
+        leaves = dict(_named(like))
+        expected = {name: _describe(name, leaf) for name, leaf in leaves.items()}
+        problems = _mismatches(expected, index["leaves"])
+        if problems:
+            raise ValueError(f"{folder} does not fit: {'; '.join(problems)}")
+
+        # The order of leaves may be another one; names are what counts.
+        keys = {name: str(i) for i, name in enumerate(index["leaves"])}
+        full = [keys[name] for name, leaf in leaves.items() if _size(leaf)]
+        data = {}
+        if full:
+            kinds = dict.fromkeys(full, ocp.RestoreArgs(restore_type=np.ndarray))
+            data = checkpointer.restore(
+                folder,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeRestore(dict.fromkeys(full, 0), restore_args=kinds)
+                ),
+            ).arrays
+    values = [
+        _like(data[keys[name]] if keys[name] in data else _empty(leaf), leaf)
+        for name, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]
+
+
+def _orbax() -> ModuleType:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError("checkpoints need orbax: pip install orbax-checkpoint") from error
+    return ocp
+
+
+def _checkpointer(ocp: Any) -> Any:
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            arrays=ocp.PyTreeCheckpointHandler(), index=ocp.JsonCheckpointHandler()
+        )
+    )
+
+
+def _folder(run: Path, epoch: int) -> Path:
+    return run / f"state_{epoch:06d}"
+
+
+def _epochs(run: Path) -> Iterator[int]:
+    for path in run.iterdir() if run.is_dir() else ():
+        if (match := _STATE.fullmatch(path.name)) and path.is_dir():
+            yield int(match[1])
+
+
+def _prune(run: Path, epoch: int, keep: int) -> None:
+    oldest = sorted(e for e in _epochs(run) if e <= epoch)[-keep:][0]
+    for path in run.iterdir():
+        match = _STATE.fullmatch(path.name) or _MODEL.fullmatch(path.name)
+        if match and int(match[1]) < oldest:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.startswith("."):
+        # Deleting a folder takes time; half of one must not look like a checkpoint.
+        path = path.rename(path.with_name(f".{path.name}.old"))
+    shutil.rmtree(path)
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
+def _describe(name: str, leaf: Any) -> list[Any]:
+    """Dtype and shape, as the index holds them."""
+    if isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic):
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+            raise ValueError(f"{name}: {leaf} does not fit 64 bits")
+        return [f"Python {type(leaf).__name__}", []]
+    dtype, shape = getattr(leaf, "dtype", None), getattr(leaf, "shape", None)
+    number = dtype is not None and (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_)
+    if shape is None or not (number or _is_key(leaf)):
+        kind = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
+        raise ValueError(
+            f"{name} is {kind}; a state holds arrays of numbers or booleans, typed PRNG keys and "
+            "Python numbers, and text goes into the metadata"
+        )
+    return [str(dtype), list(shape)]
+
+
+def _data(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _size(leaf: Any) -> int:
+    return int(np.prod(getattr(leaf, "shape", ())))
+
+
+def _empty(leaf: Any) -> np.ndarray:
+    shaped = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return np.empty(shaped.shape, shaped.dtype)
+
+
+def _like(array: np.ndarray, leaf: Any) -> Any:
+    """Saved data as what `leaf` is."""
+    if isinstance(leaf, np.generic):
+        return array[()]
+    if isinstance(leaf, np.ndarray):
+        return array
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return type(leaf)(array.item())
+    # A copy that JAX owns, so that it can be donated.
+    value = jnp.array(array, copy=True)
+    if _is_key(leaf):
+        value = jax.random.wrap_key_data(value, impl=_implementation(leaf))
+    committed = not isinstance(leaf, jax.Array) or leaf.committed
+    sharding = leaf.sharding if committed else None
+    return value if sharding is None else jax.device_put(value, sharding)
+
+
+def _implementation(key: Any) -> Any:
+    found = []
+    # Outside a trace `key_impl` takes no ShapeDtypeStruct.
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
+
+
+def _mismatches(expected: dict[str, list[Any]], given: dict[str, list[Any]]) -> list[str]:
+    def show(description: list[Any]) -> str:
+        dtype, shape = description
+        return dtype if dtype.startswith("Python") else f"{dtype}{tuple(shape)}"
+
+    lines = {
+        "missing in the checkpoint": [
+            f"{name} {show(what)}" for name, what in expected.items() if name not in given
+        ],
+        "only in the checkpoint": [
+            f"{name} {show(what)}" for name, what in given.items() if name not in expected
+        ],
+        "different": [
+            f"{name} is {show(given[name])} in the checkpoint, not {show(what)}"
+            for name, what in expected.items()
+            if name in given and given[name] != what
+        ],
+    }
+    return [f"{kind}: {', '.join(names)}" for kind, names in lines.items() if names]

@@ -1,0 +1,217 @@
+"""Where the numbers of a run go: nowhere, a file, TensorBoard, Weights & Biases, or several.
+
+A logger is anything with the three members of `Logger`; none of those here is required. The
+trainer keeps the checkpoints of a run in the folder `data_dir/run_id`.
+"""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+PathLike = str | os.PathLike[str]
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """What the trainer needs of a logger.
+
+    An error in `log` ends the training: numbers that are not written are noticed at once.
+
+    Attributes:
+        run_id: the run's name, safe as the name of a folder.
+    """
+
+    run_id: str
+
+    def log(self, logs: Mapping[str, Any], step: int) -> None:
+        """Record `logs`, numbers by name, at agent step `step`."""
+        ...
+
+    def close(self, model_path: PathLike | None) -> None:
+        """Finish the run; `model_path` is the final model, if there is one."""
+        ...
+
+
+def new_run_id() -> str:
+    """A new name for a run, such as 20261121-074301-123-9f0c2a.
+
+    UTC time, so that names sort by age, and random digits, so that runs started together differ.
+    """
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(3)}"
+
+
+def _folder_name(folder: Path, run_id: str | None) -> str:
+    """A run whose log is in its own folder is called like it."""
+    return run_id or folder.resolve().name or new_run_id()
+
+
+class NoLogger:
+    """Records nothing, but gives the run a name.
+
+    Args:
+        run_id: the run's name; without one, a new one.
+    """
+
+    def __init__(self, run_id: str | None = None):
+        self.run_id = run_id or new_run_id()
+
+    def log(self, logs: Mapping[str, Any], step: int) -> None:
+        """Do nothing."""
+
+    def close(self, model_path: PathLike | None) -> None:
+        """Do nothing."""
+
+
+class JSONLLogger:
+    """Appends one strict JSON object a line: {"step": ..., "agent_steps": ..., ...}.
+
+    Every line is handed to the operating system at once, so killing the process loses none; the
+    half line of a predecessor that was killed is removed. NaN and infinity become null.
+
+    Args:
+        path: the file; its folder is made. `puffer_jax.plot` reads `data_dir/run_id/log.jsonl`.
+        run_id: the run's name; without one, the name of the file's folder.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: PathLike, run_id: str | None = None):
+        self.path = Path(path)
+        self.run_id = _folder_name(self.path.parent, run_id)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def log(self, logs: Mapping[str, Any], step: int) -> None:
+        """Append a line.
+
+        Raises:
+            TypeError: a value is no number, string or None.
+            ValueError: the logger was closed.
+        """
+        record = {"step": int(step)} | {name: _strict(value) for name, value in logs.items()}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self, model_path: PathLike | None) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _strict(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoardLogger:
+    """Writes scalars for TensorBoard, through tensorboardX (which needs neither torch nor TF).
+
+    Args:
+        folder: where the event file goes; it is made.
+        run_id: the run's name; without one, the name of the folder.
+
+    Raises:
+        ImportError: tensorboardX is missing.
+    """
+
+    def __init__(self, folder: PathLike, run_id: str | None = None):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoardLogger needs: pip install tensorboardX") from error
+        self.run_id = _folder_name(Path(folder), run_id)
+        # Its own thread writes; what a killed process loses is the last second or two.
+        self._writer = SummaryWriter(str(folder), flush_secs=1)
+
+    def log(self, logs: Mapping[str, Any], step: int) -> None:
+        """Write one scalar a name."""
+        for name, value in logs.items():
+            self._writer.add_scalar(name, float(value), int(step))
+
+    def close(self, model_path: PathLike | None) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """Logs to Weights & Biases; with WANDB_MODE=offline to files, to be synced later.
+
+    Args:
+        project: the project's name.
+        **init: further arguments of `wandb.init`, such as config, group, tags, dir. `id` is the
+            run's name; without one, a new one.
+
+    Raises:
+        ImportError: wandb is missing.
+    """
+
+    def __init__(self, project: str, **init: Any):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("WandbLogger needs: pip install wandb") from error
+        self._wandb: Any = wandb
+        options: dict[str, Any] = {"id": new_run_id(), "resume": "allow"} | init
+        self._run: Any = wandb.init(project=project, **options)
+        self.run_id: str = self._run.id
+
+    def log(self, logs: Mapping[str, Any], step: int) -> None:
+        """Log one row."""
+        self._run.log(dict(logs), step=int(step))
+
+    def close(self, model_path: PathLike | None) -> None:
+        """Upload the model as an artifact, as the reference does, and finish the run."""
+        try:
+            if model_path is not None:
+                artifact = self._wandb.Artifact(self.run_id, type="model")
+                artifact.add_file(str(model_path))
+                self._run.log_artifact(artifact)
+        finally:
+            self._run.finish()
+
+
+class MultiLogger:
+    """Several loggers as one; the run is called as the first one calls it.
+
+    Args:
+        loggers: at least one.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, loggers: Sequence[Logger]):
+        if not loggers:
+            raise ValueError("MultiLogger needs at least one logger; NoLogger records nothing")
+        self.loggers = list(loggers)
+        self.run_id = self.loggers[0].run_id
+
+    def log(self, logs: Mapping[str, Any], step: int) -> None:
+        """Log to each, in order."""
+        for logger in self.loggers:
+            logger.log(logs, step)
+
+    def close(self, model_path: PathLike | None) -> None:
+        """Close each, whatever the others do.
+
+        Raises:
+            Exception: what one logger raised, or an ExceptionGroup of what several did.
+        """
+        errors = []
+        for logger in self.loggers:
+            try:
+                logger.close(model_path)
+            except Exception as error:
+                errors.append(error)
+        if len(errors) > 1:
+            raise ExceptionGroup("loggers failed to close", errors)
+        if errors:
+            raise errors[0]
