@@ -16,7 +16,8 @@ import tyro
 from flax import nnx
 
 import puffer_jax
-from puffer_jax.parity import compare, reference_policy
+from puffer_jax.parity.comparison import compare
+from puffer_jax.parity.reference import reference_policy
 from puffer_jax.run.plot import plot_runs
 
 

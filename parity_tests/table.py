@@ -13,7 +13,7 @@ from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import puffer_jax
-from puffer_jax.parity import compare
+from puffer_jax.parity.comparison import compare
 
 BATCH, TIME = 32, 8
 HEADER = "| policy | forward | gradient | eval step | init | export |"

@@ -17,13 +17,14 @@ from bars import stub_env
 from flax import nnx
 
 import puffer_jax
-from puffer_jax import parity
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.nn.images import flatten_channels_first
 from puffer_jax.nn.lstm import LSTM
 from puffer_jax.nn.torch_layout import torch_parameters
-from puffer_jax.parity import compare, reference_policy
-from puffer_jax.report import BARS, MAX_RATIO, PRECISIONS, Errors, Report, Row
+from puffer_jax.parity import comparison
+from puffer_jax.parity.comparison import compare
+from puffer_jax.parity.reference import reference_policy
+from puffer_jax.parity.report import BARS, MAX_RATIO, PRECISIONS, Errors, Report, Row
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -492,12 +493,12 @@ def test_importing_needs_no_torch_and_comparing_says_how_to_get_it():
 def test_errors_by_hand():
     there = np.array([1.0, -4.0, 0.0])
     here = np.array([1.0 + 2**-52, -4.0, 2**-60])
-    errors = parity._errors(here, there, np.dtype(np.float64))
+    errors = comparison._errors(here, there, np.dtype(np.float64))
     # Zero counts as one unit of the last place of 4, which is 2**-50.
     assert errors == Errors(2**-52, 2**-54, 2**-60 / 2**-102)
-    assert parity._errors(there, there, np.dtype(np.float32)) == Errors(0.0, 0.0, 0.0)
+    assert comparison._errors(there, there, np.dtype(np.float32)) == Errors(0.0, 0.0, 0.0)
     one = np.float32([1, 2])
-    assert parity._errors(np.nextafter(one, 3), one, np.dtype(np.float32)).ulp == 1
+    assert comparison._errors(np.nextafter(one, 3), one, np.dtype(np.float32)).ulp == 1
 
 
 @pytest.mark.parametrize(
@@ -513,7 +514,7 @@ def test_errors_by_hand():
     ],
 )
 def test_errors_of_numbers_that_are_none(here, there, expected):
-    errors = parity._errors(np.float64(here), np.float64(there), np.dtype(np.float64))
+    errors = comparison._errors(np.float64(here), np.float64(there), np.dtype(np.float64))
     assert errors.relative == expected
 
 

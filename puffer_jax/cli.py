@@ -67,7 +67,8 @@ class Check(_PolicyOptions):
 
     def run(self) -> int:
         """Compare, print, and return the exit code."""
-        from puffer_jax.parity import compare, reference_env, reference_policy
+        from puffer_jax.parity.comparison import compare
+        from puffer_jax.parity.reference import reference_env, reference_policy
 
         if min(self.batch, self.time) < 1:
             raise ValueError(f"batch is {self.batch} and time {self.time}; both must be positive")

@@ -1,0 +1,14 @@
+"""Prove that a torch policy and its JAX port compute one function, or show where they part.
+
+    report = compare(torch_policy, jax_policy, observations)
+    print(report)
+    report.assert_close()
+
+Both run in float64 and in float32. In float64 only another formula makes a visible difference;
+in float32 torch's own rounding error, known from its float64 result, is the yardstick for ours.
+"""
+
+from puffer_jax.parity.comparison import compare as compare
+from puffer_jax.parity.reference import reference_env as reference_env
+from puffer_jax.parity.reference import reference_policy as reference_policy
+from puffer_jax.parity.report import Report as Report

@@ -1,0 +1,200 @@
+"""Prove that a torch policy and its JAX port compute one function, or show where they part.
+
+    report = compare(torch_policy, jax_policy, observations)
+    print(report)
+    report.assert_close()
+
+Both run in float64 and in float32. In float64 only another formula makes a visible difference;
+in float32 torch's own rounding error, known from its float64 result, is the yardstick for ours.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from puffer_jax.nn.torch_layout import torch_aliases
+from puffer_jax.parity.jax_side import _run_jax
+from puffer_jax.parity.report import PRECISIONS, Errors, Kind, Report, Row
+from puffer_jax.parity.shared import Arrays, _Inputs, _Run
+from puffer_jax.parity.torch_side import _import_torch, _run_torch
+from puffer_jax.weights.state_dicts import state_dict
+
+
+def compare(
+    torch_policy: Any,
+    jax_policy: nnx.Module,
+    observations: Any,
+    state: Mapping[str, Any] | None = None,
+    done: Any = None,
+    *,
+    seed: int = 0,
+) -> Report:
+    """Run both policies, forward and backward, and measure how far they are apart.
+
+    Compared are the training call, `forward_eval` where both have it, the gradients of a
+    random linear loss over logits and values w.r.t. every parameter, and the output of every
+    layer, in float64 and float32. The policies themselves are left as they are.
+
+    Works on any `torch.nn.Module` and any `nnx.Module` whose parameters carry the same names
+    (see `puffer_jax.modules`), with `forward` or with `encode_observations` and
+    `decode_actions`. Casts to float32 inside the torch policy become casts to float64 for the
+    float64 run; of ours the attributes `dtype` and `param_dtype` are set.
+
+    Args:
+        torch_policy: the original.
+        jax_policy: the port. With `initial_state` it is recurrent, and `torch_policy` is
+            called as PufferLib's LSTMWrapper is, with a state dict it writes into.
+        observations: an array, or a dict or tuple of arrays, (batch, *obs). For recurrent
+            policies (batch, time, *obs), or (batch, *obs) if `torch_policy.obs_shape` says so;
+            `forward_eval` gets the first step.
+        state: {"lstm_h", "lstm_c"} (batch, hidden) of a recurrent policy; None is zero.
+        done: (batch, time), where an episode begins. PufferLib cannot reset within a segment,
+            so the torch side then runs step by step.
+        seed: of the loss.
+
+    Raises:
+        ImportError: torch is missing.
+        TypeError: a layer of `jax_policy` has no torch counterpart.
+        Exception: whatever a policy raises, with a note saying which one and in what precision.
+    """
+    _import_torch()
+    recurrent = hasattr(jax_policy, "initial_state")
+    evaluate = hasattr(jax_policy, "forward_eval") and hasattr(torch_policy, "forward_eval")
+    observations = jax.tree.map(np.asarray, observations)
+    obs_shape = getattr(torch_policy, "obs_shape", None)
+    if recurrent and obs_shape is not None and np.ndim(observations) == len(obs_shape) + 1:
+        observations = observations[:, None]
+    if state is not None:
+        state = {name: np.asarray(state[name]) for name in ("lstm_h", "lstm_c")}
+    done = None if done is None else np.asarray(done, bool)
+    inputs = _Inputs(observations, state, done, recurrent, evaluate, seed)
+
+    weights_differ = tuple(_differing_weights(torch_policy, jax_policy))
+    theirs, ours = [], []
+    for precision in PRECISIONS:
+        with _saying(f"raised by the torch policy in {precision}"):
+            theirs.append(_run_torch(torch_policy, inputs, precision))
+        with _saying(f"raised by the JAX policy in {precision}"):
+            ours.append(_run_jax(jax_policy, inputs, precision))
+
+    # LSTMWrapper's cell does step by step what its lstm does for whole segments.
+    aliases = torch_aliases(jax_policy).items()
+    tied = {alias.rpartition(".")[0]: name.rpartition(".")[0] for alias, name in aliases}
+    theirs = [
+        run._replace(layers={tied.get(name, name): each for name, each in run.layers.items()})
+        for run in theirs
+    ]
+    rows = (
+        *_rows("output", [run.outputs for run in theirs], [run.outputs for run in ours]),
+        *_rows("gradient", [run.gradients for run in theirs], [run.gradients for run in ours]),
+        *_rows("layer", [_calls(run) for run in theirs], [_calls(run) for run in ours]),
+    )
+    here, there = _calls(ours[0]).keys(), _calls(theirs[0]).keys()
+    not_compared = [f"{name} (torch only)" for name in there if name not in here]
+    not_compared += [f"{name} (JAX only)" for name in here if name not in there]
+    return Report(rows, weights_differ, tuple(not_compared))
+
+
+@contextmanager
+def _saying(note: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
+
+
+def _differing_weights(torch_policy: Any, jax_policy: nnx.Module) -> Iterator[str]:
+    ours = state_dict(jax_policy)
+    for name, parameter in torch_policy.named_parameters():
+        tensor = parameter.detach().cpu().double().numpy()
+        if name not in ours:
+            yield f"{name} (missing in JAX)"
+        elif tensor.shape != ours[name].shape:
+            yield f"{name} ({tensor.shape} in torch, {ours[name].shape} in JAX)"
+        elif not np.array_equal(tensor, ours[name].astype(np.float64), equal_nan=True):
+            yield name
+    # Torch lists tied parameters once, ours may be tied where torch has no second name.
+    known = dict(torch_policy.named_parameters(remove_duplicate=False)) | torch_aliases(jax_policy)
+    yield from (f"{name} (missing in torch)" for name in ours if name not in known)
+
+
+def _calls(run: _Run) -> Arrays:
+    return {
+        f"{name} (call {i + 1})" if i else name: array
+        for name, calls in run.layers.items()
+        for i, array in enumerate(calls)
+    }
+
+
+def _rows(kind: Kind, theirs: list[Arrays], ours: list[Arrays]) -> Iterator[Row]:
+    for name in theirs[0] | ours[0]:
+        there = [arrays[name] for arrays in theirs if name in arrays]
+        here = [arrays[name] for arrays in ours if name in arrays]
+        if there and here:
+            views = _layer_views(here, there[0].shape) if kind == "layer" else [here]
+            rows = [_row(name, kind, there, view) for view in views]
+            yield min(rows, key=lambda row: row.float64.relative)
+        elif kind == "output":
+            problem = f"missing in {'JAX' if there else 'torch'}"
+            yield _failed(name, kind, (there or here)[0].shape, problem)
+
+
+def _layer_views(here: list[np.ndarray], shape: tuple[int, ...]) -> Iterator[list[np.ndarray]]:
+    """As it is, with channels first as torch has them, and with time folded into the batch."""
+    yield here
+    if here[0].ndim >= 3:
+        yield [np.moveaxis(array, -1, 1) for array in here]
+    if here[0].size == math.prod(shape):
+        yield [array.reshape(shape) for array in here]
+
+
+def _row(name: str, kind: Kind, theirs: list[np.ndarray], ours: list[np.ndarray]) -> Row:
+    shape = theirs[0].shape
+    if ours[0].shape != shape:
+        return _failed(name, kind, shape, f"shape {ours[0].shape}, torch has {shape}")
+    exact = theirs[0]
+    return Row(
+        name,
+        kind,
+        shape,
+        _errors(ours[0], exact, np.dtype(np.float64)),
+        _errors(ours[1], theirs[1], np.dtype(np.float32)),
+        _mean_square(theirs[1], exact),
+        _mean_square(ours[1], exact),
+    )
+
+
+def _failed(name: str, kind: Kind, shape: tuple[int, ...], problem: str) -> Row:
+    infinite = Errors(math.inf, math.inf, math.inf)
+    return Row(name, kind, shape, infinite, infinite, 0.0, math.inf, problem)
+
+
+def _difference(array: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, float]:
+    """Elementwise, infinite where only one side is a number; and the reference's magnitude."""
+    array, reference = array.astype(np.float64), reference.astype(np.float64)
+    equal = (array == reference) | (np.isnan(array) & np.isnan(reference))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(equal, 0.0, np.abs(array - reference))
+    magnitude = np.max(np.abs(reference), where=np.isfinite(reference), initial=0.0)
+    return np.where(np.isnan(difference), np.inf, difference), float(magnitude) or 1.0
+
+
+def _errors(array: np.ndarray, reference: np.ndarray, dtype: np.dtype) -> Errors:
+    difference, magnitude = _difference(array, reference)
+    finite = np.abs(np.where(np.isfinite(reference), reference, 0)).astype(dtype)
+    negligible = dtype.type(magnitude * np.finfo(dtype).eps)
+    spacing = np.spacing(np.maximum(finite, max(negligible, np.finfo(dtype).tiny)))
+    ulp = difference / spacing.astype(np.float64)
+    largest = float(difference.max(initial=0.0))
+    return Errors(largest, largest / magnitude, float(ulp.max(initial=0.0)))
+
+
+def _mean_square(array: np.ndarray, reference: np.ndarray) -> float:
+    difference, magnitude = _difference(array, reference)
+    return float(np.sqrt(np.mean(np.square(difference / magnitude)))) if difference.size else 0.0

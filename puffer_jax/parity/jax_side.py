@@ -1,0 +1,129 @@
+"""Our side of a comparison."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend.core import get_opaque_trace_state
+
+from puffer_jax.nn.images import Deferred
+from puffer_jax.nn.lstm import LSTM
+from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.torch_layout import torch_modules
+from puffer_jax.parity.shared import (
+    _cast_floats,
+    _decode_encoded,
+    _first_step,
+    _Inputs,
+    _loss_weights,
+    _named,
+    _outputs,
+    _Run,
+)
+from puffer_jax.weights.state_dicts import state_dict
+
+
+def _run_jax(policy: nnx.Module, inputs: _Inputs, precision: str) -> _Run:
+    graphdef, params = split(policy)
+    dtype = jnp.dtype(precision)
+
+    def build(params: Any) -> Any:
+        module = merge(graphdef, params)
+        _set_dtypes(module, dtype)
+        return module
+
+    def loss(params: Any, observations: Any, state: Any, done: Any) -> tuple[Any, Any]:
+        module = build(params)
+        layers = _record_jax(module)
+        if inputs.recurrent:
+            outputs = _outputs(module.forward(observations, state, done))
+        else:
+            call = module if callable(module) else _decode_encoded(module)
+            outputs = _outputs(getattr(module, "forward", call)(observations))
+        weights = _loss_weights(outputs, inputs.seed)
+        total = sum(jnp.sum(w.astype(dtype) * outputs[name]) for name, w in weights.items())
+        return total, (outputs, layers)
+
+    @jax.jit
+    def run(params: Any, observations: Any, state: Any, done: Any) -> tuple[Any, Any, Any]:
+        gradients, (outputs, layers) = jax.grad(loss, has_aux=True)(
+            params, observations, state, done
+        )
+        if inputs.evaluate:
+            if inputs.recurrent:
+                result = build(params).forward_eval(_first_step(observations), state)
+            else:
+                result = build(params).forward_eval(observations)
+            outputs |= _named({"eval": _outputs(result)})
+        return gradients, outputs, layers
+
+    with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
+        cast = _cast_floats((params, inputs.observations, inputs.state), dtype)
+        gradients, outputs, layers = jax.device_get(run(*cast, inputs.done))
+    return _Run(outputs, state_dict(merge(graphdef, gradients)), layers)
+
+
+def _set_dtypes(module: Any, dtype: Any) -> None:
+    for _, submodule in nnx.iter_modules(module):
+        for name in ("dtype", "param_dtype"):
+            current = vars(submodule).get(name)
+            if isinstance(current, str | type | np.dtype) and jnp.issubdtype(current, jnp.floating):
+                vars(submodule)[name] = dtype
+
+
+def _record_jax(module: Any) -> dict[str, list[Any]]:
+    """Have every layer append its outputs, and every plain function in a Sequential."""
+    calls: dict[str, list[Any]] = {}
+    outside = get_opaque_trace_state(convention="nnx")
+
+    def recorder(name: str) -> Callable[[Any], None]:
+        def record(output: Any) -> None:
+            array = output[0] if isinstance(output, tuple) else output
+            # What is computed inside a scan or vmap has no single value out here.
+            if isinstance(array, jax.Array) and get_opaque_trace_state("nnx") == outside:
+                calls.setdefault(name, []).append(array)
+
+        return record
+
+    for prefix, layer in torch_modules(module):
+        if isinstance(layer, nnx.Sequential):
+            for i, function in enumerate(layer.layers):
+                if not isinstance(function, nnx.Module):
+                    layer.layers[i] = _recording(function, recorder(f"{prefix}{i}"))
+        if prefix and isinstance(layer, nnx.Module):
+            object.__setattr__(layer, "__class__", _recording_class(type(layer)))
+            vars(layer)["_record"] = recorder(prefix.removesuffix("."))
+    return calls
+
+
+def _recording(function: Callable[..., Any], record: Callable[[Any], None]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        record(function.function(output) if isinstance(function, Deferred) else output)
+        return output
+
+    return call
+
+
+@functools.cache
+def _recording_class(cls: type) -> type:
+    """A subclass whose instances hand every output to their `_record`."""
+
+    def recording(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = method(self, *args, **kwargs)
+            self._record(output)
+            return output
+
+        return call
+
+    methods = {}
+    if any("__call__" in vars(base) for base in cls.__mro__):
+        methods["__call__"] = recording(cls.__call__)
+    if issubclass(cls, LSTM):
+        methods |= {"step": recording(cls.step), "scan": recording(cls.scan)}
+    return type(cls.__name__, (cls,), methods)

@@ -1,0 +1,174 @@
+"""The torch side of a comparison."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+
+from puffer_jax.parity.shared import (
+    Arrays,
+    _cast_floats,
+    _decode_encoded,
+    _first_step,
+    _Inputs,
+    _loss_weights,
+    _named,
+    _outputs,
+    _Run,
+)
+
+_INSTALL_TORCH = "pip install 'torch>=2.10'"
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"comparing with torch needs torch: {_INSTALL_TORCH}") from error
+    return torch
+
+
+def _run_torch(policy: Any, inputs: _Inputs, precision: str) -> _Run:
+    torch = _import_torch()
+    dtype = getattr(torch, precision)
+    policy = copy.deepcopy(policy).to(dtype)
+    parameters = {name: p.requires_grad_(True) for name, p in policy.named_parameters()}
+    device = next((p.device for p in parameters.values()), "cpu")
+
+    def tensors(tree: Any) -> Any:
+        return jax.tree.map(lambda x: torch.from_numpy(np.array(x)).to(device), tree)
+
+    def arrays(tensors: Mapping[str, Any]) -> Arrays:
+        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+    observations = inputs.observations
+    # What an emulated environment packs are bytes, even where they are called float32.
+    if not any(getattr(module, "is_dict_obs", False) for module in policy.modules()):
+        observations = _cast_floats(observations, precision)
+    observations, done = tensors(observations), tensors(inputs.done)
+    state = tensors(_cast_floats(inputs.state, precision))
+    state = state or {"lstm_h": None, "lstm_c": None}
+    with _torch_computing_in(dtype):
+        calls = _record_torch(policy)
+        if not inputs.recurrent:
+            own_forward = type(policy).forward is not torch.nn.Module.forward
+            outputs = _outputs((policy if own_forward else _decode_encoded(policy))(observations))
+        elif done is None:
+            outputs = _torch_segment(policy, observations, state)
+        else:
+            outputs = _torch_steps(policy, observations, state, done)
+            calls = {name: _fold_steps(each, done.shape[1]) for name, each in calls.items()}
+        weights = tensors(_cast_floats(_loss_weights(outputs, inputs.seed), precision))
+        loss = sum((weight * outputs[name]).sum() for name, weight in weights.items())
+        gradients = torch.autograd.grad(
+            loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        layers = {name: list(each) for name, each in calls.items()}
+        if inputs.evaluate:
+            if inputs.recurrent:
+                result = (*policy.forward_eval(_first_step(observations), state), state)
+            else:
+                result = policy.forward_eval(observations)
+            outputs |= _named({"eval": _outputs(result)})
+    return _Run(arrays(outputs), arrays(dict(zip(parameters, gradients, strict=True))), layers)
+
+
+def _torch_segment(policy: Any, observations: Any, state: dict[str, Any]) -> dict[str, Any]:
+    state = {name: None if x is None else x[None] for name, x in state.items()}
+    logits, values = policy(observations, state)
+    state |= {name: state[name][0] for name in ("lstm_h", "lstm_c")}
+    return _outputs((logits, values, state))
+
+
+def _torch_steps(
+    policy: Any, observations: Any, state: dict[str, Any], done: Any
+) -> dict[str, Any]:
+    steps = []
+    state = dict(state)
+    for t in range(done.shape[1]):
+        going_on = ~done[:, t, None]
+        for name in ("lstm_h", "lstm_c"):
+            state[name] = None if state[name] is None else state[name] * going_on
+        logits, values = policy.forward_eval(jax.tree.map(lambda x: x[:, t], observations), state)  # noqa: B023
+        steps.append(_named({"logits": logits, "values": values, "state.hidden": state["hidden"]}))
+    stack = _import_torch().stack
+    outputs = {name: stack([step[name] for step in steps], 1) for name in steps[0]}
+    for name, output in outputs.items():
+        if name.startswith("logits"):
+            outputs[name] = output.flatten(0, 1)
+    outputs["values"] = outputs["values"].flatten(1)
+    return outputs | {f"state.{name}": state[name] for name in ("lstm_h", "lstm_c")}
+
+
+def _fold_steps(calls: list[np.ndarray], steps: int) -> list[np.ndarray]:
+    """The calls of all steps as the calls that a whole segment would have made."""
+    each = len(calls) // steps
+    stacked = [np.stack(calls[i::each], axis=1) for i in range(each)]
+    return [array.reshape(-1, *array.shape[2:]) for array in stacked]
+
+
+@contextmanager
+def _torch_computing_in(dtype: Any) -> Iterator[None]:
+    """Torch computes in `dtype` at full precision, whatever the code inside casts to."""
+    torch = _import_torch()
+
+    class EverythingDouble(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.Tensor.float:
+                func = torch.Tensor.double
+            # `view(torch.float32)` reinterprets bytes, which stay what they are.
+            elif func is not torch.Tensor.view:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
+            return func(*args, **kwargs)
+
+    default = torch.get_default_dtype()
+    matmul = torch.get_float32_matmul_precision()
+    convolution = torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        mode = EverythingDouble() if dtype == torch.float64 else nullcontext()
+        with warnings.catch_warnings(), torch.enable_grad(), mode:
+            # torch deprecates _check_is_size, which PufferLib's nativize_tensor calls.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def _record_torch(policy: Any) -> dict[str, list[np.ndarray]]:
+    """Have every layer append its outputs; the names come in the order the layers finish."""
+    torch = _import_torch()
+    calls: dict[str, list[np.ndarray]] = {}
+
+    def recording(name: str, module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        time_first = isinstance(module, torch.nn.RNNBase) and not module.batch_first
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            array = output[0] if isinstance(output, tuple) else output
+            if isinstance(array, torch.Tensor):
+                if time_first and array.ndim == 3:
+                    array = array.transpose(0, 1)
+                # A copy, since an in-place activation may follow.
+                calls.setdefault(name, []).append(np.array(array.detach().cpu().numpy()))
+            return output
+
+        return call
+
+    for name, module in policy.named_modules():
+        if name:
+            # No forward hook: LSTMWrapper calls `self.lstm.forward`, which passes hooks by.
+            module.forward = recording(name, module, module.forward)
+    return calls
