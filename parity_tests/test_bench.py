@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from puffer_jax.bench import command, report, torch_side
 from puffer_jax.bench.rows import Row, network_flops, observations, rows
 from puffer_jax.bench.worker import Failed, Worker, difference
-from puffer_jax.cli import main
+from puffer_jax.cli.command import main
 
 BOTH = {"ours": {}, "torch": {}}
 ADVANTAGE = Row("advantage", "a few", "advantage", BOTH, {"segments": 8, "horizon": 4}, flops=1e3)

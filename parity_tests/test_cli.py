@@ -16,8 +16,8 @@ from bars import stub_env
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 import puffer_jax
-from puffer_jax import cli
-from puffer_jax.cli import main
+from puffer_jax.cli import check
+from puffer_jax.cli.command import main
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -98,7 +98,7 @@ def test_any_image_that_fits_the_convolutions_will_do(save, channels_last, downs
     options = {"channels_last": channels_last, "downsample": downsample}
     env = stub_env(None, Discrete(3))
     path = save(reference.Convolutional(env, **sizes, **options))
-    shape = cli._image_shape(puffer_jax.policy_from_checkpoint(path, **options))
+    shape = check._image_shape(puffer_jax.policy_from_checkpoint(path, **options))
     # The constructor refuses an image that does not fit.
     puffer_jax.policy_from_checkpoint(path, image_shape=shape, **options)
     images = torch.zeros(1, *shape)

@@ -16,8 +16,11 @@ from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image
 
 import puffer_jax
-from puffer_jax import commands, environments
-from puffer_jax.cli import main
+from puffer_jax import environments
+from puffer_jax.cli import envs as cli_envs
+from puffer_jax.cli import options as cli_options
+from puffer_jax.cli import train
+from puffer_jax.cli.command import main
 from puffer_jax.run import loggers, trainer
 
 SMALL = ["--train.bptt-horizon", "8", "--policy.hidden-size", "8", "--train.no-anneal-lr"]
@@ -99,7 +102,7 @@ def host_run(tmp_path_factory):
 def options(monkeypatch):
     """What the command line comes to, without training."""
     seen = []
-    monkeypatch.setattr(commands.Train, "run", lambda self: seen.append(self) or 0)
+    monkeypatch.setattr(train.Train, "run", lambda self: seen.append(self) or 0)
 
     def options(*argv):
         assert main(["train", *argv]) == 0
@@ -196,11 +199,11 @@ def test_what_else_a_pufferlib_file_says(tmp_path, options):
     )
     read = options("--config", str(path))
     assert (read.env, read.rnn) == ("gymnax:CartPole-v1", True)
-    expected = commands.VecOptions(
+    expected = cli_options.VecOptions(
         num_envs=6, mode="puffer", backend="Multiprocessing", num_workers="auto", batch_size="auto"
     )
     assert read.vec == expected
-    expected = commands.PolicyOptions(name="ProcgenResnet", hidden_size=32, cnn_width=4)
+    expected = cli_options.PolicyOptions(name="ProcgenResnet", hidden_size=32, cnn_width=4)
     assert read.policy == expected
     path.write_text("[base]\nenv_name = one two\n")
     assert options("--config", str(path)).env is None
@@ -226,9 +229,9 @@ def test_the_policy_fits_the_observations(number):
     space, given, expected = POLICIES[number]
     rnn = number % 2 == 0
     channels_last = {"channels_last": True} if space.shape == (60, 48, 3) else {}
-    options = commands.PolicyOptions(**given, **channels_last)
+    options = cli_options.PolicyOptions(**given, **channels_last)
     env = stub_env(space, Discrete(3))
-    policy = nnx.eval_shape(lambda: commands.make_policy(env, options, rnn))
+    policy = nnx.eval_shape(lambda: cli_envs.make_policy(env, options, rnn))
     if rnn:
         assert (policy.input_size, policy.hidden_size) == (expected[1], expected[1])
         policy = policy.policy
@@ -241,8 +244,8 @@ def test_the_policy_fits_the_observations(number):
 
 def test_images_with_other_actions_get_a_default_policy_and_bfloat16_its_dtype():
     env = stub_env(FRAMES, Box(-1, 1, (2,)))
-    options = commands.PolicyOptions(hidden_size=8)
-    make = lambda: commands.make_policy(env, options, True, "bfloat16")  # noqa: E731
+    options = cli_options.PolicyOptions(hidden_size=8)
+    make = lambda: cli_envs.make_policy(env, options, True, "bfloat16")  # noqa: E731
     policy = nnx.eval_shape(make)
     assert type(policy.policy) is puffer_jax.Default
     assert np.dtype(policy.policy.dtype) == np.dtype(policy.lstm.dtype) == "bfloat16"
@@ -250,8 +253,8 @@ def test_images_with_other_actions_get_a_default_policy_and_bfloat16_its_dtype()
 
 def test_ways_to_vectorise(monkeypatch):
     def make(mode, **options):
-        vec = commands.VecOptions(num_envs=3, mode=mode, **options)
-        envs, single, count = commands._make_envs("CartPole-v1", vec, {"max_episode_steps": 9})
+        vec = cli_options.VecOptions(num_envs=3, mode=mode, **options)
+        envs, single, count = cli_envs._make_envs("CartPole-v1", vec, {"max_episode_steps": 9})
         assert count is None
         envs.close()
         return envs, single
@@ -287,11 +290,11 @@ def test_ways_to_vectorise(monkeypatch):
 
 
 def test_native_environments_by_name():
-    vec = commands.VecOptions(num_envs=5)
-    env, single, count = commands._make_envs("squared", vec, {"distance": 2})
+    vec = cli_options.VecOptions(num_envs=5)
+    env, single, count = cli_envs._make_envs("squared", vec, {"distance": 2})
     assert env is single and count == 5
     assert env.unwrapped == environments.make("squared", distance=2)
-    env, _, count = commands._make_envs("gymnax:CartPole-v1", commands.VecOptions(), {})
+    env, _, count = cli_envs._make_envs("gymnax:CartPole-v1", cli_options.VecOptions(), {})
     assert (env.observation_space.shape, count) == ((4,), None)
 
 
@@ -598,7 +601,7 @@ def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
 
 def test_every_logger_is_made(tmp_path, options):
     settings = options("--env", "x", "--log", "tensorboard", "jsonl")
-    logger = commands._logger(settings, tmp_path / "r")
+    logger = train._logger(settings, tmp_path / "r")
     assert [type(part) for part in logger.loggers] == [
         loggers.TensorBoardLogger,
         loggers.JSONLLogger,

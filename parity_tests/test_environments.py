@@ -15,8 +15,11 @@ from gymnasium.spaces import Box, Discrete
 from PIL import Image
 
 import puffer_jax
-from puffer_jax import commands, environments, vector
-from puffer_jax.cli import main
+from puffer_jax import environments, vector
+from puffer_jax.cli import envs as cli_envs
+from puffer_jax.cli import eval
+from puffer_jax.cli import options as cli_options
+from puffer_jax.cli.command import main
 from puffer_jax.environments import emulation
 
 FAMILIES = {
@@ -226,8 +229,8 @@ def test_the_policy_of_each_family(name, arguments, expected):
 
 def test_commands_vectorise_them():
     def make(name, arguments=(), **options):
-        vec = commands.VecOptions(num_envs=2, **options)
-        envs, single, count = commands._make_envs(name, vec, dict(arguments))
+        vec = cli_options.VecOptions(num_envs=2, **options)
+        envs, single, count = cli_envs._make_envs(name, vec, dict(arguments))
         assert count is None and single is envs.driver_env
         envs.close()
         return envs
@@ -250,12 +253,12 @@ def test_commands_vectorise_them():
         make("ALE/Pon-v5")
     with pytest.raises(TypeError, match=r"^ALE/Pong-v5: no such argument: fram"):
         make("ALE/Pong-v5", {"fram": 1})
-    game = commands._make_game("ALE/Pong-v5", {"framestack": 1}, "gif", 0)
+    game = eval._make_game("ALE/Pong-v5", {"framestack": 1}, "gif", 0)
     assert game.reset().shape == (1, 84, 84) and game.render().shape == (210, 160, 3)
     assert game.step(np.array(0))[1:] == (0.0, False)
     game.close()
     with pytest.raises(ValueError, match="rps_v2 has several agents"):
-        commands._make_game("pettingzoo:classic/rps_v2", {}, None, 0)
+        eval._make_game("pettingzoo:classic/rps_v2", {}, None, 0)
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,21 +1,18 @@
-"""The `puffer-jax` command: train and play policies, check and convert checkpoints, measure."""
+"""`puffer-jax check`."""
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import tyro
 
 from puffer_jax import policies
 from puffer_jax.base.spaces import emulated_dtypes, kind_of
-from puffer_jax.bench.command import Bench
-from puffer_jax.commands import Eval, Plot, Train, train_defaults
-from puffer_jax.weights.files import policy_from_checkpoint, save_weights
+from puffer_jax.weights.files import policy_from_checkpoint
 from puffer_jax.weights.state_dicts import state_dict
 
 
@@ -95,25 +92,6 @@ class Check(_PolicyOptions):
         if self.plot is not None:
             report.plot(self.plot)
         return 1 if report.failures else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert(_PolicyOptions):
-    """Write a checkpoint in another format; the suffixes .pt, .safetensors, .bin say which.
-
-    Exit code 0, or 2 when something is wrong; then nothing is written.
-    """
-
-    source: tyro.conf.Positional[Path]
-    """The checkpoint to read."""
-    target: tyro.conf.Positional[Path]
-    """The file to write."""
-
-    def run(self) -> int:
-        """Convert, and return the exit code."""
-        env = None if self.env is None else _make(self.env)
-        save_weights(self.load(self.source, env), self.target)
-        return 0
 
 
 def _make(name: str) -> Any:
@@ -198,68 +176,3 @@ def _pack(struct: np.ndarray, sample: Any) -> None:
             _pack(struct[name], value)
     else:
         struct[...] = sample
-
-
-_integers = tyro.constructors.ConstructorRegistry()
-
-
-@_integers.primitive_rule
-def _integer(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Take 1e6 for a million, as people write numbers of steps."""
-    if info.type is not int:
-        return None
-
-    def parse(words: list[str]) -> int:
-        try:
-            return int(words[0])
-        except ValueError:
-            number = float(words[0])
-            if not number.is_integer():
-                raise ValueError(f"{words[0]} is no whole number") from None
-            return int(number)
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _commands(train: Train) -> Any:
-    one_way = tyro.conf.FlagCreatePairsOff
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Eval, tyro.conf.subcommand("eval"), one_way]
-        | Annotated[Plot, tyro.conf.subcommand("plot")]
-        | Annotated[Check, tyro.conf.subcommand("check"), one_way]
-        | Annotated[Convert, tyro.conf.subcommand("convert"), one_way]
-        | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: run the command and return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        # A file or a run gives defaults that the flags then win over.
-        train = train_defaults(argv[1:]) if argv[:1] == ["train"] else Train()
-        command = tyro.cli(
-            _commands(train),
-            prog="puffer-jax",
-            description=__doc__,
-            args=argv,
-            registry=_integers,
-        )
-        return command.run()
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, ImportError, OSError) as error:
-        lines = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())[-1:]]
-        print("puffer-jax:", " ".join(" ".join(lines).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,3 @@
+"""The `puffer-jax` command: train and play policies, check and convert checkpoints, measure."""
+
+from puffer_jax.cli.command import main as main

@@ -1,0 +1,274 @@
+"""`puffer-jax train`, and where its options come from: defaults, a file or a run, flags."""
+
+import argparse
+import ast
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import tyro
+
+from puffer_jax.base.files import write_atomically
+from puffer_jax.base.text import near
+from puffer_jax.cli.envs import _make_envs, make_policy
+from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions, _train_options
+from puffer_jax.ppo.config import PuffeRLConfig, read_ini
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a policy.
+
+    Writes DATA_DIR/RUN/ with config.json, log.jsonl, model_*.pt and state_*, and goes on from
+    there with --resume. Ctrl-C and SIGTERM end it after the running epoch, with a checkpoint.
+    """
+
+    env: str | None = None
+    """A gymnasium, ALE or minigrid id, `gymnax:ID`, `pettingzoo:FOLDER/MODULE`, or one of the
+    JAX-native ones of puffer_jax.environments (cartpole, memory, squared, ...)."""
+    env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE for the constructor of the environment; may be given several times."""
+    config: Path | None = None
+    """A PufferLib .ini file; flags win over it."""
+    recommended: bool = False
+    """Start from PuffeRLConfig.recommended(), not from PufferLib's quirks; the file and flags
+    win over it."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its options where flags give no others."""
+    name: str | None = None
+    """The run is called NAME_seed<seed>; without it, by the time."""
+    log: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Where the logs go. `plot` needs jsonl."""
+    project: str = "puffer_jax"
+    """Of Weights & Biases."""
+    rnn: bool = False
+    """Put an LSTM between the policy's encoder and its heads."""
+    vec: VecOptions = dataclasses.field(default_factory=VecOptions)
+    policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
+    train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+
+    def run(self) -> int:
+        """Train, and return the exit code."""
+        from puffer_jax.run.loggers import NoLogger, new_run_id
+        from puffer_jax.run.trainer import PuffeRL
+
+        if self.env is None:
+            raise ValueError("give --env, --config FILE or --resume RUN")
+        run_id, data_dir = new_run_id(), self.train.data_dir
+        if self.resume is not None:
+            run = self.resume if self.resume.name not in ("", "..") else self.resume.resolve()
+            run_id, data_dir = run.name, str(run.parent)
+        elif self.name is not None:
+            run_id = f"{self.name}_seed{self.train.seed}"
+            if Path(run_id).name != run_id:
+                raise ValueError(f"--name {self.name} cannot name a folder")
+            if (Path(data_dir) / run_id).exists():
+                raise ValueError(
+                    f"there is a run {Path(data_dir) / run_id}; --resume it or give another --name"
+                )
+        # First of all, since processes of environments should not be forked from a running JAX.
+        envs, single, count = _make_envs(self.env, self.vec, _arguments(self.env_arg))
+        try:
+            settled = {"env": self.env, "num_envs": count, "data_dir": data_dir}
+            config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | settled)
+            policy = make_policy(single, self.policy, self.rnn, config.precision, config.seed)
+            trainer = PuffeRL(config, envs, policy, NoLogger(run_id))
+            if self.resume is not None:
+                trainer.restore()
+        except BaseException:
+            getattr(envs, "close", lambda: None)()
+            raise
+        steps = f"of {config.total_timesteps} steps"
+        if trainer.done:
+            getattr(envs, "close", lambda: None)()
+            print(f"{trainer.run_folder}: {trainer.global_step} {steps} are done already")
+            return 0
+        # Not before now, so that bad options leave nothing behind.
+        _write_settings(self, trainer.run_folder)
+        trainer.logger = _logger(self, trainer.run_folder)
+        print(f"run {trainer.run_folder}", flush=True)
+        logs = trainer.run()
+        print(f"{trainer.global_step} {steps}, {trainer.epoch} epochs: {trainer.close()}")
+        for name in ("episode_return", "episode_length"):
+            if (value := logs.get(f"environment/{name}")) is not None:
+                print(f"{name} {value:.2f}")
+        if not trainer.done:
+            print(f"go on with: puffer-jax train --resume {trainer.run_folder}")
+        return 0
+
+
+_SETTINGS = "config.json"
+
+_INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train", "sweep")
+
+_INI_BASE = ("env_name", "package", "policy_name", "rnn_name", "max_suggestion_cost")
+
+
+def train_defaults(argv: Sequence[str]) -> Train:
+    """The options of `puffer-jax train` before its flags, which stand in a file or a run.
+
+    Args:
+        argv: of the command line; only --config, --recommended and --resume are looked at.
+
+    Raises:
+        ValueError: the file or the run is not what it should be.
+        FileNotFoundError: it is not there.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # tyro says what is wrong with the flags themselves.
+    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--resume", nargs="?")
+    parser.add_argument("--recommended", action=argparse.BooleanOptionalAction)
+    found = parser.parse_known_args(argv)[0]
+    if found.resume is not None:
+        if found.config is not None or found.recommended is not None:
+            raise ValueError("--config and --recommended start a run; they do not go with --resume")
+        return _read_settings(Path(found.resume))
+    config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
+    if found.config is not None:
+        return _read_config(Path(found.config), config)
+    return Train(train=_train_options(config))
+
+
+def _read_config(path: Path, config: PuffeRLConfig) -> Train:
+    """The options in a PufferLib .ini file."""
+    sections = read_ini(path)
+    groups = {name: values for name, values in sections.items() if not name.startswith("sweep.")}
+    _check_names(path, "section", groups, _INI_SECTIONS)
+    base, vec, policy, rnn = (dict(groups.get(n, {})) for n in ("base", "vec", "policy", "rnn"))
+    _check_names(path, "key in [base]", base, _INI_BASE)
+    try:
+        config = PuffeRLConfig.from_dict(dataclasses.asdict(config) | groups.get("train", {}))
+    except ValueError as error:
+        raise ValueError(f"{path}: [train] {error}") from error
+
+    names = str(base.get("env_name")).split()
+    env = names[0] if len(names) == 1 and names != ["None"] else None
+    if env is not None and base.get("package") == "gymnax":
+        env = f"gymnax:{env}"
+
+    vec.pop("seed", None)  # [train] has the one that counts
+    _check_names(path, "key in [vec]", vec, _fields(VecOptions))
+    if "backend" in vec:
+        vec = {"mode": "puffer"} | vec
+    if config.num_envs is not None:
+        vec["num_envs"] = config.num_envs
+
+    # One width under several names: they must be equal in all our policies.
+    widths = [policy.pop(n) for n in ("mlp_width", "output_size") if n in policy]
+    _check_names(path, "key in [policy]", policy, [*_fields(PolicyOptions), "input_size"])
+    policy.pop("input_size", None)
+    _check_names(path, "key in [rnn]", rnn, ("input_size", "hidden_size"))
+    widths += [policy["hidden_size"]] if "hidden_size" in policy else []
+    widths += rnn.values()
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"{path}: the widths in [policy] and [rnn] are {widths}; they must be the same"
+        )
+    if widths:
+        policy["hidden_size"] = widths[0]
+    kinds = {"None": "auto", "Policy": "auto"}
+    policy_name = str(base.get("policy_name", "Policy"))
+    known = {**kinds, **{n: n for n in ("Default", "Convolutional", "ProcgenResnet")}}
+    _check_names(path, "policy_name", [policy_name], known)
+    recurrent = {"None": False, "Recurrent": True, "LSTMWrapper": True}
+    rnn_name = str(base.get("rnn_name"))
+    _check_names(path, "rnn_name", [rnn_name], recurrent)
+    return _checked(
+        path,
+        {
+            "env": env,
+            "env_arg": [f"{name}={value!r}" for name, value in groups.get("env", {}).items()],
+            "rnn": recurrent[rnn_name] or bool(config.use_rnn),
+            "vec": vec,
+            "policy": policy | {"name": known[policy_name]},
+            "train": dataclasses.asdict(_train_options(config)),
+        },
+    )
+
+
+def _write_settings(settings: Train, folder: Path) -> None:
+    values = dataclasses.asdict(settings)
+    for name in ("config", "recommended", "resume"):
+        del values[name]
+    text = json.dumps(values, indent=1).encode()
+    write_atomically(folder / _SETTINGS, lambda file: file.write(text))
+
+
+def _read_settings(folder: Path) -> Train:
+    path = folder / _SETTINGS
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _checked(path, values)
+
+
+def _checked(where: Any, values: Mapping[str, Any]) -> Train:
+    """`Train` of plain values, refusing what flags would not give."""
+    kinds: dict[str, Any] = {"vec": VecOptions, "policy": PolicyOptions, "train": TrainOptions}
+    _check_names(where, "option", values, _fields(Train))
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    for group, kind in kinds.items():
+        options = given.get(group, {})
+        _check_names(where, f"key in [{group}]", options, _fields(kind))
+        for field in dataclasses.fields(kind):
+            if not _fits(options.get(field.name, field.default), field.type):
+                raise ValueError(
+                    f"{where}: [{group}] {field.name} cannot be {options[field.name]!r}"
+                )
+        given[group] = kind(**options)
+    return Train(**given)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(_fits(value, part) for part in get_args(kind))
+    return type(value) is kind
+
+
+def _fields(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _check_names(where: Any, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: no such {what}: {', '.join(near(unknown, known))}")
+
+
+def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE as keyword arguments; values are Python literals where they are any."""
+    arguments = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ValueError(f"--env-arg {pair}: expected NAME=VALUE")
+        try:
+            arguments[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[name] = text
+    return arguments
+
+
+def _logger(settings: Train, folder: Path) -> Any:
+    from puffer_jax.run import loggers
+
+    made: list[Any] = []
+    for kind in settings.log:
+        match kind:
+            case "jsonl":
+                made.append(loggers.JSONLLogger(folder / "log.jsonl"))
+            case "tensorboard":
+                made.append(loggers.TensorBoardLogger(folder))
+            case "wandb":
+                options = {"dir": str(folder), "config": dataclasses.asdict(settings.train)}
+                name = folder.name
+                made.append(loggers.WandbLogger(settings.project, id=name, name=name, **options))
+    return loggers.MultiLogger(made) if made else loggers.NoLogger(folder.name)
