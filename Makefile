@@ -7,7 +7,7 @@ REFERENCE = pufferlib-core==3.0.23
 # What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, compiled as for
 # users (the first half saves LLVM's optimiser where it can) and without the CPU kernels, as on
 # machines that have no C++ compiler. A Ray cluster of two nodes wants both cores for itself.
-MODULES = test_models test_golden test_weights test_check test_cleanrl test_parity
+MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights test_golden parity/test_parity
 
 .PHONY: demo test lint table clean
 
@@ -15,8 +15,8 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore parity_tests/test_ray.py
-	$(BIN)/python -m pytest parity_tests/test_ray.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore parity_tests/vector/test_ray.py
+	$(BIN)/python -m pytest parity_tests/vector/test_ray.py
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 PUFFER_JAX_NATIVE=0 \
 	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
 

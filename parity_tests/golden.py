@@ -16,10 +16,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from bars import named, prefixed, stub_env
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.bars import named, prefixed, stub_env
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ("default", "lstm", "convolutional", "procgen")

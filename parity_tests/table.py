@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pufferlib.models
 import torch
-from bars import stub_env as env
 from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from support.bars import stub_env as env
 
 import puffer_jax
 from puffer_jax.parity.comparison import compare

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bars import assert_arrays_close
 from flax import nnx
 from safetensors import safe_open
+from support.bars import assert_arrays_close
 
 import puffer_jax
 

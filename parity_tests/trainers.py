@@ -22,7 +22,7 @@ import torch
 import tyro
 from flax import nnx
 from scipy.stats import mannwhitneyu
-from trainer import CONFIG, Reference
+from support.trainer import CONFIG, Reference
 
 import puffer_jax
 

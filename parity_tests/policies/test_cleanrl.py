@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference as ref
 from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from support import reference as ref
 
 import puffer_jax
 from puffer_jax.policies.cleanrl import Policy, RecurrentPolicy

@@ -16,7 +16,7 @@ import pufferlib.vector
 import pytest
 from flax import nnx
 from gymnasium.spaces import Box
-from vector_envs import Guess, Modules, Native, Pair, Tick, Together, Walk
+from support.vector_envs import Guess, Modules, Native, Pair, Tick, Together, Walk
 
 import puffer_jax.emulation
 from puffer_jax import vector
@@ -316,7 +316,7 @@ def test_workers_are_light_and_sleep():
     assert [info["pid"] for info in infos] == vecenv.pids and os.getpid() not in vecenv.pids
     for info in infos:
         assert {"jax", "jaxlib", "flax", "torch"}.isdisjoint(info["modules"])
-        assert "pufferlib" not in info["modules"] and "vector_envs" in info["modules"]
+        assert "pufferlib" not in info["modules"] and "support.vector_envs" in info["modules"]
         assert info["main"] is None and info["platforms"] == "cpu"
     stats = [Path(f"/proc/{pid}/stat") for pid in vecenv.pids]
     if stats[0].exists():

@@ -13,8 +13,8 @@ import numpy as np
 import pufferlib.models as reference
 import pytest
 import torch
-from bars import stub_env
 from flax import nnx
+from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax.kernels.perceptron import gelu

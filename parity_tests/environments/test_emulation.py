@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pettingzoo.butterfly import knights_archers_zombies_v11
 from pettingzoo.classic import connect_four_v3, rps_v2
-from test_nativize import NESTED, containers, leaf_spaces
+from support.spaces import NESTED, containers, leaf_spaces
 
 from puffer_jax import nativize_dtype, nativize_tensor
 from puffer_jax.environments import emulation

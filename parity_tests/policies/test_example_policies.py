@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference as ref
 import torch
 from flax import nnx
 from gymnasium.spaces import Discrete
+from support import reference as ref
 from torch import nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
@@ -24,7 +24,7 @@ from torch.distributions.transforms import TanhTransform
 import puffer_jax
 from puffer_jax.policies.check import check_policy
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "policies"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "policies"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "toy")
 ROWS = 12
 

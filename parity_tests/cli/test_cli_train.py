@@ -10,10 +10,10 @@ import pufferlib.models as reference
 import pufferlib.vector
 import pytest
 import torch
-from bars import stub_env
 from flax import nnx
 from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image
+from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax import environments

@@ -9,10 +9,10 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from bars import stub_env
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
 from PIL import Image
+from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax import environments, vector
@@ -280,7 +280,7 @@ def test_atari_example(tmp_path):
     result = subprocess.run(
         [
             sys.executable,
-            Path(__file__).parent.parent / "examples" / "train_atari.py",
+            Path(__file__).parents[2] / "examples" / "train_atari.py",
             *small.split(),
         ],
         cwd=tmp_path,

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 import torch
-from bars import BFLOAT16, relative_error, stub_env
 from flax import nnx
+from support.bars import BFLOAT16, relative_error, stub_env
 
 import puffer_jax
 from puffer_jax.nn.torch_layout import torch_layout

@@ -10,10 +10,10 @@ import pufferlib.models
 import pufferlib.pytorch
 import pytest
 import torch
-from bars import relative_error, stub_env
 from flax import nnx
-from reference import torch_names, torch_precision, twin
-from trainer import CONFIG, Reference, numpy_advantage
+from support.bars import relative_error, stub_env
+from support.reference import torch_names, torch_precision, twin
+from support.trainer import CONFIG, Reference, numpy_advantage
 
 import puffer_jax
 from puffer_jax import ppo

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from support.vector_envs import Pair, Tick
 from test_vector import play, same
-from vector_envs import Pair, Tick
 
 from puffer_jax import vector
 from puffer_jax.vector.protocol import WorkerError

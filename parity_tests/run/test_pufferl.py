@@ -18,9 +18,9 @@ import pufferlib.models
 import pufferlib.vector
 import pytest
 import torch
-from bars import relative_error
 from flax import nnx
-from reference import generic
+from support.bars import relative_error
+from support.reference import generic
 
 import puffer_jax
 from puffer_jax import ppo
@@ -563,7 +563,7 @@ def states_equal(a, b):
 
 TRAIN_UNTIL_KILLED = """
 import sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 import conftest, jax
 jax.config.update("jax_default_prng_impl", "rbg")
 jax.config.update("jax_disable_most_optimizations", True)
@@ -575,7 +575,9 @@ while True:
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    script = TRAIN_UNTIL_KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = TRAIN_UNTIL_KILLED.format(
+        tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(tmp_path)
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     while int(process.stdout.readline()) < 4:
         pass

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pufferlib.emulation
 import torch
-from bars import BARS, FLOAT32_RATIO, Outputs, assert_arrays_close, record
-from bars import stub_env as stub_env
 from flax import nnx
 from torch.overrides import TorchFunctionMode
 
 import puffer_jax
+from support.bars import BARS, FLOAT32_RATIO, Outputs, assert_arrays_close, record
+from support.bars import stub_env as stub_env
 
 # Two numbers that are each within the bar of the exact ones keep their order, if that far apart.
 MARGIN = 2 * BARS["forward"]["float32"]

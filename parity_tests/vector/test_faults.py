@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vector_envs import Native, Tick
+from support.vector_envs import Native, Tick
 
 from puffer_jax import vector
 from puffer_jax.vector.multiprocessing import Multiprocessing
@@ -254,7 +254,7 @@ import sys
 import numpy as np
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 sys.path.insert(0, {here!r})
-from vector_envs import Tick
+from support.vector_envs import Tick
 from puffer_jax import vector
 
 kwargs = [{{}}, {{"fault": ("hang", 2)}} if {hang} else {{}}]
@@ -265,7 +265,7 @@ vecenv.step(np.zeros(2, int))
 print(*vecenv.pids, flush=True)
 {then}
 """
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM", "SIGINT"])

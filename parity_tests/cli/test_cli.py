@@ -12,8 +12,8 @@ import pufferlib.emulation
 import pufferlib.models as reference
 import pytest
 import torch
-from bars import stub_env
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax.cli import check

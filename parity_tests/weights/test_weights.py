@@ -30,13 +30,13 @@ import pytest
 import safetensors.torch
 import scipy.special
 import torch
-from bars import BARS, relative_error
-from bars import stub_env as env
 from flax import nnx
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import skeleton
+from support.bars import BARS, relative_error
+from support.bars import stub_env as env
+from support.reference import skeleton
 
 import puffer_jax
 from puffer_jax import load_state_dict, load_weights, policy_from_checkpoint, save_weights

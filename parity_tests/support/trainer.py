@@ -10,8 +10,9 @@ import numpy as np
 import pufferlib
 import pufferlib.models
 import torch
-from bars import stub_env
-from reference import torch_precision
+
+from support.bars import stub_env
+from support.reference import torch_precision
 
 handlers = {number: signal.getsignal(number) for number in (signal.SIGINT,)}
 with warnings.catch_warnings():

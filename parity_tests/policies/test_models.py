@@ -13,10 +13,12 @@ import numpy as np
 import optax
 import pufferlib.models as theirs
 import pytest
-import reference as ref
 import scipy.stats
 import torch
-from bars import (
+from flax import nnx
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from support import reference as ref
+from support.bars import (
     BARS,
     BFLOAT16,
     assert_arrays_close,
@@ -25,8 +27,6 @@ from bars import (
     relative_error,
     stub_env,
 )
-from flax import nnx
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 import puffer_jax
 from puffer_jax.nn.initializers import reset_orthogonal

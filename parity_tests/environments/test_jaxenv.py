@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bars import relative_error
 from flax import struct
+from support.bars import relative_error
 
 from puffer_jax import environments
 from puffer_jax.base.spaces import Box, Dict, Discrete, MultiDiscrete, env_spec

@@ -1,0 +1,1 @@
+"""What the tests share: the bars, the reference, small environments."""
