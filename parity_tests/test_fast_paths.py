@@ -407,6 +407,21 @@ def test_kernels_are_built_once(tmp_path):
     assert library.stat().st_mtime_ns == built
 
 
+def test_every_source_tells_libraries_apart(tmp_path):
+    sources = {"adam.cc": "void adam() {}", "kernels.cc": '#include "adam.cc"', "vectors.h": ""}
+    for name, text in reversed(sources.items()):
+        (tmp_path / name).write_text(text)
+    key = native._key(tmp_path, b"flags")
+    assert key == native._key(tmp_path, b"flags") != native._key(tmp_path, b"other flags")
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text + "// changed")
+        assert native._key(tmp_path, b"flags") != key
+        (tmp_path / name).write_text(text)
+    assert native._key(tmp_path, b"flags") == key
+    (tmp_path / "vectors.h").rename(tmp_path / "lanes.h")
+    assert native._key(tmp_path, b"flags") != key
+
+
 LENGTHS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

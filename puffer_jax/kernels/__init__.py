@@ -1,0 +1,1 @@
+"""Our own CPU kernels; their C++ sources are in `cc`."""

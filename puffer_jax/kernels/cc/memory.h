@@ -1,0 +1,49 @@
+// Memory that threads keep, and large pages.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "vectors.h"
+
+namespace {
+
+// Memory for one purpose, kept by the thread: fresh pages cost as much as the arithmetic on them.
+template <typename T, int purpose>
+T* scratch(Index size) {
+  struct Memory {
+    T* data = nullptr;
+    Index size = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory memory;
+  if (memory.size < size) {
+    std::free(memory.data);
+    const std::size_t bytes = (size * sizeof(T) + kBytes - 1) / kBytes * kBytes;
+    memory.data = static_cast<T*>(std::aligned_alloc(kBytes, bytes));
+    memory.size = size;
+    if (memory.data == nullptr) throw std::bad_alloc();
+  }
+  return memory.data;
+}
+
+// Asks for large pages for a result that is about to be written. XLA's buffers are fresh memory in
+// every call, and its first touch, page by page, can cost more than the arithmetic.
+inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t page = 1 << 12, large = 1 << 21;
+  if (bytes < 2 * large) return;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,176 @@
+// Perceptrons: a hidden layer with GELU, and linear layers of it.
+
+#include <algorithm>
+#include <memory>
+
+#include "ffi.h"
+#include "heads.h"
+#include "memory.h"
+#include "product.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+// x (batch, inputs) -> gelu(x @ w1 + b1) (batch, hidden), and from that, if `outputs`, (batch,
+// outputs): @ w2 + b2. Hidden vectors stay in cache, and are computed anew for the gradient.
+struct Layers {
+  Index batch, inputs, hidden, outputs;
+  Index parts, blocks;
+
+  Layers(const In& x, Index hidden, Index outputs, ffi::ThreadPool& pool)
+      : batch(x.dimensions()[0]), inputs(x.dimensions()[1]), hidden(hidden), outputs(outputs) {
+    // GELU costs about as much as 48 more inputs.
+    const Index cycles = batch * hidden * (inputs + outputs + 48) / 32;
+    const Index most = cycles > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
+    parts = std::clamp<Index>(pool.num_threads(), 1, most);
+    blocks = parts * std::max<Index>(1, (batch + parts * kBlock - 1) / (parts * kBlock));
+  }
+
+  Index begin(Index block) const { return share(batch, 2, block, blocks); }
+};
+
+template <typename T>
+void gelu(T* x, Index count) {
+  in_groups<T>(count, [&](auto size, Index at, Index left) {
+    constexpr int N = size;
+    Group<T, N> z, density, integral;
+    load_group<T, N>(x + at, left, z);
+    normal<T, N>(z, density, integral);
+    EACH z[i] *= integral[i];
+    store_group<T, N>(x + at, left, z);
+  });
+}
+
+template <typename T>
+void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T* w1, const T* b1,
+                const Heads<T>* heads, T* result) {
+  const Index inputs = shape.inputs, hidden = shape.hidden;
+  const T* weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
+  parallel(pool, shape.blocks, [&](Index i) {
+    const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
+    const Index stride = heads ? row_stride<T>(hidden) : hidden;
+    T* activations = heads ? scratch<T, 2>(rows * stride) : result + first * hidden;
+    times<T>(
+        weights, inputs, hidden, rows, [&](Index m) { return x + (first + m) * inputs; },
+        [&](Index) { return b1; }, [&](Index m) { return activations + m * stride; });
+    for (Index m = 0; m < rows; ++m) gelu<T>(activations + m * stride, hidden);
+    if (heads) (*heads)(first, rows, activations, stride);
+  });
+}
+
+template <typename T>
+void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T* w1,
+                         const T* b1, const T* w2, const T* d_result, T* d_w1, T* d_b1, T* d_w2,
+                         T* d_b2) {
+  const Index inputs = shape.inputs, hidden = shape.hidden, outputs = shape.outputs;
+  const T* weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
+  const T* back = panels_of<T, 1>(w2, outputs, hidden, true, lanes_of<T>(hidden));
+  const Index sizes[] = {inputs * hidden, hidden, hidden * outputs, outputs};
+  const Index size = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+  std::unique_ptr<T[]> sums(new T[shape.parts * size]);
+  const Index each = shape.blocks / shape.parts;
+  parallel(pool, shape.parts, [&](Index part) {
+    T* sum = sums.get() + part * size;
+    std::fill_n(sum, size, T(0));
+    const Index stride = row_stride<T>(hidden);
+    const Index d_stride = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    for (Index i = part * each; i < (part + 1) * each; ++i) {
+      const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
+      T* activations = scratch<T, 2>(rows * stride);
+      T* d_hidden = scratch<T, 3>(rows * stride + kWidest * kLanes<T>);
+      std::fill_n(d_hidden, rows * stride + kWidest * kLanes<T>, T(0));
+      const auto x_row = [&](Index m) { return x + (first + m) * inputs; };
+      times<T>(weights, inputs, hidden, rows, x_row, [&](Index) { return b1; },
+               [&](Index m) { return activations + m * stride; });
+      if (outputs) {
+        times<T>(back, outputs, hidden, rows,
+                 [&](Index m) { return d_result + (first + m) * outputs; }, nothing<T>,
+                 [&](Index m) { return d_hidden + m * stride; });
+      }
+      for (Index m = 0; m < rows; ++m) {
+        const T* given = outputs ? d_hidden + m * stride : d_result + (first + m) * hidden;
+        T* row = activations + m * stride;
+        in_groups<T>(hidden, [&](auto size, Index j, Index left) {
+          constexpr int N = size;
+          Group<T, N> z, density, slope;
+          load_group<T, N>(row + j, left, z);
+          normal<T, N>(z, density, slope);
+          EACH density[i] = z[i] * (density[i] * T(0.39894228040143267794)) + slope[i];
+          EACH z[i] *= slope[i];
+          store_group<T, N>(row + j, left, z);
+          load_group<T, N>(given + j, left, z);
+          EACH density[i] *= z[i];
+          store_group<T, N>(d_hidden + m * stride + j, left, density);
+        });
+      }
+      add_rows(d_hidden, rows, stride, hidden, sum + sizes[0]);
+      with_width(panel_width<T>(hidden), [&](auto width) {
+        constexpr Index lanes = width * kLanes<T>;
+        for (Index p = 0; p < hidden; p += lanes) {
+          const Product<T> product{1, 0, rows, inputs, d_hidden + p, stride};
+          const auto to = [&](Index m) { return sum + m * hidden + p; };
+          multiply<T, width>(
+              product, inputs, hidden - p, [&](Index m) { return x_row(0) + m; }, to, to);
+        }
+      });
+      if (outputs == 0) continue;
+      add_rows(d_result + first * outputs, rows, outputs, outputs, sum + size - sizes[3]);
+      T* d_rows = scratch<T, 4>(rows * d_stride + kWidest * kLanes<T>);
+      pack(d_result + first * outputs, outputs, rows, outputs, d_stride, d_rows);
+      with_width(panel_width<T>(outputs), [&](auto width) {
+        constexpr Index lanes = width * kLanes<T>;
+        for (Index p = 0; p < outputs; p += lanes) {
+          const Product<T> product{1, 0, rows, stride, d_rows + p, d_stride};
+          const auto to = [&](Index m) { return sum + sizes[0] + sizes[1] + m * outputs + p; };
+          multiply<T, width>(
+              product, hidden, outputs - p, [&](Index m) { return activations + m; }, to, to);
+        }
+      });
+    }
+  });
+  T* const results[] = {d_w1, d_b1, d_w2, d_b2};
+  for (Index part = 0; part < shape.parts; ++part) {
+    const T* sum = sums.get() + part * size;
+    for (int k = 0; k < 4; sum += sizes[k], ++k) {
+      for (Index i = 0; i < sizes[k]; ++i) results[k][i] = (part ? results[k][i] : 0) + sum[i];
+    }
+  }
+}
+
+ffi::Error Perceptron(ffi::ThreadPool pool, In x, In w1, In b1, ffi::RemainingArgs layers,
+                      ffi::RemainingRets results) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Index hidden = b1.element_count();
+    if (layers.size() == 0) {
+      Out result = *results.get<In>(0);
+      const Layers shape(x, hidden, 0, pool);
+      perceptron<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), nullptr, out<T>(result));
+    } else {
+      const Heads<T> heads(hidden, layers, results);
+      const Layers shape(x, hidden, heads.outputs(), pool);
+      perceptron<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), &heads, nullptr);
+    }
+  });
+}
+
+ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, In d_result,
+                              Out d_w1, Out d_b1, Out d_w2, Out d_b2) {
+  return with_type(x.element_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Layers shape(x, w1.dimensions()[1], w2.dimensions()[1], pool);
+    perceptron_gradient<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), in<T>(w2),
+                           in<T>(d_result), out<T>(d_w1), out<T>(d_b1), out<T>(d_w2),
+                           out<T>(d_b2));
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron, Perceptron,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG.RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(puffer_jax_perceptron_gradient, PerceptronGradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+                              ARG ARG ARG ARG ARG RET RET RET RET);
