@@ -116,8 +116,8 @@ def _load(dtype: str) -> bool:
 
 def _key(sources: Traversable, *parts: bytes) -> str:
     """What a library is known by: all its sources, headers among them, and the other parts."""
-    files = sorted(sources.iterdir(), key=lambda file: file.name)
-    named = (part for file in files for part in (file.name.encode(), file.read_bytes()))
+    found = sorted(sources.iterdir(), key=lambda file: file.name)
+    named = (part for file in found for part in (file.name.encode(), file.read_bytes()))
     return hashlib.sha256(b"\0".join((*named, *parts))).hexdigest()[:16]
 
 

@@ -18,13 +18,13 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kern
   with_width(panel_width<T>(outputs), [&](auto width) {
     constexpr Index lanes = width * kLanes<T>;
     const Index panels = (outputs + lanes - 1) / lanes;
-    T* packed = scratch<T, 0>(panels * numbers * lanes);
+    T* packed = scratch<T, Slot::kPanels>(panels * numbers * lanes);
     for (Index p = 0; p < panels; ++p) {
       pack(kernel + p * lanes, outputs, numbers, std::min(lanes, outputs - p * lanes), lanes,
            packed + p * numbers * lanes);
     }
     const Index row = w.sides.columns * w.x.channels, pixels = w.out.height * w.out.width;
-    Index* starts = scratch<Index, 2>(pixels);
+    Index* starts = scratch<Index, Slot::kPlaces>(pixels);
     for (Index i = 0; i < pixels; ++i) {
       starts[i] = i / w.out.width * w.stride.rows * row +
                   i % w.out.width * w.stride.columns * w.x.channels;
@@ -32,7 +32,7 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kern
     parallel(pool, w.x.batch, [&](Index n) {
       const T* image = bordered<T>(w, x, n);
       T* result = out + n * w.out.size();
-      T* pixels_first = across ? scratch<T, 3>(w.out.size()) : result;
+      T* pixels_first = across ? scratch<T, Slot::kResults>(w.out.size()) : result;
       for (Index p = 0; p < panels; ++p) {
         T* to = pixels_first + p * lanes;
         multiply<T, width>(

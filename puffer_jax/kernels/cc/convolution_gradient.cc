@@ -32,7 +32,7 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
     const Index panels = (channels + lanes - 1) / lanes;
     const Index panel_size = most.rows * most.columns * outputs * lanes;
     const Index phases = w.stride.rows * w.stride.columns;
-    T* packed = scratch<T, 0>(phases * panels * panel_size);
+    T* packed = scratch<T, Slot::kPanels>(phases * panels * panel_size);
     for (Index phase = 0; phase < phases; ++phase) {
       const Pair at{phase / w.stride.columns, phase % w.stride.columns};
       const Pair count{taps(w.size.rows, w.stride.rows, at.rows),
@@ -51,7 +51,7 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
       }
     }
     parallel(pool, w.x.batch, [&](Index n) {
-      T* image = scratch<T, 1>(sides.rows * row);
+      T* image = scratch<T, Slot::kRows>(sides.rows * row);
       place(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, false,
             image);
       for (Index phase = 0; phase < phases; ++phase) {

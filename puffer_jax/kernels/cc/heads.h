@@ -42,8 +42,8 @@ class Heads {
   Heads(Index inputs, const ffi::RemainingArgs& layers, const ffi::RemainingRets& results)
       : inputs_(inputs), count_(layers.size() / 2) {
     for (Index i = 0; i < count_; ++i) outputs_ += layers.get<In>(2 * i + 1)->element_count();
-    T* joined = scratch<T, 7>((inputs + 1) * outputs_);
-    heads_ = scratch<Head, 8>(count_);
+    T* joined = scratch<T, Slot::kJoined>((inputs + 1) * outputs_);
+    heads_ = scratch<Head, Slot::kHeads>(count_);
     for (Index i = 0, column = 0; i < count_; column += heads_[i++].outputs) {
       const In weights = *layers.get<In>(2 * i), bias = *layers.get<In>(2 * i + 1);
       Out result = *results.get<In>(i);
@@ -56,9 +56,10 @@ class Heads {
     bias_ = joined + inputs * outputs_;
     stride_ = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     if (outputs_ > kFewOutputs) {
-      weights_ = panels_of<T, 1>(joined, inputs, outputs_, false, lanes_of<T>(outputs_));
+      const Index lanes = lanes_of<T>(outputs_);
+      weights_ = panels_of<T, Slot::kMorePanels>(joined, inputs, outputs_, false, lanes);
     } else {
-      T* few = scratch<T, 6>(kFewOutputs * stride_);
+      T* few = scratch<T, Slot::kMorePanels>(kFewOutputs * stride_);
       pack_transposed(joined, outputs_, outputs_, inputs, stride_, few);
       weights_ = few;
     }
@@ -68,7 +69,8 @@ class Heads {
 
   // The rows [first, first + rows) of the results, from these vectors.
   void operator()(Index first, Index rows, const T* vectors, Index stride) const {
-    T* all = count_ == 1 ? heads_[0].result + first * outputs_ : scratch<T, 9>(rows * outputs_);
+    T* all = count_ == 1 ? heads_[0].result + first * outputs_
+                         : scratch<T, Slot::kHeadResults>(rows * outputs_);
     if (outputs_ > kFewOutputs) {
       times<T>(
           weights_, inputs_, outputs_, rows, [&](Index m) { return vectors + m * stride; },

@@ -92,7 +92,7 @@ const T* bordered(const Windows& w, const Numbers<T>& x, Index n, Index beyond =
       w.sides.columns == w.x.width) {
     return image;
   }
-  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * w.x.channels + beyond);
+  T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * w.x.channels + beyond);
   place(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, x.rectify, copy);
   return copy;
 }
@@ -154,13 +154,13 @@ void to_numbers(const std::uint8_t* bytes, Index count, T* to) {
 template <typename T>
 const T* bordered(const Windows& w, const Bytes& x, Index n, Index beyond = 0) {
   const Index channels = w.x.channels;
-  T* copy = scratch<T, 1>(w.sides.rows * w.sides.columns * channels + beyond);
+  T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * channels + beyond);
   if (w.pad.rows || w.pad.columns) {
     std::fill_n(copy, w.sides.rows * w.sides.columns * channels, T(0));
   }
   const Index rows = std::min(w.sides.rows - w.pad.rows, w.x.height);
   const Index columns = std::min(w.sides.columns - w.pad.columns, w.x.width);
-  std::uint8_t* joined = scratch<std::uint8_t, 1>(columns * channels);
+  std::uint8_t* joined = scratch<std::uint8_t, Slot::kPixels>(columns * channels);
   for (Index y = 0; y < rows; ++y) {
     const std::uint8_t* row = x.data + n * w.x.size();
     if (x.channels_first && channels > 1) {

@@ -51,10 +51,10 @@ void linear_gradient(ffi::ThreadPool& pool, Index batch, Index inputs, Index out
   const Index most = batch * inputs > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
   const Index parts = std::clamp<Index>(pool.num_threads(), 1, most);
   const Index stride = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  T* across = scratch<T, 0>(outputs * stride);
+  T* across = scratch<T, Slot::kPanels>(outputs * stride);
   pack_transposed(weights, outputs, outputs, inputs, stride, across);
   const Index size = (stride + 1) * outputs;
-  T* sums = scratch<T, 1>(parts * size);
+  T* sums = scratch<T, Slot::kSums>(parts * size);
   parallel(pool, parts, [&](Index part) {
     T* sum = sums + part * size;
     std::fill_n(sum, size, T(0));

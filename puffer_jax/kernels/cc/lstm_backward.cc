@@ -40,7 +40,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
   constexpr Index lanes = kLanes<T>, wide = kWidest * lanes;
   // dx = d_gates @ of_x, dh = d_gates @ of_h: panels of their columns.
   const Index x_panels = (inputs + wide - 1) / wide, h_panels = (hidden + wide - 1) / wide;
-  T* packed = scratch<T, 0>((x_panels + h_panels) * wide * gates);
+  T* packed = scratch<T, Slot::kPanels>((x_panels + h_panels) * wide * gates);
   parallel(pool, x_panels + h_panels, [&](Index p) {
     T* to = packed + p * wide * gates;
     if (p < x_panels) {
@@ -55,7 +55,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
     T *of_x, *of_h, *bias;
   };
   const Index size_x = gates * inputs, size_h = gates * hidden, size = size_x + size_h + gates;
-  T* others = scratch<T, 4>((shape.parts - 1) * size);
+  T* others = scratch<T, Slot::kSums>((shape.parts - 1) * size);
   const auto sums_of = [&](Index part) {
     if (part == 0) return Sums{d_of_x, d_of_h, d_bias};
     T* own = others + (part - 1) * size;
@@ -66,10 +66,10 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, con
     const Index rows = last - first;
     const Index stride = row_stride<T>(joined), d_stride = row_stride<T>(gates);
     const Index slots = shape.steps<T>(rows);
-    T* inputs_rows = scratch<T, 1>(slots * rows * stride);
-    T* d_rows = scratch<T, 2>(slots * rows * d_stride);
-    T* tanh_row = scratch<T, 3>(hidden);
-    T** of_dx = scratch<T*, 0>(slots * rows);
+    T* inputs_rows = scratch<T, Slot::kRows>(slots * rows * stride);
+    T* d_rows = scratch<T, Slot::kGradients>(slots * rows * d_stride);
+    T* tanh_row = scratch<T, Slot::kTanh>(hidden);
+    T** of_dx = scratch<T*, Slot::kPlaces>(slots * rows);
     std::fill_n(inputs_rows, slots * rows * stride, T(0));
     std::copy_n(dh_last + first * hidden, rows * hidden, dh + first * hidden);
     std::copy_n(dc_last + first * hidden, rows * hidden, dc + first * hidden);

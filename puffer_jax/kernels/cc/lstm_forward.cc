@@ -20,7 +20,7 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
   const Index inputs = shape.inputs;
   constexpr Index lanes = kLanes<T>;
   const Index panels = (hidden + lanes - 1) / lanes;
-  T* packed = scratch<T, 0>(panels * 4 * lanes * (joined + 1));
+  T* packed = scratch<T, Slot::kPanels>(panels * 4 * lanes * (joined + 1));
   T* biases = packed + panels * 4 * lanes * joined;
   // The four gates of as many units as a vector has lanes, side by side in as few panels as can be.
   constexpr Index piece = kWidest * lanes;
@@ -57,8 +57,8 @@ void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, cons
     constexpr int most_rows = kSplits<kWidest> ? kTileRows[kWidest / 2] : 2 * tile_rows;
     constexpr int many_rows = kSplits<kWidest> ? tile_rows : most_rows;
     // Rows [x_t, h_{t-1}], and of some steps what x_t gives to the gates: (panels, rows, wide).
-    T* slot = scratch<T, 1>(slots * rows * stride);
-    T* given = scratch<T, 2>(steps > 1 ? panels * steps * rows * wide : 0);
+    T* slot = scratch<T, Slot::kRows>(slots * rows * stride);
+    T* given = scratch<T, Slot::kResults>(steps > 1 ? panels * steps * rows * wide : 0);
     T* cells = c_last + first * hidden;
     std::copy_n(c + first * hidden, rows * hidden, cells);
     const auto rows_of = [=](Index t) { return slot + t % slots * rows * stride; };

@@ -23,7 +23,7 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
   const Index panels = (batch + wide - 1) / wide, groups = (hidden + kUnits - 1) / kUnits;
   const Index size = (inputs + 2 * hidden) * wide;
   const bool large = batch * (inputs + hidden) * hidden * 4 / (2 * lanes) > kWorthwhile;
-  T* packed = scratch<T, 0>(panels * size);
+  T* packed = scratch<T, Slot::kPanels>(panels * size);
   parallel(pool, panels, [&](Index p) {
     const Index first = p * wide, count = std::min(wide, batch - first);
     T* panel = packed + p * size;
@@ -87,10 +87,10 @@ ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias_x, In bias_h
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
     const Index batch = x.dimensions()[0], inputs = x.dimensions()[1], hidden = h.dimensions()[1];
-    T* bias = scratch<T, 6>(4 * hidden);
+    T* bias = scratch<T, Slot::kBias>(4 * hidden);
     for (Index i = 0; i < 4 * hidden; ++i) bias[i] = in<T>(bias_x)[i] + in<T>(bias_h)[i];
     if (batch >= kManyStates) {
-      bool* never = scratch<bool, 7>(batch);
+      bool* never = scratch<bool, Slot::kNever>(batch);
       std::fill_n(never, batch, false);
       lstm_forward<T>(pool, Shape(x, h, pool), in<T>(of_x), in<T>(of_h), bias, in<T>(x), in<T>(h),
                       in<T>(c), never, out<T>(h_next), out<T>(h_next), out<T>(c_next), nullptr);

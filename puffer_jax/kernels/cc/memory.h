@@ -15,8 +15,32 @@
 
 namespace {
 
+// What a thread keeps memory for. Two blocks that a thread uses at once differ in this or in their
+// type; operations, which never run within one another, have the same ones, so that less is kept.
+enum class Slot {
+  kPanels,           // a layer's weights, packed for all tasks
+  kMorePanels,       // those of a second layer
+  kBias,             // the sum of two
+  kJoined,           // weights and biases of several layers, side by side
+  kHeads,            // which layers these are
+  kNever,            // no episode's beginning
+  kPlaces,           // where rows lie
+  kRows,             // what a task reads: a copy of sequences or of an image
+  kPixels,           // a row of an image of bytes
+  kResults,          // what a task makes of it, for its next step
+  kHeadResults,      // of several layers, side by side
+  kTanh,             // of cells
+  kGradients,        // of what a task made
+  kResultGradients,  // given to a task, copied
+  kSums,             // gradients of weights, of each part of the batch
+  kNormalised,       // logits
+  kPowers,           // their exponentials
+  kLogs,             // of the exponentials' sums
+  kScores,           // logits with noise
+};
+
 // Memory for one purpose, kept by the thread: fresh pages cost as much as the arithmetic on them.
-template <typename T, int purpose>
+template <typename T, Slot slot>
 T* scratch(Index size) {
   struct Memory {
     T* data = nullptr;

@@ -46,11 +46,11 @@ template <typename T>
 void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T* w1, const T* b1,
                 const Heads<T>* heads, T* result) {
   const Index inputs = shape.inputs, hidden = shape.hidden;
-  const T* weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
+  const T* weights = panels_of<T, Slot::kPanels>(w1, inputs, hidden, false, lanes_of<T>(hidden));
   parallel(pool, shape.blocks, [&](Index i) {
     const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
     const Index stride = heads ? row_stride<T>(hidden) : hidden;
-    T* activations = heads ? scratch<T, 2>(rows * stride) : result + first * hidden;
+    T* activations = heads ? scratch<T, Slot::kResults>(rows * stride) : result + first * hidden;
     times<T>(
         weights, inputs, hidden, rows, [&](Index m) { return x + (first + m) * inputs; },
         [&](Index) { return b1; }, [&](Index m) { return activations + m * stride; });
@@ -64,8 +64,8 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
                          const T* b1, const T* w2, const T* d_result, T* d_w1, T* d_b1, T* d_w2,
                          T* d_b2) {
   const Index inputs = shape.inputs, hidden = shape.hidden, outputs = shape.outputs;
-  const T* weights = panels_of<T, 0>(w1, inputs, hidden, false, lanes_of<T>(hidden));
-  const T* back = panels_of<T, 1>(w2, outputs, hidden, true, lanes_of<T>(hidden));
+  const T* weights = panels_of<T, Slot::kPanels>(w1, inputs, hidden, false, lanes_of<T>(hidden));
+  const T* back = panels_of<T, Slot::kMorePanels>(w2, outputs, hidden, true, lanes_of<T>(hidden));
   const Index sizes[] = {inputs * hidden, hidden, hidden * outputs, outputs};
   const Index size = sizes[0] + sizes[1] + sizes[2] + sizes[3];
   std::unique_ptr<T[]> sums(new T[shape.parts * size]);
@@ -77,8 +77,8 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
     const Index d_stride = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (Index i = part * each; i < (part + 1) * each; ++i) {
       const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
-      T* activations = scratch<T, 2>(rows * stride);
-      T* d_hidden = scratch<T, 3>(rows * stride + kWidest * kLanes<T>);
+      T* activations = scratch<T, Slot::kResults>(rows * stride);
+      T* d_hidden = scratch<T, Slot::kGradients>(rows * stride + kWidest * kLanes<T>);
       std::fill_n(d_hidden, rows * stride + kWidest * kLanes<T>, T(0));
       const auto x_row = [&](Index m) { return x + (first + m) * inputs; };
       times<T>(weights, inputs, hidden, rows, x_row, [&](Index) { return b1; },
@@ -116,7 +116,7 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
       });
       if (outputs == 0) continue;
       add_rows(d_result + first * outputs, rows, outputs, outputs, sum + size - sizes[3]);
-      T* d_rows = scratch<T, 4>(rows * d_stride + kWidest * kLanes<T>);
+      T* d_rows = scratch<T, Slot::kResultGradients>(rows * d_stride + kWidest * kLanes<T>);
       pack(d_result + first * outputs, outputs, rows, outputs, d_stride, d_rows);
       with_width(panel_width<T>(outputs), [&](auto width) {
         constexpr Index lanes = width * kLanes<T>;

@@ -235,10 +235,10 @@ void pack_transposed(const T* matrix, Index step, Index rows, Index columns, Ind
 }
 
 // The panels of a matrix (rows, columns), or of its transpose.
-template <typename T, int purpose>
+template <typename T, Slot slot>
 const T* panels_of(const T* matrix, Index rows, Index columns, bool transposed, Index lanes) {
   const Index panels = (columns + lanes - 1) / lanes;
-  T* packed = scratch<T, purpose>(panels * rows * lanes);
+  T* packed = scratch<T, slot>(panels * rows * lanes);
   for (Index p = 0; p < panels; ++p) {
     const Index count = std::min(lanes, columns - p * lanes);
     T* to = packed + p * rows * lanes;

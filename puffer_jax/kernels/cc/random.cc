@@ -84,7 +84,7 @@ void categorical(const std::uint32_t* key, const T* logits, Index rows, Index n,
                  Index last, std::int32_t* result) {
   constexpr T fine = sizeof(T) == 4 ? T(1) / (1 << 23) : T(1) / (std::int64_t(1) << 52);
   const Index begin = first * n, end = last * n;
-  T* scores = scratch<T, 5>(end - begin + kLanes<T>);
+  T* scores = scratch<T, Slot::kScores>(end - begin + kLanes<T>);
   constexpr int N = kGroup / 2;
   constexpr Index piece = N * kLanes<T>;
   static_assert(piece % kWords == 0);
@@ -136,9 +136,9 @@ template <typename T>
 void sample(const std::uint32_t* key, const T* logits, Index rows, Index n, Index first,
             Index last, std::int32_t* actions, T* logprobs, T* entropies) {
   const Index many = last - first;
-  T* normalised = scratch<T, 10>(many * n);
-  T* powers = scratch<T, 11>(many * n);
-  T* logs = scratch<T, 12>(2 * many);
+  T* normalised = scratch<T, Slot::kNormalised>(many * n);
+  T* powers = scratch<T, Slot::kPowers>(many * n);
+  T* logs = scratch<T, Slot::kLogs>(2 * many);
   T* largest = logs + many;
   for (Index row = 0; row < many; ++row) {
     const T* from = logits + row * n;
