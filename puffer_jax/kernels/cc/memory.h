@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -49,11 +50,12 @@ T* scratch(Index size) {
   };
   thread_local Memory memory;
   if (memory.size < size) {
-    std::free(memory.data);
+    std::free(std::exchange(memory.data, nullptr));
+    memory.size = 0;  // and stays so if there is no memory
     const std::size_t bytes = (size * sizeof(T) + kBytes - 1) / kBytes * kBytes;
     memory.data = static_cast<T*>(std::aligned_alloc(kBytes, bytes));
-    memory.size = size;
     if (memory.data == nullptr) throw std::bad_alloc();
+    memory.size = size;
   }
   return memory.data;
 }
