@@ -29,6 +29,10 @@ struct Job {
   Index tasks;
   std::atomic<Index> next{0}, finished{0};
 
+  // Without it `make_shared` would need C++20's aggregates in parentheses, which Clang has from 16.
+  Job(void (*body)(const void*, Index), const void* self, Index tasks)
+      : body(body), self(self), tasks(tasks) {}
+
   void work() {
     for (Index i; (i = next.fetch_add(1)) < tasks;) {
       body(self, i);
