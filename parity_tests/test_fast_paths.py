@@ -375,6 +375,39 @@ def test_calls_from_many_threads_at_once():
                 jax.tree.map(np.testing.assert_array_equal, mine, other)
 
 
+MEMORY = """
+import resource
+import jax, jax.numpy as jnp
+from puffer_jax import layers, native
+
+
+def run(pad):  # in copies of the images with their borders, one for each thread
+    windows = native.Windows((pad, pad), (pad, pad))
+    x, kernel = jnp.ones((8, 3, 2, 4)), jnp.ones((3, 3, 4, 5))
+    return layers.convolution(x, kernel, jnp.ones(5), windows).block_until_ready()
+
+
+before = run(9)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
+for _ in range(2):
+    try:
+        run(30000)
+    except jax.errors.JaxRuntimeError as error:
+        print("RESOURCE_EXHAUSTED" in str(error))
+print((run(9) == before).all())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux has it")
+def test_no_memory_is_an_error():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
 # --- building the kernels -------------------------------------------------------------------
 
 SCRIPT = """

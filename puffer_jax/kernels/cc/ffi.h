@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include <cstdint>
+#include <exception>
+#include <new>
 
 #include "memory.h"
 #include "xla/ffi/api/ffi.h"
@@ -31,12 +32,24 @@ T* out(ffi::Result<ffi::AnyBuffer>& buffer) {
 #define NUMBER float
 #endif
 
+// XLA knows errors, but no exceptions.
+template <typename Body>
+ffi::Error without_exceptions(const Body& body) {
+  try {
+    body();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a CPU kernel");
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(error.what());
+  }
+  return ffi::Error::Success();
+}
+
 template <typename Body>
 ffi::Error with_type(ffi::DataType type, const Body& body) {
   constexpr ffi::DataType own = sizeof(NUMBER) == 4 ? ffi::DataType::F32 : ffi::DataType::F64;
   if (type != own) return ffi::Error::InvalidArgument("numbers of another type than expected");
-  body(NUMBER());
-  return ffi::Error::Success();
+  return without_exceptions([&] { body(NUMBER()); });
 }
 
 using In = ffi::AnyBuffer;

@@ -43,7 +43,7 @@ ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
   std::uint32_t* result = out<std::uint32_t>(words);
   constexpr Index piece = 1 << 12;  // of what one task does
   const Index pieces = (count + piece - 1) / piece, group = std::max<Index>(1, piece / count);
-  parallel(pool, pieces * ((n + group - 1) / group), [&](Index task) {
+  const auto task_of = [&](Index task) {
     const Index begin = task % pieces * piece, end = std::min(count, begin + piece);
     const Index from = task / pieces * group;
     for (Index k = from; k < std::min(n, from + group); ++k) {
@@ -57,8 +57,9 @@ ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
         }
       }
     }
-  });
-  return ffi::Error::Success();
+  };
+  const Index tasks = pieces * ((n + group - 1) / group);
+  return without_exceptions([&] { parallel(pool, tasks, task_of); });
 }
 
 // `kWords` numbers in [0, 1), as `jax.random.uniform` makes them of the counters from `first` on.

@@ -6,8 +6,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #include "vectors.h"
@@ -28,6 +30,8 @@ struct Job {
   const void* self;
   Index tasks;
   std::atomic<Index> next{0}, finished{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first task that failed, to be read when all have finished
 
   // Without it `make_shared` would need C++20's aggregates in parentheses, which Clang has from 16.
   Job(void (*body)(const void*, Index), const void* self, Index tasks)
@@ -35,7 +39,12 @@ struct Job {
 
   void work() {
     for (Index i; (i = next.fetch_add(1)) < tasks;) {
-      body(self, i);
+      // An exception would end a thread of XLA's pool, or the caller while others are at work.
+      try {
+        if (!failed.load()) body(self, i);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
       finished.fetch_add(1);
       finished.notify_one();
     }
@@ -79,7 +88,11 @@ class Helpers {
       number = asked_.fetch_add(1) + 1;
       count -= awake_;
     }
-    for (Index i = 0; i < count; ++i) pool.Schedule([this, job, number] { help(job, number); });
+    try {
+      for (Index i = 0; i < count; ++i) pool.Schedule([this, job, number] { help(job, number); });
+    } catch (const std::bad_alloc&) {
+      // Some may have begun, so the job goes on, with fewer of them.
+    }
   }
 
  private:
@@ -116,7 +129,8 @@ Helpers& helpers() {
 }
 
 // Runs body(0) ... body(tasks - 1), some of them in XLA's pool. The caller works, too, and waits
-// only for what has begun, so a pool that is busy with other work cannot deadlock it.
+// only for what has begun, so a pool that is busy with other work cannot deadlock it. What a task
+// throws, the caller throws when none is at work any more; tasks that have not begun are left out.
 template <typename Body>
 void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body, bool worth_it = true) {
   const Index others = std::min<Index>(tasks, pool.num_threads()) - 1;
@@ -129,8 +143,10 @@ void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body, bool worth_i
   helpers().ask(pool, others, job);
   job->work();
   const auto done = [&] { return job->finished.load() == tasks; };
-  if (awake_until(done)) return;
-  for (Index n; (n = job->finished.load()) < tasks;) job->finished.wait(n);
+  if (!awake_until(done)) {
+    for (Index n; (n = job->finished.load()) < tasks;) job->finished.wait(n);
+  }
+  if (job->failed.load()) std::rethrow_exception(job->error);
 }
 
 // Where task `i` of `tasks` begins when `size` items are dealt out in whole groups.
