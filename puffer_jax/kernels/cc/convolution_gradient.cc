@@ -115,7 +115,7 @@ void convolve_weights_gradient(ffi::ThreadPool& pool, const Windows& w, const X&
       std::fill_n(sum, size + outputs, T(0));
       const Index last = share(w.x.batch, 1, part + 1, parts);
       for (Index n = share(w.x.batch, 1, part, parts); n < last; ++n) {
-        const T* image = bordered<T>(w, x, n, length % lanes ? lanes : 0);
+        const T* image = bordered<T>(w, x, n, length % lanes != 0);
         const T* d_image = d_out + n * w.out.size();
         add_rows(d_image, pixels, outputs, outputs, sum + size);
         for (Index i = 0; i < w.size.rows; ++i) {

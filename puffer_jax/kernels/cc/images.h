@@ -84,15 +84,15 @@ struct Numbers {
 };
 
 // The image that the windows slide over: itself if it needs no border, unless somebody means to
-// read some numbers beyond its end.
+// read some numbers beyond its end, no more than a panel has.
 template <typename T>
-const T* bordered(const Windows& w, const Numbers<T>& x, Index n, Index beyond = 0) {
+const T* bordered(const Windows& w, const Numbers<T>& x, Index n, bool beyond = false) {
   const T* image = x.data + n * w.x.size();
-  if (!x.rectify && beyond == 0 && w.pad.rows == 0 && w.pad.columns == 0 &&
+  if (!x.rectify && !beyond && w.pad.rows == 0 && w.pad.columns == 0 &&
       w.sides.columns == w.x.width) {
     return image;
   }
-  T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * w.x.channels + beyond);
+  T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * w.x.channels);
   place(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, x.rectify, copy);
   return copy;
 }
@@ -152,9 +152,9 @@ void to_numbers(const std::uint8_t* bytes, Index count, T* to) {
 }
 
 template <typename T>
-const T* bordered(const Windows& w, const Bytes& x, Index n, Index beyond = 0) {
+const T* bordered(const Windows& w, const Bytes& x, Index n, bool = false) {
   const Index channels = w.x.channels;
-  T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * channels + beyond);
+  T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * channels);
   if (w.pad.rows || w.pad.columns) {
     std::fill_n(copy, w.sides.rows * w.sides.columns * channels, T(0));
   }

@@ -41,6 +41,8 @@ enum class Slot {
 };
 
 // Memory for one purpose, kept by the thread: fresh pages cost as much as the arithmetic on them.
+// Behind it lies room for one more panel: a product reads panels whole, though the last row of a
+// matrix that is used as one may end within it, and leaves out what comes of the rest.
 template <typename T, Slot slot>
 T* scratch(Index size) {
   struct Memory {
@@ -52,7 +54,7 @@ T* scratch(Index size) {
   if (memory.size < size) {
     std::free(std::exchange(memory.data, nullptr));
     memory.size = 0;  // and stays so if there is no memory
-    const std::size_t bytes = (size * sizeof(T) + kBytes - 1) / kBytes * kBytes;
+    const std::size_t bytes = (size * sizeof(T) + kBytes - 1) / kBytes * kBytes + kWidest * kBytes;
     memory.data = static_cast<T*>(std::aligned_alloc(kBytes, bytes));
     if (memory.data == nullptr) throw std::bad_alloc();
     memory.size = size;

@@ -78,8 +78,8 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
     for (Index i = part * each; i < (part + 1) * each; ++i) {
       const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
       T* activations = scratch<T, Slot::kResults>(rows * stride);
-      T* d_hidden = scratch<T, Slot::kGradients>(rows * stride + kWidest * kLanes<T>);
-      std::fill_n(d_hidden, rows * stride + kWidest * kLanes<T>, T(0));
+      T* d_hidden = scratch<T, Slot::kGradients>(rows * stride);
+      std::fill_n(d_hidden, rows * stride, T(0));
       const auto x_row = [&](Index m) { return x + (first + m) * inputs; };
       times<T>(weights, inputs, hidden, rows, x_row, [&](Index) { return b1; },
                [&](Index m) { return activations + m * stride; });
@@ -116,7 +116,7 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
       });
       if (outputs == 0) continue;
       add_rows(d_result + first * outputs, rows, outputs, outputs, sum + size - sizes[3]);
-      T* d_rows = scratch<T, Slot::kResultGradients>(rows * d_stride + kWidest * kLanes<T>);
+      T* d_rows = scratch<T, Slot::kResultGradients>(rows * d_stride);
       pack(d_result + first * outputs, outputs, rows, outputs, d_stride, d_rows);
       with_width(panel_width<T>(outputs), [&](auto width) {
         constexpr Index lanes = width * kLanes<T>;
