@@ -45,11 +45,22 @@ void copy_inputs(const Shape& shape, Index t, Index first, Index last, const T* 
   }
 }
 
-// kept (time, batch, 5, hidden), if any: the gates i, f, g, o and the cell, for the gradient.
-// `outputs` may lie where `x` does.
 template <typename T>
-void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const T* of_x, const T* of_h,
-                  const T* bias, const T* x, const T* h, const T* c, const bool* done, T* outputs,
-                  T* h_last, T* c_last, T* kept);
+struct LstmArguments {
+  const T *of_x, *of_h, *bias;  // the weights of the inputs and of the states
+  const T *x, *h, *c;
+  const bool* done;  // (batch, time): an episode begins, so the state before does not count
+};
+
+template <typename T>
+struct LstmResults {
+  T* outputs;  // may lie where `x` does
+  T *h, *c;    // after the last step; `h` is not written where it is `outputs`
+  T* kept;     // (time, batch, 5, hidden), if any: gates i, f, g, o and cell, for the gradient
+};
+
+template <typename T>
+void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& given,
+                  const LstmResults<T>& results);
 
 }  // namespace

@@ -16,9 +16,8 @@ namespace {
 constexpr Index kManyStates = 1024;
 
 template <typename T, int width>
-void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, const T* of_x,
-               const T* of_h, const T* bias, const T* x, const T* h, const T* c, T* h_next,
-               T* c_next) {
+void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden,
+               const LstmArguments<T>& given, const LstmResults<T>& results) {
   constexpr Index lanes = kLanes<T>, wide = width * lanes, kUnits = 16;
   const Index panels = (batch + wide - 1) / wide, groups = (hidden + kUnits - 1) / kUnits;
   const Index size = (inputs + 2 * hidden) * wide;
@@ -27,10 +26,10 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
   parallel(pool, panels, [&](Index p) {
     const Index first = p * wide, count = std::min(wide, batch - first);
     T* panel = packed + p * size;
-    pack_transposed(x + first * inputs, inputs, inputs, count, wide, panel);
-    pack_transposed(h + first * hidden, hidden, hidden, count, wide, panel + inputs * wide);
+    pack_transposed(given.x + first * inputs, inputs, inputs, count, wide, panel);
+    pack_transposed(given.h + first * hidden, hidden, hidden, count, wide, panel + inputs * wide);
     T* cells = panel + (inputs + hidden) * wide;
-    pack_transposed(c + first * hidden, hidden, hidden, count, wide, cells);
+    pack_transposed(given.c + first * hidden, hidden, hidden, count, wide, cells);
   }, large);
   parallel(pool, panels * groups, [&](Index task) {
     const Index first = task / groups * wide, count = std::min(wide, batch - first);
@@ -44,13 +43,13 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
     const auto to = [&](Index m) { return gates[m]; };
     multiply<T, width>(
         {1, 0, inputs, 1, panel, wide}, 4 * kUnits, wide,
-        [&](Index m) { return of_x + row(m) * inputs; }, nothing<T>, to);
+        [&](Index m) { return given.of_x + row(m) * inputs; }, nothing<T>, to);
     multiply<T, width>(
         {1, 0, hidden, 1, panel + inputs * wide, wide}, 4 * kUnits, wide,
-        [&](Index m) { return of_h + row(m) * hidden; }, to, to);
+        [&](Index m) { return given.of_h + row(m) * hidden; }, to, to);
     // Cells take the place of the first gate, then their tanh times the last that of the second.
     for (Index m = 0; m < units; ++m) {
-      const T* own = bias + unit + m;
+      const T* own = given.bias + unit + m;
       const T* cells = panel + (inputs + hidden + unit + m) * wide;
       // Two at once need more registers than others have.
       constexpr int side_by_side = width % 2 || kBytes < 64 ? 1 : 2;
@@ -77,8 +76,8 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden, c
       store_group<T, N>(gates[kUnits] + j, left, squashed);
     });
     const Index at = first * hidden + unit;
-    transpose(gates[0], wide, units, count, c_next + at, hidden);
-    transpose(gates[kUnits], wide, units, count, h_next + at, hidden);
+    transpose(gates[0], wide, units, count, results.c + at, hidden);
+    transpose(gates[kUnits], wide, units, count, results.h + at, hidden);
   }, large);
 }
 
@@ -89,16 +88,26 @@ ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias_x, In bias_h
     const Index batch = x.dimensions()[0], inputs = x.dimensions()[1], hidden = h.dimensions()[1];
     T* bias = scratch<T, Slot::kBias>(4 * hidden);
     for (Index i = 0; i < 4 * hidden; ++i) bias[i] = in<T>(bias_x)[i] + in<T>(bias_h)[i];
+    LstmArguments<T> given{
+        .of_x = in<T>(of_x),
+        .of_h = in<T>(of_h),
+        .bias = bias,
+        .x = in<T>(x),
+        .h = in<T>(h),
+        .c = in<T>(c),
+        .done = nullptr,
+    };
+    T* next = out<T>(h_next);
+    const LstmResults<T> results{.outputs = next, .h = next, .c = out<T>(c_next), .kept = nullptr};
     if (batch >= kManyStates) {
       bool* never = scratch<bool, Slot::kNever>(batch);
       std::fill_n(never, batch, false);
-      lstm_forward<T>(pool, Shape(x, h, pool), in<T>(of_x), in<T>(of_h), bias, in<T>(x), in<T>(h),
-                      in<T>(c), never, out<T>(h_next), out<T>(h_next), out<T>(c_next), nullptr);
+      given.done = never;
+      lstm_forward<T>(pool, Shape(x, h, pool), given, results);
       return;
     }
     with_width(panel_width<T>(batch), [&](auto width) {
-      lstm_step<T, width>(pool, batch, inputs, hidden, in<T>(of_x), in<T>(of_h), bias, in<T>(x),
-                          in<T>(h), in<T>(c), out<T>(h_next), out<T>(c_next));
+      lstm_step<T, width>(pool, batch, inputs, hidden, given, results);
     });
   });
 }
