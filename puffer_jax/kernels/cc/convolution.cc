@@ -10,17 +10,30 @@
 
 namespace {
 
-// With `across`, the result's channels come first.
+template <typename T>
+struct Filters {
+  const T *kernel, *bias;
+};
+
+template <typename T>
+struct Result {
+  T* data;
+  bool channels_first;
+};
+
 template <typename T, typename X>
-void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kernel, const T* bias,
-              bool across, T* out) {
+void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const Filters<T>& filters,
+              const Result<T>& to) {
+  const T* bias = filters.bias;
+  const bool across = to.channels_first;
   const Index outputs = w.out.channels, numbers = w.numbers();
   with_width(panel_width<T>(outputs), [&](auto width) {
     constexpr Index lanes = width * kLanes<T>;
     const Index panels = (outputs + lanes - 1) / lanes;
     T* packed = scratch<T, Slot::kPanels>(panels * numbers * lanes);
     for (Index p = 0; p < panels; ++p) {
-      pack(kernel + p * lanes, outputs, numbers, std::min(lanes, outputs - p * lanes), lanes,
+      const Index columns = std::min(lanes, outputs - p * lanes);
+      pack(filters.kernel + p * lanes, outputs, numbers, columns, lanes,
            packed + p * numbers * lanes);
     }
     const Index row = w.sides.columns * w.x.channels, pixels = w.out.height * w.out.width;
@@ -31,15 +44,15 @@ void convolve(ffi::ThreadPool& pool, const Windows& w, const X& x, const T* kern
     }
     parallel(pool, w.x.batch, [&](Index n) {
       const T* image = bordered<T>(w, x, n);
-      T* result = out + n * w.out.size();
+      T* result = to.data + n * w.out.size();
       T* pixels_first = across ? scratch<T, Slot::kResults>(w.out.size()) : result;
       for (Index p = 0; p < panels; ++p) {
-        T* to = pixels_first + p * lanes;
+        T* first = pixels_first + p * lanes;
         multiply<T, width>(
             {w.size.rows, row, w.size.columns * w.x.channels, 1, packed + p * numbers * lanes,
              lanes},
             pixels, outputs - p * lanes, [&](Index i) { return image + starts[i]; },
-            [&](Index) { return bias + p * lanes; }, [&](Index i) { return to + i * outputs; });
+            [&](Index) { return bias + p * lanes; }, [&](Index i) { return first + i * outputs; });
       }
       if (across) transpose(pixels_first, outputs, pixels, outputs, result, pixels);
     });
@@ -55,8 +68,9 @@ ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, In bias, Out result, 
   return with_type(kernel.element_type(), [&](auto zero) {
     using T = decltype(zero);
     with_images<T>(x, channels_first, rectify, [&](const auto& images) {
-      convolve<T>(pool, windows, images, in<T>(kernel), in<T>(bias), out_channels_first,
-                  out<T>(result));
+      const Filters<T> filters{.kernel = in<T>(kernel), .bias = in<T>(bias)};
+      const Result<T> to{.data = out<T>(result), .channels_first = out_channels_first};
+      convolve(pool, windows, images, filters, to);
     });
   });
 }

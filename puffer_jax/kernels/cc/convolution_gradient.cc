@@ -12,6 +12,28 @@
 
 namespace {
 
+inline Index taps(Index size, Index stride, Index phase) {
+  return phase < size ? (size - phase + stride - 1) / stride : 0;
+}
+
+struct Phase {
+  Pair at, count;  // where its taps of the windows begin, and how many there are
+  // Its pixels (y, x), y + pad = stride * q + at: the first, with its q, and how many there are.
+  Pair q, first, pixels;
+
+  Phase(const Windows& w, Index number)
+      : at{number / w.stride.columns, number % w.stride.columns},
+        count{taps(w.size.rows, w.stride.rows, at.rows),
+              taps(w.size.columns, w.stride.columns, at.columns)},
+        q{(std::max<Index>(0, w.pad.rows - at.rows) + w.stride.rows - 1) / w.stride.rows,
+          (std::max<Index>(0, w.pad.columns - at.columns) + w.stride.columns - 1) /
+              w.stride.columns},
+        first{q.rows * w.stride.rows + at.rows - w.pad.rows,
+              q.columns * w.stride.columns + at.columns - w.pad.columns},
+        pixels{(w.x.height - first.rows + w.stride.rows - 1) / w.stride.rows,
+               (w.x.width - first.columns + w.stride.columns - 1) / w.stride.columns} {}
+};
+
 // The pixels that one number of the windows meets are `stride` apart, so each of the stride's
 // phases is a convolution of d_out with every stride-th number of the reversed windows. With images
 // `x`, a ReLU came first.
@@ -19,9 +41,6 @@ template <typename T>
 void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* x, const T* kernel,
                               const T* d_out, T* dx) {
   const Index outputs = w.out.channels, channels = w.x.channels;
-  const auto taps = [](Index size, Index stride, Index phase) {
-    return phase < size ? (size - phase + stride - 1) / stride : 0;
-  };
   const Pair most{taps(w.size.rows, w.stride.rows, 0), taps(w.size.columns, w.stride.columns, 0)};
   const Pair corner{most.rows - 1, most.columns - 1};
   const Pair sides{(w.x.height - 1 + w.pad.rows) / w.stride.rows + most.rows,
@@ -34,9 +53,8 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
     const Index phases = w.stride.rows * w.stride.columns;
     T* packed = scratch<T, Slot::kPanels>(phases * panels * panel_size);
     for (Index phase = 0; phase < phases; ++phase) {
-      const Pair at{phase / w.stride.columns, phase % w.stride.columns};
-      const Pair count{taps(w.size.rows, w.stride.rows, at.rows),
-                       taps(w.size.columns, w.stride.columns, at.columns)};
+      const Phase of(w, phase);
+      const Pair at = of.at, count = of.count;
       for (Index p = 0; p < panels; ++p) {
         T* to = packed + (phase * panels + p) * panel_size;
         const Index columns = std::min(lanes, channels - p * lanes);
@@ -55,17 +73,8 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
       place(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, false,
             image);
       for (Index phase = 0; phase < phases; ++phase) {
-        const Pair at{phase / w.stride.columns, phase % w.stride.columns};
-        const Pair count{taps(w.size.rows, w.stride.rows, at.rows),
-                         taps(w.size.columns, w.stride.columns, at.columns)};
-        // The pixels (y, x) of this phase: y + pad = stride * q + phase.
-        const Pair q{(std::max<Index>(0, w.pad.rows - at.rows) + w.stride.rows - 1) / w.stride.rows,
-                     (std::max<Index>(0, w.pad.columns - at.columns) + w.stride.columns - 1) /
-                         w.stride.columns};
-        const Pair first{q.rows * w.stride.rows + at.rows - w.pad.rows,
-                         q.columns * w.stride.columns + at.columns - w.pad.columns};
-        const Pair pixels{(w.x.height - first.rows + w.stride.rows - 1) / w.stride.rows,
-                          (w.x.width - first.columns + w.stride.columns - 1) / w.stride.columns};
+        const Phase of(w, phase);
+        const Pair count = of.count, q = of.q, first = of.first, pixels = of.pixels;
         if (pixels.rows <= 0 || pixels.columns <= 0) continue;
         const T* from = image + (q.rows + corner.rows - count.rows + 1) * row +
                         (q.columns + corner.columns - count.columns + 1) * outputs;

@@ -46,13 +46,27 @@ void few_gradients(const T* x, Index inputs, const T* d, Index outputs, const T*
 
 // Of x (batch, inputs) @ weights (inputs, outputs) + bias.
 template <typename T>
-void linear_gradient(ffi::ThreadPool& pool, Index batch, Index inputs, Index outputs, const T* x,
-                     const T* weights, const T* d, T* dx, T* d_weights, T* d_bias) {
+struct LinearArguments {
+  Index batch, inputs, outputs;
+  const T *x, *weights, *d_result;
+};
+
+template <typename T>
+struct LinearGradients {
+  T *x, *weights, *bias;
+};
+
+template <typename T>
+void linear_gradient(ffi::ThreadPool& pool, const LinearArguments<T>& given,
+                     const LinearGradients<T>& gradients) {
+  const Index batch = given.batch, inputs = given.inputs, outputs = given.outputs;
+  const T *x = given.x, *d = given.d_result;
+  T* dx = gradients.x;
   const Index most = batch * inputs > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
   const Index parts = std::clamp<Index>(pool.num_threads(), 1, most);
   const Index stride = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   T* across = scratch<T, Slot::kPanels>(outputs * stride);
-  pack_transposed(weights, outputs, outputs, inputs, stride, across);
+  pack_transposed(given.weights, outputs, outputs, inputs, stride, across);
   const Index size = (stride + 1) * outputs;
   T* sums = scratch<T, Slot::kSums>(parts * size);
   parallel(pool, parts, [&](Index part) {
@@ -80,8 +94,10 @@ void linear_gradient(ffi::ThreadPool& pool, Index batch, Index inputs, Index out
     return result;
   };
   for (Index n = 0; n < outputs; ++n) {
-    for (Index k = 0; k < inputs; ++k) d_weights[k * outputs + n] = total(n * stride + k);
-    d_bias[n] = total(outputs * stride + n);
+    for (Index k = 0; k < inputs; ++k) {
+      gradients.weights[k * outputs + n] = total(n * stride + k);
+    }
+    gradients.bias[n] = total(outputs * stride + n);
   }
 }
 
@@ -105,9 +121,20 @@ ffi::Error LinearGradient(ffi::ThreadPool pool, In x, In weights, In d_result, O
                           Out d_weights, Out d_bias) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    linear_gradient<T>(pool, x.dimensions()[0], x.dimensions()[1], d_result.dimensions()[1],
-                       in<T>(x), in<T>(weights), in<T>(d_result), out<T>(dx), out<T>(d_weights),
-                       out<T>(d_bias));
+    const LinearArguments<T> given{
+        .batch = x.dimensions()[0],
+        .inputs = x.dimensions()[1],
+        .outputs = d_result.dimensions()[1],
+        .x = in<T>(x),
+        .weights = in<T>(weights),
+        .d_result = in<T>(d_result),
+    };
+    const LinearGradients<T> gradients{
+        .x = out<T>(dx),
+        .weights = out<T>(d_weights),
+        .bias = out<T>(d_bias),
+    };
+    linear_gradient(pool, given, gradients);
   });
 }
 

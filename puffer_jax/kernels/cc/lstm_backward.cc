@@ -51,13 +51,13 @@ struct LstmGradients {
 template <typename T>
 struct CellStep {
   Index hidden;
-  bool begun;          // an episode begins
-  const T* kept;       // gates and cell
-  const T* before;     // the cell before
+  bool begun;       // an episode begins
+  const T* kept;    // gates and cell
+  const T* before;  // the cell before
   const T* d_output;
-  T* tanh_row;         // memory for the cell's tanh
-  T* d_gates;          // a result
-  T *dh, *dc;          // of this step, given; `dc` becomes that of the step before
+  T* tanh_row;  // memory for the cell's tanh
+  T* d_gates;   // a result
+  T *dh, *dc;   // of this step, given; `dc` becomes that of the step before
 };
 
 // By value, as in Rows.

@@ -60,12 +60,54 @@ void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T*
 }
 
 template <typename T>
-void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T* w1,
-                         const T* b1, const T* w2, const T* d_result, T* d_w1, T* d_b1, T* d_w2,
-                         T* d_b2) {
+struct PerceptronArguments {
+  const T *x, *w1, *b1, *w2, *d_result;
+};
+
+template <typename T>
+struct PerceptronGradients {
+  T *w1, *b1, *w2, *b2;
+};
+
+// z[0:count], what GELU is given, becomes GELU of it; d_z is what `d` is for z.
+template <typename T>
+void gelu_gradient(T* z_row, const T* d, Index count, T* d_z) {
+  in_groups<T>(count, [&](auto size, Index j, Index left) {
+    constexpr int N = size;
+    Group<T, N> z, density, slope;
+    load_group<T, N>(z_row + j, left, z);
+    normal<T, N>(z, density, slope);
+    EACH density[i] = z[i] * (density[i] * T(0.39894228040143267794)) + slope[i];
+    EACH z[i] *= slope[i];
+    store_group<T, N>(z_row + j, left, z);
+    load_group<T, N>(d + j, left, z);
+    EACH density[i] *= z[i];
+    store_group<T, N>(d_z + j, left, density);
+  });
+}
+
+// sum (inputs, columns) += from^T @ d: so many rows of both, `step` and `stride` apart.
+template <typename T>
+void add_weights(Index rows, const T* from, Index step, Index inputs, const T* d, Index stride,
+                 Index columns, T* sum) {
+  with_width(panel_width<T>(columns), [&](auto width) {
+    constexpr Index lanes = width * kLanes<T>;
+    for (Index p = 0; p < columns; p += lanes) {
+      const Product<T> product{1, 0, rows, step, d + p, stride};
+      const auto to = [&](Index m) { return sum + m * columns + p; };
+      multiply<T, width>(product, inputs, columns - p, [&](Index m) { return from + m; }, to, to);
+    }
+  });
+}
+
+template <typename T>
+void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape,
+                         const PerceptronArguments<T>& given,
+                         const PerceptronGradients<T>& gradients) {
   const Index inputs = shape.inputs, hidden = shape.hidden, outputs = shape.outputs;
-  const T* weights = panels_of<T, Slot::kPanels>(w1, inputs, hidden, false, lanes_of<T>(hidden));
-  const T* back = panels_of<T, Slot::kMorePanels>(w2, outputs, hidden, true, lanes_of<T>(hidden));
+  const Index lanes = lanes_of<T>(hidden);
+  const T* weights = panels_of<T, Slot::kPanels>(given.w1, inputs, hidden, false, lanes);
+  const T* back = panels_of<T, Slot::kMorePanels>(given.w2, outputs, hidden, true, lanes);
   const Index sizes[] = {inputs * hidden, hidden, hidden * outputs, outputs};
   const Index size = sizes[0] + sizes[1] + sizes[2] + sizes[3];
   std::unique_ptr<T[]> sums(new T[shape.parts * size]);
@@ -77,59 +119,35 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape, const T* x,
     const Index d_stride = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (Index i = part * each; i < (part + 1) * each; ++i) {
       const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
+      const T* x = given.x + first * inputs;
+      const T* d_result = given.d_result + first * (outputs ? outputs : hidden);
       T* activations = scratch<T, Slot::kResults>(rows * stride);
       T* d_hidden = scratch<T, Slot::kGradients>(rows * stride);
       std::fill_n(d_hidden, rows * stride, T(0));
-      const auto x_row = [&](Index m) { return x + (first + m) * inputs; };
-      times<T>(weights, inputs, hidden, rows, x_row, [&](Index) { return b1; },
-               [&](Index m) { return activations + m * stride; });
+      times<T>(
+          weights, inputs, hidden, rows, [&](Index m) { return x + m * inputs; },
+          [&](Index) { return given.b1; }, [&](Index m) { return activations + m * stride; });
       if (outputs) {
-        times<T>(back, outputs, hidden, rows,
-                 [&](Index m) { return d_result + (first + m) * outputs; }, nothing<T>,
-                 [&](Index m) { return d_hidden + m * stride; });
+        times<T>(
+            back, outputs, hidden, rows, [&](Index m) { return d_result + m * outputs; },
+            nothing<T>, [&](Index m) { return d_hidden + m * stride; });
       }
       for (Index m = 0; m < rows; ++m) {
-        const T* given = outputs ? d_hidden + m * stride : d_result + (first + m) * hidden;
-        T* row = activations + m * stride;
-        in_groups<T>(hidden, [&](auto size, Index j, Index left) {
-          constexpr int N = size;
-          Group<T, N> z, density, slope;
-          load_group<T, N>(row + j, left, z);
-          normal<T, N>(z, density, slope);
-          EACH density[i] = z[i] * (density[i] * T(0.39894228040143267794)) + slope[i];
-          EACH z[i] *= slope[i];
-          store_group<T, N>(row + j, left, z);
-          load_group<T, N>(given + j, left, z);
-          EACH density[i] *= z[i];
-          store_group<T, N>(d_hidden + m * stride + j, left, density);
-        });
+        T* d_row = d_hidden + m * stride;
+        gelu_gradient(activations + m * stride, outputs ? d_row : d_result + m * hidden, hidden,
+                      d_row);
       }
       add_rows(d_hidden, rows, stride, hidden, sum + sizes[0]);
-      with_width(panel_width<T>(hidden), [&](auto width) {
-        constexpr Index lanes = width * kLanes<T>;
-        for (Index p = 0; p < hidden; p += lanes) {
-          const Product<T> product{1, 0, rows, inputs, d_hidden + p, stride};
-          const auto to = [&](Index m) { return sum + m * hidden + p; };
-          multiply<T, width>(
-              product, inputs, hidden - p, [&](Index m) { return x_row(0) + m; }, to, to);
-        }
-      });
+      add_weights(rows, x, inputs, inputs, d_hidden, stride, hidden, sum);
       if (outputs == 0) continue;
-      add_rows(d_result + first * outputs, rows, outputs, outputs, sum + size - sizes[3]);
+      add_rows(d_result, rows, outputs, outputs, sum + size - sizes[3]);
       T* d_rows = scratch<T, Slot::kResultGradients>(rows * d_stride);
-      pack(d_result + first * outputs, outputs, rows, outputs, d_stride, d_rows);
-      with_width(panel_width<T>(outputs), [&](auto width) {
-        constexpr Index lanes = width * kLanes<T>;
-        for (Index p = 0; p < outputs; p += lanes) {
-          const Product<T> product{1, 0, rows, stride, d_rows + p, d_stride};
-          const auto to = [&](Index m) { return sum + sizes[0] + sizes[1] + m * outputs + p; };
-          multiply<T, width>(
-              product, hidden, outputs - p, [&](Index m) { return activations + m; }, to, to);
-        }
-      });
+      pack(d_result, outputs, rows, outputs, d_stride, d_rows);
+      add_weights(rows, activations, stride, hidden, d_rows, d_stride, outputs,
+                  sum + sizes[0] + sizes[1]);
     }
   });
-  T* const results[] = {d_w1, d_b1, d_w2, d_b2};
+  T* const results[] = {gradients.w1, gradients.b1, gradients.w2, gradients.b2};
   for (Index part = 0; part < shape.parts; ++part) {
     const T* sum = sums.get() + part * size;
     for (int k = 0; k < 4; sum += sizes[k], ++k) {
@@ -160,9 +178,20 @@ ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, I
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
     const Layers shape(x, w1.dimensions()[1], w2.dimensions()[1], pool);
-    perceptron_gradient<T>(pool, shape, in<T>(x), in<T>(w1), in<T>(b1), in<T>(w2),
-                           in<T>(d_result), out<T>(d_w1), out<T>(d_b1), out<T>(d_w2),
-                           out<T>(d_b2));
+    const PerceptronArguments<T> given{
+        .x = in<T>(x),
+        .w1 = in<T>(w1),
+        .b1 = in<T>(b1),
+        .w2 = in<T>(w2),
+        .d_result = in<T>(d_result),
+    };
+    const PerceptronGradients<T> gradients{
+        .w1 = out<T>(d_w1),
+        .b1 = out<T>(d_b1),
+        .w2 = out<T>(d_w2),
+        .b2 = out<T>(d_b2),
+    };
+    perceptron_gradient(pool, shape, given, gradients);
   });
 }
 

@@ -77,12 +77,18 @@ inline void uniform(const std::uint32_t* key, Index first, T* to) {
   }
 }
 
+// The rows [first, last) of logits (rows, n), to be drawn from with one key.
+struct Draw {
+  const std::uint32_t* key;
+  Index rows, n, first, last;
+};
+
 // `jax.random.categorical(key, logits, mode="high")` of logits (rows, n), for one key: the largest
-// of the logits with Gumbel noise, -log(-log(1 - x)). Logits and result are of the rows
-// [first, last).
+// of the logits with Gumbel noise, -log(-log(1 - x)). Logits and result are of the draw's rows.
 template <typename T>
-void categorical(const std::uint32_t* key, const T* logits, Index rows, Index n, Index first,
-                 Index last, std::int32_t* result) {
+void categorical(const Draw& draw, const T* logits, std::int32_t* result) {
+  const std::uint32_t* key = draw.key;
+  const Index rows = draw.rows, n = draw.n, first = draw.first, last = draw.last;
   constexpr T fine = sizeof(T) == 4 ? T(1) / (1 << 23) : T(1) / (std::int64_t(1) << 52);
   const Index begin = first * n, end = last * n;
   T* scores = scratch<T, Slot::kScores>(end - begin + kLanes<T>);
@@ -125,18 +131,25 @@ ffi::Error Categorical(ffi::ThreadPool pool, In keys, In logits, Out result) {
     const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
     parallel(pool, draws * pieces, [&](Index task) {
       const Index draw = task / pieces, first = task % pieces * each, at = draw * rows + first;
-      categorical<T>(in<std::uint32_t>(keys) + 2 * draw, in<T>(logits) + at * n, rows, n, first,
-                     std::min(rows, first + each), out<std::int32_t>(result) + at);
+      const std::uint32_t* key = in<std::uint32_t>(keys) + 2 * draw;
+      categorical(Draw{key, rows, n, first, std::min(rows, first + each)}, in<T>(logits) + at * n,
+                  out<std::int32_t>(result) + at);
     });
   });
 }
 
-// As in `sample_logits`: actions, their log-probabilities, and entropies, of logits (rows, n). All
-// but the key and `rows` are of the rows [first, last).
+// Of the draw's rows.
 template <typename T>
-void sample(const std::uint32_t* key, const T* logits, Index rows, Index n, Index first,
-            Index last, std::int32_t* actions, T* logprobs, T* entropies) {
-  const Index many = last - first;
+struct Samples {
+  std::int32_t* actions;
+  T *logprobs, *entropies;
+};
+
+// As in `sample_logits`: actions, their log-probabilities, and entropies.
+template <typename T>
+void sample(const Draw& draw, const T* logits, const Samples<T>& results) {
+  const Index n = draw.n, many = draw.last - draw.first;
+  T *logprobs = results.logprobs, *entropies = results.entropies;
   T* normalised = scratch<T, Slot::kNormalised>(many * n);
   T* powers = scratch<T, Slot::kPowers>(many * n);
   T* logs = scratch<T, Slot::kLogs>(2 * many);
@@ -191,8 +204,10 @@ void sample(const std::uint32_t* key, const T* logits, Index rows, Index n, Inde
     }
     entropies[row] -= sum;
   }
-  categorical(key, normalised, rows, n, first, last, actions);
-  for (Index row = 0; row < many; ++row) logprobs[row] += normalised[row * n + actions[row]];
+  categorical(draw, normalised, results.actions);
+  for (Index row = 0; row < many; ++row) {
+    logprobs[row] += normalised[row * n + results.actions[row]];
+  }
 }
 
 // With the key of number `component` that the given one is split into.
@@ -208,8 +223,13 @@ ffi::Error Sample(ffi::ThreadPool pool, In keys, In logits, Out actions, Out log
       Words a, b;
       threefry(in<std::uint32_t>(keys) + 2 * draw, std::uint32_t(component), a, b);
       const std::uint32_t key[] = {a[0], b[0]};
-      sample<T>(key, in<T>(logits) + at * n, rows, n, first, std::min(rows, first + each),
-                out<std::int32_t>(actions) + at, out<T>(logprobs) + at, out<T>(entropies) + at);
+      const Samples<T> results{
+          .actions = out<std::int32_t>(actions) + at,
+          .logprobs = out<T>(logprobs) + at,
+          .entropies = out<T>(entropies) + at,
+      };
+      sample(Draw{key, rows, n, first, std::min(rows, first + each)}, in<T>(logits) + at * n,
+             results);
     });
   });
 }
