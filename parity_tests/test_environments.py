@@ -138,7 +138,7 @@ UNKNOWN = {
     "gymnasium:cartpole": "no environment 'gymnasium:cartpole'.*Did you mean: `CartPole`",
     "ALE/Breakut-v5": "did you mean 'ALE/Breakout-v5'",
     "MiniGrid-Empty-5x7-v0": "did you mean 'MiniGrid-Empty-5x5-v0'",
-    "pettingzoo:butterfly/cooperative_pong_v1": "did you mean '.*cooperative_pong_v6'",
+    "pettingzoo:butterfly/cooperative_pong_v1": "did you mean '.*cooperative_pong_v[56]'",
     "pettingzoo:rps_v2": "did you mean 'pettingzoo:classic/rps_v2'",
     "nowhere:Env-v0": "No module named 'nowhere'",
 }
