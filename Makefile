@@ -12,8 +12,8 @@ MODULES = test_models test_golden test_weights test_check test_cleanrl test_pari
 # Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
 # venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax forbids jax 0.12: there, the
 # tests that need either are left out, by name.
-OLDEST = test_jaxenv test_written_files test_cleanrl
-NEWEST = test_golden test_jaxenv test_written_files test_environments
+OLDEST = test_jaxenv test_written_files test_cleanrl test_cli
+NEWEST = test_golden test_jaxenv test_environments
 PIP = pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-matrix test-oldest test-newest lint table clean
