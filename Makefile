@@ -12,8 +12,8 @@ MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights 
 # Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
 # venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax forbids jax 0.12: there, the
 # tests that need either are left out, by name.
-OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl
-NEWEST = test_golden environments/test_jaxenv run/test_written_files environments/test_environments
+OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl cli/test_cli
+NEWEST = test_golden environments/test_jaxenv environments/test_environments
 PIP = pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-matrix test-oldest test-newest lint table clean

@@ -267,6 +267,7 @@ def test_commands_vectorise_them():
         eval._make_game("pettingzoo:classic/rps_v2", {}, None, 0)
 
 
+@pytest.mark.needs_reference  # of torch: it reads and writes .pt files
 @pytest.mark.usefixtures("quick")
 def test_train_and_play_from_the_command_line(tmp_path, capsys):
     small = "--vec.num-envs 2 --train.bptt-horizon 8 --policy.hidden-size 8 --name a".split()
@@ -281,6 +282,7 @@ def test_train_and_play_from_the_command_line(tmp_path, capsys):
     assert "MiniGrid-Empty-5x5-v0" in capsys.readouterr().out
 
 
+@pytest.mark.needs_reference  # of torch: it reads and writes .pt files
 def test_atari_example(tmp_path):
     small = "--steps 800 --num-envs 4 --horizon 16 --update-epochs 1 --hidden-size 16 --frames 20"
     result = subprocess.run(
