@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.cpu import library
 
-Layout = Callable[[Mapping[str, Any]], dict[str, Any]]
+# Between parameters and tensors in torch's layout, see `puffer_jax.nn.torch_layout`.
+Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
+
+# (params, opt_state, gradients, skip) -> (params, opt_state); where `skip`, they stay as they are.
+Step = Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
 
 OPTIMIZERS = ("adam", "muon")
 
@@ -35,8 +39,8 @@ _NEWTON_SCHULZ = (
 
 def make(
     name: str,
-    to_torch: Layout,
-    from_torch: Layout,
+    to_torch: Conversion,
+    from_torch: Conversion,
     *,
     learning_rate: ArrayLike,
     max_grad_norm: ArrayLike,
@@ -71,7 +75,7 @@ def make(
 
 
 def make_step(
-    name: str, to_torch: Layout, from_torch: Layout, **numbers: Any
+    name: str, to_torch: Conversion, from_torch: Conversion, **numbers: Any
 ) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
     """A step of the trainer's optimizer, as the update takes it.
 
@@ -186,8 +190,8 @@ class MuonState(NamedTuple):
 def muon(
     learning_rate: ArrayLike,
     beta1: ArrayLike,
-    to_torch: Layout,
-    from_torch: Layout,
+    to_torch: Conversion,
+    from_torch: Conversion,
     newton_schulz_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Muon as the reference runs it: `heavyball.ForeachMuon` 2.3.1 with its defaults.
