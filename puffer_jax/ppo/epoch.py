@@ -30,9 +30,9 @@ def epoch(
     Args:
         collect: see `Source.collect`.
         update: see `Learner.update`.
-        state: of the training so far.
-        stream: of the environments so far.
-        keys: for each half.
+        state: the train state before the epoch.
+        stream: the source's stream before the epoch.
+        keys: one for each half.
         hypers: see `Learner.update`.
 
     Returns:
@@ -44,21 +44,21 @@ def epoch(
 
 
 class Loop:
-    """A training under way, an epoch at a time: its state, and the programs that advance it.
+    """Training, an epoch at a time: its state, and the programs that advance it.
 
-    All that is compiled for training is compiled here, but for a policy's step on the host.
+    Everything that training needs compiled is compiled here, except a policy's step on the host.
 
     Args:
-        config: says what to learn, and the seed.
-        source: of experience.
+        config: the options of the update, and the seed.
+        source: where experience comes from.
         policy: its parameters are copied.
         profile: counts the time of the phases "evaluate" and "train".
 
     Attributes:
-        source: the same.
-        state: what updates change.
-        stream: see `Source`.
-        key: is split anew for every batch and every update.
+        source: see above.
+        state: the train state, which updates change.
+        stream: the source's stream, see `Source`.
+        key: the key that is split for every batch and every update.
         names: see `Learner`.
         programs: the compiled functions: "update"; of a pure source also "collect" and "epoch".
     """
@@ -94,7 +94,7 @@ class Loop:
         return losses
 
     def advance(self) -> tuple[Metrics, int, Stats]:
-        """`evaluate` and `train`, of a pure source in one program."""
+        """`evaluate` and `train`; in one program if the source is pure."""
         keys = self._next_key(), self._next_key()
         if self.source.pure:
             with self._profile("train"):
@@ -108,12 +108,12 @@ class Loop:
         return losses, *self.source.summary(outcome)
 
     def saved(self) -> dict[str, PyTree]:
-        """What a checkpoint holds; the stream only where that is all there is."""
+        """What a checkpoint holds: the stream, too, if the source is pure."""
         saved = {"train": self.state, "key": self.key}
         return saved | {"stream": self.stream} if self.source.pure else saved
 
     def restore(self, saved: dict[str, PyTree]) -> None:
-        """Go on from what `saved` gave."""
+        """Go on from what `saved` returned."""
         saved = owned(saved)
         self.state, self.key = saved["train"], saved["key"]
         if self.source.pure:

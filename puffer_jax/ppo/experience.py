@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int, PyTree
 
 # A Python number, or a traced scalar.
-Number = float | Array
+Number = float | int | Array
 
 # As `puffer_jax.split` gives them.
 Params = dict[str, PyTree]
@@ -41,17 +41,17 @@ class Experience(NamedTuple):
 
     Attributes:
         observations: an array or a tree of them.
-        actions: as `sample_logits` gives them.
-        logprobs: log-probabilities of the actions.
-        values: of the observations.
-        rewards: that came with the observations.
+        actions: the actions, as `sample_logits` gives them.
+        logprobs: the log-probabilities of the actions.
+        values: the values of the observations.
+        rewards: the rewards that came with the observations.
         terminals: 1.0 where the episode had ended when the observation came, else 0.0.
-        starts: whether the observation is the first of an episode; None: states are not reset.
+        starts: whether the observation is the first of an episode; None: it resets no state.
         mask: whether the step was played; None: all were.
         final_values: the value of the last observation of an episode that was truncated when this
             one came, else 0; None: truncation is ignored.
         state: the recurrent state before each segment, (segments, hidden); None: zeros.
-        last: None: the last step of a segment has advantage 0.
+        last: what followed; None: the last step of a segment has advantage 0.
     """
 
     observations: PyTree
@@ -71,7 +71,7 @@ class TrainState(NamedTuple):
     """What an update changes.
 
     Attributes:
-        params: as `puffer_jax.split` gives them.
+        params: the policy's parameters, as `puffer_jax.split` gives them.
         opt_state: the optimizer's state.
         epoch: int32, updates from a whole batch so far.
         nonfinite: int32, optimizer steps so far in which an array of `Learner.names` was not

@@ -19,9 +19,9 @@ class Stream(NamedTuple):
     """JAX-native environments between two steps, with the agents' recurrent state.
 
     Attributes:
-        env: states of the environments, (agents, ...).
-        arrival: what they handed out last.
-        state: the policy's.
+        env: the states of the environments, (agents, ...).
+        arrival: what the environments handed out last.
+        state: the policy's recurrent state.
         returns: sums of the rewards of the running episodes.
         lengths: steps of the running episodes.
     """
@@ -62,9 +62,9 @@ class JaxSource:
     """Experience from copies of a JAX-native environment; see `Source`.
 
     Args:
-        config: says how many copies, and what to store.
-        env: one environment.
-        policy: of the structure of those that will act.
+        config: says how many copies to run, and what to store.
+        env: the environment.
+        policy: a policy with the structure of those that will act.
     """
 
     pure = True

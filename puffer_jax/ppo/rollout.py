@@ -22,8 +22,8 @@ from puffer_jax.ppo.objective import is_recurrent
 class Arrival(NamedTuple):
     """What an environment hands to the agents at one step; arrays (agents, ...).
 
-    Its names are those in checkpoints. Environments on the host have NumPy's arrays, and None in
-    place of what the options do not ask for.
+    Checkpoints have its names. Environments on the host give NumPy's arrays, and None in place of
+    what the options do not ask for.
 
     Attributes:
         obs: the observations, an array or a tree of them.
@@ -49,8 +49,8 @@ class Player:
 
     Args:
         config: says whether an episode's start resets the state.
-        policy: of the structure of those that will act.
-        action_space: the environments'.
+        policy: a policy with the structure of those that will act.
+        action_space: the action space of the environments.
     """
 
     def __init__(self, config: PuffeRLConfig, policy: nnx.Module, action_space: Any):
@@ -109,10 +109,10 @@ class Player:
 
 
 def check_fits(config: PuffeRLConfig, policy: nnx.Module) -> None:
-    """Whether the policy is what the configuration says.
+    """Check that the policy is what the configuration says.
 
     Raises:
-        ValueError: it is not: recurrent or not, or its precision.
+        ValueError: it is recurrent or not, or of a precision, where the configuration says else.
     """
     recurrent = is_recurrent(policy)
     if config.use_rnn is not None and config.use_rnn != recurrent:
@@ -166,5 +166,5 @@ def with_following(experience: Experience, after: Last, agents: int) -> Experien
 
 
 def owned(tree: PyTree) -> PyTree:
-    """A copy that may be donated: nobody else has its arrays, and it has each only once."""
+    """A copy that may be donated: nobody else has its arrays, and each is in it only once."""
     return jax.tree.map(jnp.copy, tree)

@@ -1,6 +1,6 @@
 """Where experience comes from: one protocol for JAX-native environments and those on the host."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -11,17 +11,18 @@ from puffer_jax.ppo.experience import Experience, Params
 Stats = dict[str, list[Any]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Environments and a policy that acts in them, batch by batch.
 
-    A *stream* is what lasts from one batch to the next: where the environments and the recurrent
-    state are. An *outcome* is what there is to tell of a batch beside its experience.
+    A *stream* is what lasts from one batch to the next: the states of the environments, and the
+    policy's recurrent state. An *outcome* is what else there is to report about a batch.
 
     Attributes:
-        sizes: of a batch.
+        sizes: the sizes of a batch and of the update.
         pure: whether `init` and `collect` are pure functions of their arguments. Then they can be
-            compiled, the latter in one program with the update, and a checkpoint of the stream
-            continues a run exactly. Otherwise the environments hold state that nobody sees.
+            compiled, `collect` in one program with the update, and a checkpoint of the stream
+            continues a run exactly. Otherwise the environments have a state of their own.
     """
 
     sizes: Sizes

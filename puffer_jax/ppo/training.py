@@ -1,7 +1,7 @@
 """A whole training run as one pure function."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -17,6 +17,7 @@ from puffer_jax.ppo.rollout import check_fits
 from puffer_jax.ppo.update import make_learner
 
 
+@runtime_checkable
 class Train(Protocol):
     """What `make_train` returns."""
 

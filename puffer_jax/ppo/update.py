@@ -33,11 +33,11 @@ class Learner:
 
     Attributes:
         config: the options of the update.
-        sizes: of the batch and its minibatches.
+        sizes: the sizes of the batch and its minibatches.
         graphdef: the static half of the policy.
-        to_torch: parameters, or their gradients, in torch's layout by torch's names.
+        to_torch: converts parameters, or their gradients, to torch's layout and names.
         from_torch: the inverse of `to_torch`.
-        names: of the arrays that are checked to be finite; see `TrainState.culprit`.
+        names: the names of the arrays that are checked to be finite; see `TrainState.culprit`.
     """
 
     config: PuffeRLConfig
@@ -67,7 +67,7 @@ class Learner:
         """Learn from a batch.
 
         Args:
-            state: of the training so far.
+            state: the train state so far.
             experience: the batch.
             key: draws the rows of each minibatch, none twice in one, as `torch.multinomial` does.
             hypers: replace some of `config.hypers()`, by numbers or tracers.

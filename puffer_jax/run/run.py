@@ -1,27 +1,25 @@
 """A run on disk and in the logs: its name, folder, checkpoints and loggers."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 from jaxtyping import PyTree
 
 from puffer_jax.run import checkpoint
-from puffer_jax.run.loggers import Logger
+from puffer_jax.run.loggers import Logger, Logs
 
 
 class Run:
-    """Where a run keeps what lasts.
+    """The name of a run, and the places where it leaves something.
 
     Args:
-        data_dir: folder of all runs.
-        logger: where the numbers go; its `run_id` names the run.
-        keep: how many checkpoints stay.
+        data_dir: the folder of all runs.
+        logger: where the numbers go; its `run_id` is the run's name.
+        keep: how many checkpoints to keep.
 
     Attributes:
-        logger: may be replaced, which renames the run if the other one has another name.
+        logger: the logger; it may be replaced, and the run then has the name of the other one.
     """
 
     def __init__(self, data_dir: str | Path, logger: Logger, keep: int):
@@ -38,17 +36,19 @@ class Run:
         """Folder of the run's checkpoints."""
         return self._data_dir / self.id
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
+    def log(self, logs: Logs, step: int) -> None:
         """Log numbers at an agent step."""
         self.logger.log(logs, step)
 
-    def save(self, epoch: int, policy: nnx.Module, state: PyTree, metadata: dict[str, Any]) -> Path:
+    def save(
+        self, epoch: int, policy: nnx.Module, state: PyTree, metadata: checkpoint.Metadata
+    ) -> Path:
         """Write a checkpoint; returns the model's path."""
         return checkpoint.save(self.folder, epoch, policy, state, metadata, keep=self._keep)
 
     def restore(
         self, like: PyTree, folder: str | Path | None = None, epoch: int | None = None
-    ) -> tuple[PyTree, dict[str, Any], Path]:
+    ) -> tuple[PyTree, checkpoint.Metadata, Path]:
         """Read a checkpoint of this run or of the one in `folder`; see `checkpoint.restore`.
 
         Returns:

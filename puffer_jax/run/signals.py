@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop in good order."""
+"""Ctrl-C and SIGTERM as requests to stop after the current epoch."""
 
 import signal
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first Ctrl-C or SIGTERM is a request, and a second one an interrupt.
+    """Inside `with`, the first Ctrl-C or SIGTERM is a request to stop; a second one interrupts.
 
     Args:
-        announce: is called when the request comes.
+        announce: called when the request is made.
 
     Attributes:
-        made: whether it was.
+        made: whether the request has been made.
 
     Raises:
         KeyboardInterrupt: at the second signal.

@@ -31,6 +31,9 @@ from puffer_jax.run.signals import StopRequest
 
 _LOG_SECONDS = 0.25
 
+# What is logged, by name.
+Numbers = dict[str, float | int]
+
 
 class NonFiniteError(ArithmeticError):
     """A loss or a gradient was NaN or infinite, and `on_nonfinite` is "stop"."""
@@ -170,7 +173,7 @@ class PuffeRL:
         self._count(steps, stats)
         return self.stats
 
-    def train(self) -> dict[str, Any] | None:
+    def train(self) -> Numbers | None:
         """Learn from the collected batch.
 
         Returns:
@@ -189,19 +192,19 @@ class PuffeRL:
         self.experience = None
         return self._after_update(losses)
 
-    def run_epoch(self) -> dict[str, Any] | None:
+    def run_epoch(self) -> Numbers | None:
         """`evaluate` and `train`, with a JAX-native environment in one program."""
         losses, steps, stats = self.loop.advance()
         self._count(steps, stats)
         return self._after_update(losses)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Numbers:
         """Train until `total_timesteps`, or until Ctrl-C or SIGTERM, and close.
 
         Returns:
             The last logs.
         """
-        logs: dict[str, Any] | None = None
+        logs: Numbers | None = None
         with StopRequest(self._announce_stop) as stop, self.dashboard, self:
             while not (self.done or stop.made):
                 logs = self.run_epoch() or logs
@@ -217,7 +220,7 @@ class PuffeRL:
         for name, values in stats.items():
             self.stats[name].extend(values)
 
-    def _after_update(self, losses: Metrics) -> dict[str, Any] | None:
+    def _after_update(self, losses: Metrics) -> Numbers | None:
         self._new_losses = losses
         if self.config.on_nonfinite == "stop" and int(self.state.nonfinite):
             path = self.save_checkpoint()
@@ -236,7 +239,7 @@ class PuffeRL:
 
     # --- logs and checkpoints ---------------------------------------------------------------
 
-    def mean_and_log(self) -> dict[str, Any]:
+    def mean_and_log(self) -> Numbers:
         """Log the means of `stats` and the losses, and start new means; returns the logs."""
         self.losses = {name: float(value) for name, value in self._new_losses.items()}
         means = {}

@@ -34,8 +34,8 @@ class HostStream(NamedTuple):
     """What lasts from one rollout on the host to the next.
 
     Attributes:
-        states: the policy's, of each batch of agents, by the number of its first agent.
-        pending: a batch that has been received and not yet acted upon.
+        states: the policy's states, one for each batch of agents, by the number of the first agent.
+        pending: a batch that has been received but not yet acted on.
     """
 
     states: dict[int, RecurrentState | None]
@@ -65,15 +65,15 @@ class HostStep:
         """Act.
 
         Args:
-            params: the policy's.
-            state: before the step.
-            obs: of a batch of agents.
+            params: the policy's parameters.
+            state: the state before the step.
+            obs: the observations of a batch of agents.
             start: whether they are the first of an episode.
             key: as `jax.random.key_data`, since typed ones cost 20 us a dispatch.
 
         Returns:
-            The state after the step, the outputs, and what to send where that is not the action
-            as it was sampled (it has to be within the bounds of a Box).
+            The state after the step, the outputs, and the action to send; None: the one that was
+            sampled (in a Box it may have been out of bounds).
         """
         act_key = jax.random.wrap_key_data(key, impl=self._impl)
         action, logprob, values, state = self._player.act(params, obs, state, start, act_key)
@@ -113,12 +113,12 @@ class Recording:
     """What happens in a rollout, kept on the host.
 
     Args:
-        sizes: of the rollout.
-        batches: numbers of the batches' first agents.
+        sizes: the sizes of the rollout.
+        batches: the numbers of the batches' first agents.
 
     Attributes:
         steps: how many agent steps were played.
-        stats: of the episodes that ended.
+        stats: the statistics of the episodes that ended.
     """
 
     def __init__(self, sizes: Sizes, batches: range):
@@ -134,14 +134,14 @@ class Recording:
 
     @property
     def full(self) -> bool:
-        """Whether all segments are."""
+        """Whether every step of every segment is there."""
         return self._full >= self._sizes.segments
 
     def begin(self, batch: HostBatch, state: RecurrentState | None) -> None:
-        """Make room for a step of a batch, which has `state` before it.
+        """Find room for a step of a batch, before which its state is `state`.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there is no room left.
         """
         agent, count = batch.agent, len(batch.reward)
         row = self._row[agent]
@@ -188,8 +188,8 @@ class HostSource:
 
     Args:
         config: says what to store, and the seed.
-        env: behind the interface of `as_host_env`.
-        policy: of the structure of those that will act.
+        env: the environments, as `as_host_env` gives them.
+        policy: a policy with the structure of those that will act.
         profile: counts the time of the phases "env", "forward" and "copy".
 
     Attributes:
@@ -319,12 +319,12 @@ class HostSource:
         """The experience of a rollout, but for its observations.
 
         Args:
-            params: the policy's.
+            params: the policy's parameters.
             arrivals: (segments, time, ...), without observations.
             outputs: (segments, time, ...).
             first_states: those before the segments, in the order of rows.
-            state: the present one; with `bootstrap_last`, as the next.
-            after: the arrival after the last actions.
+            state: the state after the last actions; None without `bootstrap_last`.
+            after: the arrival after the last actions; the same.
         """
         config, player = self._config, self._player
         action, scores = map(jnp.asarray, outputs)
