@@ -25,8 +25,10 @@ from support.reference import generic
 import puffer_jax
 from puffer_jax import ppo
 from puffer_jax.environments.jax_native import as_jax_env
-from puffer_jax.ppo import host_rollout, jax_rollout, rollout
 from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.host.rollout import HostStep
+from puffer_jax.ppo.jax_rollout import JaxSource
+from puffer_jax.ppo.rollout import Player
 from puffer_jax.ppo.training import make_train
 from puffer_jax.run.trainer import NonFiniteError, PuffeRL
 
@@ -293,7 +295,7 @@ def test_buffers_overlap_and_mix_nothing_up(net, space, tmp_path):
                 assert (right.dtype, stored.dtype) == (np.float64, np.float32)
                 assert relative_error(stored[:rows].ravel(), np.ravel(right)) < 5e-6
             trainer.train()
-        assert trainer._source._step._cache_size() == 1
+        assert trainer.loop.source.step._cache_size() == 1
         with pytest.raises(ValueError, match="2 of 6"):
             PuffeRL(small_config(bootstrap_last=True), vecenv, policy)
 
@@ -322,7 +324,7 @@ def test_pufferlib_multiprocessing(batch, tmp_path):
             trainer.train()
         assert trainer.global_step == 3 * 64
         # Training replays from zeros exactly what the rollout began from zeros.
-        assert trainer._source._step._cache_size() == 1
+        assert trainer.loop.source.step._cache_size() == 1
     theirs = pufferlib.models.LSTMWrapper(
         env, pufferlib.models.Default(env, hidden_size=8), input_size=8, hidden_size=8
     )
@@ -372,7 +374,8 @@ def test_a_step_is_one_dispatch_and_nothing_retraces(tmp_path):
                 trainer.evaluate()
                 trainer.train()
             counts.append(programs_run(trainer.evaluate, tmp_path / f"{rounds}"))
-            assert trainer._source._step._cache_size() == trainer._update._cache_size() == 1
+            assert trainer.loop.source.step._cache_size() == 1
+            assert trainer.loop.programs["update"]._cache_size() == 1
     assert counts[1] - counts[0] == 2 * 8  # two rounds more of eight steps
 
 
@@ -382,13 +385,13 @@ def test_a_step_has_few_operations(lstm):
     with puffer_jax.vector.make("CartPole-v1", num_envs=4) as vecenv:
         env, space = vecenv.driver_env, vecenv.single_action_space
         policy = recurrent(env, dtype=jnp.float32) if lstm else default(env)
-    actor = rollout.make_actor(PuffeRLConfig.from_dict(small_config()), policy, space)
+    player = Player(small_config(), policy, space)
     _, params = puffer_jax.split(policy)
     obs, key = np.zeros((4, 4), np.float32), np.zeros(2, np.uint32)
     # The kernels draw with threefry's keys; those of `quick` are others.
     with jax.default_prng_impl("threefry2x32"):
-        step = jax.jit(host_rollout.make_host_step(actor))
-        text = step.lower(params, actor.initial_state(4), obs, None, key).compile().as_text()
+        step = jax.jit(HostStep(player))
+        text = step.lower(params, player.initial_state(4), obs, None, key).compile().as_text()
     lines = text[text.index("ENTRY") :].split("\n}")[0].splitlines()[1:]
     free = (" parameter(", " constant(", " tuple(", " get-tuple-element(", " bitcast(")
     operations = [line for line in lines if not any(name in line for name in free)]
@@ -441,7 +444,8 @@ def test_dict_observations_and_bounded_actions():
     assert stored.min() < -0.5 and stored.max() > 0.25
     assert all((np.abs(stored.clip(-0.5, 0.25) - action) < 1e-6).all(1).any() for action in seen)
     trainer.train()
-    assert np.isfinite(float(trainer._new_losses["policy_loss"]))
+    trainer.mean_and_log()
+    assert np.isfinite(trainer.losses["policy_loss"])
 
 
 # --- the compiled path --------------------------------------------------------------------------
@@ -463,11 +467,10 @@ def test_before_any_update_the_ratio_is_one(options):
     policy = recurrent(env)
     rounds = 2 if options else 1  # from zeros only the first segment of an epoch can be replayed
     config = small_config(num_envs=3, batch_size=3 * 16 * rounds, bptt_horizon=16, **options)
-    sizes = config.sizes(None)
-    collector = jax_rollout.make_collector(config, sizes, env, policy)
+    source = JaxSource(config, env, policy)
     params = puffer_jax.split(policy)[1]
-    stream = collector.init(jax.random.key(0))
-    collect = jax.jit(collector.collect)
+    stream = source.init(jax.random.key(0))
+    collect = jax.jit(source.collect)
     for epoch in range(2):
         stream, experience, episodes = collect(params, stream, jax.random.key(epoch))
     assert int(episodes.episodes) > 0
@@ -493,10 +496,10 @@ def test_rollout_steps_are_the_environments():
     env = as_jax_env(puffer_jax.environments.make("cartpole", max_steps=7))
     policy = default(env, hidden_size=4)
     config = small_config(num_envs=2, bptt_horizon=24, reward_clip=None, **RIGHT)
-    collector = jax_rollout.make_collector(config, config.sizes(None), env, policy)
+    source = JaxSource(config, env, policy)
     params = puffer_jax.split(policy)[1]
-    stream = collector.init(jax.random.key(0))
-    _, experience, episodes = jax.jit(collector.collect)(params, stream, jax.random.key(1))
+    stream = source.init(jax.random.key(0))
+    _, experience, episodes = jax.jit(source.collect)(params, stream, jax.random.key(1))
     found = on_host(experience)
     state = in_float64(jax.tree.map(lambda x: x[0], stream.env))
     exact_env = as_jax_env(puffer_jax.environments.make("cartpole", max_steps=7, dtype=jnp.float64))
@@ -594,7 +597,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
         while trainer.epoch < goal:
             trainer.evaluate()
             trainer.train()
-    states_equal(resumed._saved(), whole._saved())
+    states_equal(resumed.loop.saved(), whole.loop.saved())
     assert resumed.global_step == whole.global_step
 
 
@@ -611,13 +614,13 @@ def test_run_stops_on_sigterm_with_a_checkpoint(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer = build_jax_trainer(tmp_path, lstm=False)
     trainer.logger = logger = Logger("stopped")
-    trainer._last_log_time = 0.0  # log at once
+    trainer.last_log_time = 0.0  # log at once
     logs = trainer.run()
     assert signal.getsignal(signal.SIGTERM) is before
     assert trainer.epoch == 1 and logs["epoch"] == 1
     assert logger.closed == tmp_path / "stopped" / "model_000001.pt"
     assert (tmp_path / "stopped.pt").exists()
-    assert trainer._fused._cache_size() == 1
+    assert trainer.loop.programs["epoch"]._cache_size() == 1
 
 
 def test_one_program_and_two_do_the_same(tmp_path):
@@ -626,14 +629,15 @@ def test_one_program_and_two_do_the_same(tmp_path):
     for _ in range(2):
         split.evaluate()
         split.train()
-        fused._fused_epoch(fused._source)
+        fused.run_epoch()
     for a, b in zip(jax.tree.leaves(fused.state), jax.tree.leaves(split.state), strict=True):
         if jnp.issubdtype(a.dtype, jnp.floating):
             assert relative_error(a, b) < 1e-9
         else:
             np.testing.assert_array_equal(a, b)
     assert fused.global_step == split.global_step == 64
-    assert fused._fused._cache_size() == split._update._cache_size() == 1
+    assert fused.loop.programs["epoch"]._cache_size() == 1
+    assert split.loop.programs["update"]._cache_size() == 1
 
 
 class NaNAfter(Counter):

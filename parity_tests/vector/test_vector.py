@@ -21,7 +21,7 @@ from support.vector_envs import Guess, Modules, Native, Pair, Tick, Together, Wa
 import puffer_jax.emulation
 from puffer_jax import vector
 from puffer_jax.base import spaces
-from puffer_jax.ppo.host_envs import as_host_env
+from puffer_jax.ppo.host.envs import as_host_env
 from puffer_jax.vector.jax_native import JaxVecEnv
 from puffer_jax.vector.multiprocessing import Multiprocessing
 from puffer_jax.vector.serial import Serial
@@ -182,7 +182,7 @@ def test_batches():
         received = [host.recv()]
         host.send(np.zeros(2, int))
         received.append(host.recv())
-        assert [r.agent for r in received] == [0, 2] and host.own_last
+        assert [r.agent for r in received] == [0, 2] and host.shows_final
         assert all(r.start.all() and r.mask.all() for r in received)
 
 
@@ -395,7 +395,7 @@ def test_jax_vecenv():
     with JaxVecEnv(env, 3, seed=7) as vecenv:
         default = vecenv.reset()[0].copy()
         one, two = play(vecenv, 60, seed=7), play(vecenv, 60, seed=8)
-        assert as_host_env(vecenv).own_last
+        assert as_host_env(vecenv).shows_final
     with JaxVecEnv(env, 3) as vecenv:
         same(play(vecenv, 60, seed=7), one)
     observations, rewards, terminals, truncations, _ = one[0]

@@ -1,7 +1,5 @@
 """Advantages, and how often segments are drawn."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
@@ -16,10 +14,10 @@ def puff_advantage(
     terminals: Float[ArrayLike, "segments time"],
     ratio: Float[ArrayLike, "segments time"],
     *,
-    gamma: Any,
-    gae_lambda: Any,
-    vtrace_rho_clip: Any,
-    vtrace_c_clip: Any,
+    gamma: ArrayLike,
+    gae_lambda: ArrayLike,
+    vtrace_rho_clip: ArrayLike,
+    vtrace_c_clip: ArrayLike,
     mask: Bool[ArrayLike, "segments time"] | None = None,
 ) -> Float[Array, "segments time"]:
     """Generalised advantages with V-trace's clipped ratios (reference: `compute_puff_advantage`).
@@ -31,15 +29,15 @@ def puff_advantage(
     (Schulman et al. 2016); with lambda 1, V-trace (Espeholt et al. 2018).
 
     Args:
-        values: of the observations.
-        rewards: that came with the observations.
+        values: the values of the observations.
+        rewards: those that came with the observations.
         terminals: 1.0 where the episode had ended when the observation came.
-        ratio: of the current policy to the one that acted.
-        gamma: discount.
-        gae_lambda: decay of the trace.
-        vtrace_rho_clip: rho.
-        vtrace_c_clip: c.
-        mask: where False the step was not played: its advantage is 0.
+        ratio: of the current policy's probability of the action to that of the one that acted.
+        gamma: the discount.
+        gae_lambda: the decay of the trace.
+        vtrace_rho_clip: rho, the bound of the ratio in delta.
+        vtrace_c_clip: c, the bound of the ratio in the trace.
+        mask: where it is False, the step was not played and its advantage is 0.
     """
     values, rewards, terminals, ratio = map(jnp.asarray, (values, rewards, terminals, ratio))
     alive = 1 - terminals[:, 1:]
@@ -56,7 +54,7 @@ def puff_advantage(
 
 
 def priorities(
-    advantages: Float[Array, "segments time"], prio_alpha: Any
+    advantages: Float[Array, "segments time"], prio_alpha: ArrayLike
 ) -> Float[Array, " segments"]:
     """Weights of the segments to draw, (sum |A|) ** alpha, which sum to 1 up to 1e-6."""
     weights = jnp.abs(advantages).sum(axis=1) ** prio_alpha
@@ -67,7 +65,7 @@ def priorities(
 def advantage_of(
     experience: Experience, ratio: Float[Array, "segments time"], hypers: Hypers
 ) -> Float[Array, "segments time"]:
-    """`puff_advantage` of stored segments, with what the options of the rollout stored."""
+    """`puff_advantage` of stored segments, using whatever the options made the rollout store."""
     names = ("gamma", "gae_lambda", "vtrace_rho_clip", "vtrace_c_clip")
     rewards, terminals = experience.rewards, experience.terminals
     values, mask, last = experience.values, experience.mask, experience.last

@@ -1,17 +1,34 @@
 """What a rollout leaves for the update, and what the update changes."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-Params = dict[str, Any]
+# A Python number, or a traced scalar.
+Number = float | int | Array
 
-Hypers = Mapping[str, Any]
+# As `puffer_jax.split` gives them.
+Params = dict[str, PyTree]
+
+# `PuffeRLConfig.hypers()`.
+Hypers = Mapping[str, Number]
+
+Metrics = dict[str, Array]
+
+# A recurrent policy's, arrays (agents, hidden) by name.
+RecurrentState = dict[str, Array]
 
 
 class Last(NamedTuple):
-    """What followed the last action of each segment; arrays (segments,)."""
+    """What followed the last action of each segment; arrays (segments,).
+
+    Attributes:
+        rewards: for the last action.
+        terminals: 1.0 where it ended the episode.
+        values: of the observation that it led to.
+        final_values: see `Experience`.
+    """
 
     rewards: Array
     terminals: Array
@@ -24,20 +41,20 @@ class Experience(NamedTuple):
 
     Attributes:
         observations: an array or a tree of them.
-        actions: as `sample_logits` gives them.
-        logprobs: of the actions.
-        values: of the observations.
-        rewards: that came with the observations.
+        actions: the actions, as `sample_logits` gives them.
+        logprobs: the log-probabilities of the actions.
+        values: the values of the observations.
+        rewards: the rewards that came with the observations.
         terminals: 1.0 where the episode had ended when the observation came, else 0.0.
-        starts: whether the observation is the first of an episode; None: states are not reset.
+        starts: whether the observation is the first of an episode; None: it resets no state.
         mask: whether the step was played; None: all were.
         final_values: the value of the last observation of an episode that was truncated when this
             one came, else 0; None: truncation is ignored.
         state: the recurrent state before each segment, (segments, hidden); None: zeros.
-        last: None: the last step of a segment has advantage 0.
+        last: what followed; None: the last step of a segment has advantage 0.
     """
 
-    observations: Any
+    observations: PyTree
     actions: Array
     logprobs: Array
     values: Array
@@ -46,7 +63,7 @@ class Experience(NamedTuple):
     starts: Array | None = None
     mask: Array | None = None
     final_values: Array | None = None
-    state: dict[str, Array] | None = None
+    state: RecurrentState | None = None
     last: Last | None = None
 
 
@@ -54,22 +71,31 @@ class TrainState(NamedTuple):
     """What an update changes.
 
     Attributes:
-        params: as `puffer_jax.split` gives them.
-        opt_state: the optimizer's.
-        epoch: int32, updates of the whole batch so far.
-        nonfinite: int32, minibatches whose loss or gradient was not finite.
-        culprit: int32, index into `Learner.names` of the first array that was not; -1: none.
+        params: the policy's parameters, as `puffer_jax.split` gives them.
+        opt_state: the optimizer's state.
+        epoch: int32, updates from a whole batch so far.
+        nonfinite: int32, optimizer steps so far in which an array of `Learner.names` was not
+            finite.
+        culprit: int32, index into `Learner.names` of the first such array; -1: there was none.
     """
 
     params: Params
-    opt_state: Any
+    opt_state: PyTree
     epoch: Array
     nonfinite: Array
     culprit: Array
 
 
 class Details(NamedTuple):
-    """The arrays of an update, for whoever wants to look: after its last minibatch."""
+    """The arrays of an update as they are after its last minibatch, to be looked at.
+
+    Attributes:
+        advantages: those that the last minibatch was drawn by.
+        ratio: of the new policy to the one that acted, where a minibatch has visited; else 1.
+        values: the new ones where a minibatch has visited, else those of the rollout.
+        priorities: how likely each segment was to be drawn last.
+        indices: the rows of each minibatch.
+    """
 
     advantages: Float[Array, "segments time"]
     ratio: Float[Array, "segments time"]

@@ -1,55 +1,56 @@
 """Rollouts in JAX-native environments, within one program."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from puffer_jax.base.profile import Profile
-from puffer_jax.environments.jax_native import AdaptedEnv, autoreset
+from puffer_jax.environments.jax_native import AdaptedEnv, Step, autoreset
 from puffer_jax.nn import random
-from puffer_jax.nn.params import split
-from puffer_jax.ppo import jax_rollout
-from puffer_jax.ppo.config import PuffeRLConfig, Sizes
-from puffer_jax.ppo.experience import Experience, Params
-from puffer_jax.ppo.rollout import (
-    Arrival,
-    State,
-    _owned,
-    _with_following,
-    last_of,
-    make_actor,
-    stored,
-)
+from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.experience import Experience, Params, RecurrentState
+from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
+from puffer_jax.ppo.source import Stats
 
 
 class Stream(NamedTuple):
     """JAX-native environments between two steps, with the agents' recurrent state.
 
     Attributes:
-        env: states of the environments, (agents, ...).
-        arrival: what they handed out last.
-        state: the policy's.
-        returns: sums of rewards of the running episodes, (agents,).
-        lengths: their steps, (agents,).
+        env: the states of the environments, (agents, ...).
+        arrival: what the environments handed out last.
+        state: the policy's recurrent state.
+        returns: sums of the rewards of the running episodes.
+        lengths: steps of the running episodes.
     """
 
-    env: Any
+    env: PyTree
     arrival: Arrival
-    state: State | None
-    returns: Array
-    lengths: Array
+    state: RecurrentState | None
+    returns: Float[Array, " agents"]
+    lengths: Int[Array, " agents"]
 
 
 class Episodes(NamedTuple):
-    """Sums over the episodes that ended in a rollout; all scalars."""
+    """Sums over the episodes that ended in a rollout; all scalars.
+
+    Attributes:
+        episodes: how many there were.
+        returns: of all of them together.
+        lengths: of all of them together.
+    """
 
     episodes: Array
     returns: Array
     lengths: Array
+
+    @classmethod
+    def none(cls) -> "Episodes":
+        """No episode."""
+        zero = jnp.zeros((), jnp.float32)
+        return cls(jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32))
 
     def means(self) -> dict[str, Array]:
         """Mean return and length; NaN if no episode ended."""
@@ -57,60 +58,92 @@ class Episodes(NamedTuple):
         return {"episode_return": self.returns / count, "episode_length": self.lengths / count}
 
 
-class Collector(NamedTuple):
-    """Rollouts of one policy in JAX-native environments; see `make_collector`.
+class JaxSource:
+    """Experience from copies of a JAX-native environment; see `Source`.
 
-    Attributes:
-        init: key -> Stream.
-        collect: (params, stream, key) -> (stream, Experience, Episodes).
+    Args:
+        config: says how many copies to run, and what to store.
+        env: the environment.
+        policy: a policy with the structure of those that will act.
     """
 
-    init: Callable[[PRNGKeyArray], Stream]
-    collect: Callable[..., tuple[Stream, Experience, Episodes]]
+    pure = True
 
+    def __init__(self, config: PuffeRLConfig, env: AdaptedEnv, policy: nnx.Module):
+        self.sizes = config.sizes(None)
+        self._config, self._reset = config, jax.vmap(env.reset)
+        self._step_envs = jax.vmap(autoreset(env))
+        self._player = Player(config, policy, env.action_space)
 
-def make_collector(
-    config: PuffeRLConfig, sizes: Sizes, env: AdaptedEnv, policy: nnx.Module
-) -> Collector:
-    """Rollouts in `sizes.agents` copies of a JAX-native environment."""
-    actor = make_actor(config, policy, env.action_space)
-    agents, horizon, rounds = sizes.agents, sizes.horizon, sizes.segments // sizes.agents
-    env_step = jax.vmap(autoreset(env))
-
-    def init(key: PRNGKeyArray) -> Stream:
-        obs, state = jax.vmap(env.reset)(random.split(key, agents))
+    def init(self, key: PRNGKeyArray) -> Stream:
+        """Start all episodes."""
+        agents = self.sizes.agents
+        obs, env = self._reset(random.split(key, agents))
         no, yes = jnp.zeros(agents, bool), jnp.ones(agents, bool)
         zero = jnp.zeros(agents, jnp.float32)
-        # A float64 policy has float64 values.
-        _, params = split(policy)
-        recurrent = actor.initial_state(agents)
-        dtype = jax.eval_shape(actor.value, params, obs, recurrent).dtype
-        arrival = Arrival(obs, zero, no, no, yes, yes, zero.astype(dtype))
-        return Stream(state, arrival, recurrent, zero, jnp.zeros(agents, jnp.int32))
+        state = self._player.initial_state(agents)
+        final_value = zero.astype(self._player.value_dtype(obs, state))
+        arrival = Arrival(obs, zero, no, no, yes, yes, final_value)
+        return Stream(env, arrival, state, zero, jnp.zeros(agents, jnp.int32))
 
-    def step(
-        params: Params, carry: tuple[Stream, Episodes], key: PRNGKeyArray
-    ) -> tuple[tuple[Stream, Episodes], dict[str, Any]]:
+    def collect(
+        self, params: Params, stream: Stream, key: PRNGKeyArray
+    ) -> tuple[Stream, Experience, Episodes]:
+        """Play a batch."""
+        config, agents, horizon = self._config, self.sizes.agents, self.sizes.horizon
+        if not config.store_initial_state:
+            stream = stream._replace(state=jax.tree.map(jnp.zeros_like, stream.state))
+
+        def segment(carry: tuple[Stream, Episodes], keys: Array) -> tuple[PyTree, PyTree]:
+            state = carry[0].state if config.store_initial_state else None
+            carry, rows = jax.lax.scan(lambda c, k: self._step(params, c, k), carry, keys)
+            return carry, (rows, state)
+
+        keys = random.split(key, (self.sizes.segments // agents, horizon))
+        (stream, episodes), (rows, state) = jax.lax.scan(segment, (stream, Episodes.none()), keys)
+        # (rounds, horizon, agents, ...) -> (rounds * agents, horizon, ...)
+        rows = jax.tree.map(
+            lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, horizon, *x.shape[3:]), rows
+        )
+        state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state)
+        experience = Experience(**rows, state=state)
+        if config.bootstrap_last:
+            arrival = stream.arrival
+            state = self._player.at_start(stream.state, arrival.start)
+            values = self._player.value(params, arrival.obs, state)
+            experience = with_following(experience, last_of(config, arrival, values), agents)
+        return stream, experience, episodes
+
+    def summary(self, outcome: Episodes) -> tuple[int, Stats]:
+        """The steps of a batch; every episode counts alike, in whichever batch it ended."""
+        count, returns, lengths = (float(x) for x in outcome)
+        stats = {}
+        if count:
+            stats["episode_return"] = [returns / count] * int(count)
+            stats["episode_length"] = [lengths / count] * int(count)
+        return self.sizes.batch, stats
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _step(
+        self, params: Params, carry: tuple[Stream, Episodes], key: PRNGKeyArray
+    ) -> tuple[tuple[Stream, Episodes], dict[str, PyTree]]:
+        """One step of all agents; gives a column of the `Experience`."""
         stream, episodes = carry
         arrival = stream.arrival
         act_key, env_key = random.split(key)
-        action, logprob, values, state = actor.act(
+        action, logprob, values, state = self._player.act(
             params, arrival.obs, stream.state, arrival.start, act_key
         )
-        row = stored(config, arrival, masked=False) | {
+        row = stored(self._config, arrival, masked=False) | {
             "actions": action,
             "logprobs": logprob,
             "values": values,
         }
-        out = env_step(random.split(env_key, agents), stream.env, actor.playable(action))
-        cut = out.truncated & ~out.terminated
-        final_value = jnp.zeros_like(values)
-        if config.bootstrap_truncation:
-            final_value = jax.lax.cond(
-                cut.any(),
-                lambda: jnp.where(cut, actor.value(params, out.final_obs, state), 0),
-                lambda: final_value,
-            )
+        keys = random.split(env_key, self.sizes.agents)
+        out = self._step_envs(keys, stream.env, self._player.playable(action))
+        final_value = self._final_value(params, out, state, values)
         done = out.terminated | out.truncated
         returns, lengths = stream.returns + out.reward, stream.lengths + 1
         episodes = Episodes(
@@ -126,71 +159,16 @@ def make_collector(
         )
         return (stream, episodes), row
 
-    def collect(
-        params: Params, stream: Stream, key: PRNGKeyArray
-    ) -> tuple[Stream, Experience, Episodes]:
-        if not config.store_initial_state:
-            stream = stream._replace(state=jax.tree.map(jnp.zeros_like, stream.state))
-
-        def segment(carry: Any, keys: Any) -> tuple[Any, Any]:
-            state = carry[0].state if config.store_initial_state else None
-            carry, rows = jax.lax.scan(lambda c, k: step(params, c, k), carry, keys)
-            return carry, (rows, state)
-
-        zero = jnp.zeros((), jnp.float32)
-        nothing = Episodes(jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32))
-        keys = random.split(key, (rounds, horizon))
-        (stream, episodes), (rows, state) = jax.lax.scan(segment, (stream, nothing), keys)
-        # (rounds, horizon, agents, ...) -> (rounds * agents, horizon, ...)
-        rows = jax.tree.map(
-            lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, horizon, *x.shape[3:]), rows
+    def _final_value(
+        self, params: Params, out: Step, state: RecurrentState | None, like: Array
+    ) -> Array:
+        """The values of the last observations of the episodes that were cut off, else 0."""
+        cut = out.truncated & ~out.terminated
+        zeros = jnp.zeros_like(like)
+        if not self._config.bootstrap_truncation:
+            return zeros
+        return jax.lax.cond(
+            cut.any(),
+            lambda: jnp.where(cut, self._player.value(params, out.final_obs, state), 0),
+            lambda: zeros,
         )
-        state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state)
-        experience = Experience(**rows, state=state)
-        if config.bootstrap_last:
-            values = actor.value(params, stream.arrival.obs, _next_state(config, stream))
-            after = last_of(config, stream.arrival, values)
-            experience = experience._replace(last=_with_following(experience, after, agents))
-        return stream, experience, episodes
-
-    return Collector(init, collect)
-
-
-def _next_state(config: PuffeRLConfig, stream: Stream) -> State | None:
-    if not config.reset_on_done:
-        return stream.state
-    start = stream.arrival.start
-    return jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), stream.state)
-
-
-class _JaxSource:
-    """Experience from a JAX-native environment."""
-
-    def __init__(self, config: PuffeRLConfig, env: Any, policy: nnx.Module):
-        self.sizes = config.sizes(None)
-        self.collector = jax_rollout.make_collector(config, self.sizes, env, policy)
-        self._collect = jax.jit(self.collector.collect, donate_argnums=1)
-        self.stream: jax_rollout.Stream
-
-    def reset(self, params: Any, key: PRNGKeyArray) -> None:
-        self.stream = _owned(jax.jit(self.collector.init)(key))
-
-    def collect(
-        self, params: Any, key: PRNGKeyArray, profile: Profile
-    ) -> tuple[Experience, int, dict[str, list[Any]]]:
-        self.stream, experience, episodes = self._collect(params, self.stream, key)
-        return experience, self.sizes.batch, self.stats(episodes)
-
-    @staticmethod
-    def stats(episodes: jax_rollout.Episodes) -> dict[str, list[Any]]:
-        count, returns, lengths = (float(x) for x in episodes)
-        if count == 0:
-            return {}
-        # Every episode counts alike, in whichever rollout it ended.
-        return {
-            "episode_return": [returns / count] * int(count),
-            "episode_length": [lengths / count] * int(count),
-        }
-
-    def close(self) -> None:
-        pass

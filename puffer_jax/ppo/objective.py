@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.ppo.advantage import advantage_of
-from puffer_jax.ppo.experience import Experience, Hypers
+from puffer_jax.ppo.experience import Experience, Hypers, Metrics
 
 
 def is_recurrent(policy: Any) -> bool:
@@ -18,7 +19,7 @@ def is_recurrent(policy: Any) -> bool:
 
 def evaluate_segments(
     policy: Any, experience: Experience
-) -> tuple[Any, Float[Array, "segments time"]]:
+) -> tuple[PyTree, Float[Array, "segments time"]]:
     """Logits, flat (segments * time, ...), and values (segments, time) of stored segments."""
     shape = experience.logprobs.shape
     if is_recurrent(policy):
@@ -30,8 +31,8 @@ def evaluate_segments(
     return logits, values.reshape(shape)
 
 
-def _clamp(x: Array, low: Any, high: Any) -> Array:
-    # As torch's, it passes the gradient at the bounds; jnp.clip halves it.
+def _clamp(x: Array, low: ArrayLike, high: ArrayLike) -> Array:
+    # Like torch's, it passes the gradient at the bounds; jnp.clip halves it there.
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
@@ -53,19 +54,19 @@ def loss(
     weights: Float[Array, "rows 1"],
     hypers: Hypers,
     recompute_advantage: bool = False,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Metrics]:
     """The clipped PPO loss of a minibatch.
 
     Args:
-        policy: to improve.
-        batch: the minibatch's rows; `values` are what the value loss is clipped around.
-        advantages: of its steps.
-        weights: of its rows, against the bias of drawing by priority.
+        policy: the policy to improve.
+        batch: the minibatch's rows; its `values` are what the value loss is clipped around.
+        advantages: the advantages of its steps.
+        weights: importance weights of its rows, which correct for drawing by priority.
         hypers: `PuffeRLConfig.hypers()`.
         recompute_advantage: see `PuffeRLConfig`.
 
     Returns:
-        The loss, and the metrics by the reference's names with "ratio" and "values" (rows, time).
+        The loss, and the metrics by the reference's names, with "ratio" and "values" (rows, time).
     """
     logits, values = evaluate_segments(policy, batch)
     _, logprobs, entropy = sample_logits(logits, action=batch.actions)

@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.cpu import library
 
-Layout = Callable[[Mapping[str, Any]], dict[str, Any]]
+# Between parameters and tensors in torch's layout, see `puffer_jax.nn.torch_layout`.
+Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
+
+# (params, opt_state, gradients, skip) -> (params, opt_state); where `skip`, they stay as they are.
+Step = Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
 
 OPTIMIZERS = ("adam", "muon")
 
@@ -35,8 +39,8 @@ _NEWTON_SCHULZ = (
 
 def make(
     name: str,
-    to_torch: Layout,
-    from_torch: Layout,
+    to_torch: Conversion,
+    from_torch: Conversion,
     *,
     learning_rate: ArrayLike,
     max_grad_norm: ArrayLike,
@@ -48,8 +52,8 @@ def make(
 
     Args:
         name: "adam" or "muon". Muon has no use for `beta2` and `eps`; nor has the reference's.
-        to_torch: with `from_torch`, what `puffer_jax.modules.torch_layout(policy)` returned.
-        from_torch: see there.
+        to_torch: with `from_torch`, what `nn.torch_layout.torch_layout(policy)` returned.
+        from_torch: see `to_torch`.
         learning_rate: this step's, after any schedule.
         max_grad_norm: see `clip_by_global_norm`.
         beta1: decay of the first moment.
@@ -57,7 +61,7 @@ def make(
         eps: Adam's.
 
     Raises:
-        ValueError: `name` is neither.
+        ValueError: `name` is neither of them.
     """
     if name == "adam":
         optimizer = adam(learning_rate, beta1, beta2, eps)
@@ -71,19 +75,19 @@ def make(
 
 
 def make_step(
-    name: str, to_torch: Layout, from_torch: Layout, **numbers: Any
-) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
+    name: str, to_torch: Conversion, from_torch: Conversion, **numbers: ArrayLike
+) -> Step:
     """A step of the trainer's optimizer, as the update takes it.
 
     Args:
-        name: see `make`, as what follows.
-        to_torch: see there.
-        from_torch: see there.
-        numbers: see there.
+        name: see `make`.
+        to_torch: see `make`.
+        from_torch: see `make`.
+        numbers: the others of its arguments.
 
     Returns:
         (params, opt_state, gradients, skip) -> (params, opt_state), with opt_state as the `init` of
-        `make(...)` gives it; where `skip`, a bool, they stay as they are.
+        `make(...)` gives it; where `skip`, a bool, is True, they stay as they are.
     """
     transformation = make(name, to_torch, from_torch, **numbers)
 
@@ -186,8 +190,8 @@ class MuonState(NamedTuple):
 def muon(
     learning_rate: ArrayLike,
     beta1: ArrayLike,
-    to_torch: Layout,
-    from_torch: Layout,
+    to_torch: Conversion,
+    from_torch: Conversion,
     newton_schulz_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Muon as the reference runs it: `heavyball.ForeachMuon` 2.3.1 with its defaults.
@@ -203,7 +207,7 @@ def muon(
     Args:
         learning_rate: step size.
         beta1: decay of the momentum.
-        to_torch: with `from_torch`, what `puffer_jax.modules.torch_layout(policy)` returned.
+        to_torch: with `from_torch`, what `nn.torch_layout.torch_layout(policy)` returned.
         from_torch: see there.
         newton_schulz_dtype: dtype of the Newton-Schulz products; None is the momentum's.
             jnp.bfloat16 is what the reference does with `precision = bfloat16`, since its

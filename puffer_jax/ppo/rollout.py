@@ -1,34 +1,32 @@
-"""Collecting experience: from JAX-native environments within one program, or step by step.
+"""What every rollout does, in JAX-native environments within one program or step by step.
 
 Both store what the reference's `PuffeRL.evaluate` stores, in its order: row `r * agents + i` is the
 r-th segment of agent i, and a step's reward is the one that came with its observation.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.ppo.config import PuffeRLConfig
-from puffer_jax.ppo.experience import Experience, Last, Params
+from puffer_jax.ppo.experience import Experience, Last, Params, RecurrentState
 from puffer_jax.ppo.objective import is_recurrent
-
-State = dict[str, Array]
 
 
 class Arrival(NamedTuple):
     """What an environment hands to the agents at one step; arrays (agents, ...).
 
-    Environments on the host leave out what the options do not ask for: None.
+    Checkpoints have its names. Environments on the host give NumPy's arrays, and None in place of
+    what the options do not ask for.
 
     Attributes:
-        obs: an array or a tree of them.
+        obs: the observations, an array or a tree of them.
         reward: float32, for the action before.
         terminated: whether the episode ended.
         truncated: whether it was cut off.
@@ -37,70 +35,106 @@ class Arrival(NamedTuple):
         final_value: the value of the last observation of an episode cut off just now, else 0.
     """
 
-    obs: Any
-    reward: Any  # JAX's arrays, or NumPy's on their way to the device
-    terminated: Any
-    truncated: Any
-    start: Any
-    mask: Any
-    final_value: Any
+    obs: PyTree
+    reward: PyTree
+    terminated: PyTree
+    truncated: PyTree
+    start: PyTree
+    mask: PyTree
+    final_value: PyTree
 
 
-class Actor(NamedTuple):
-    """A policy in an environment, as pure functions of its parameters; see `make_actor`.
+class Player:
+    """A policy that acts in environments, as pure functions of its parameters.
 
-    Attributes:
-        initial_state: agents -> the zero state, None for a feed-forward policy.
-        act: (params, obs, state, start, key) -> (action, logprob, values, state).
-        value: (params, obs, state) -> values (agents,).
-        playable: the environment's action for a sampled one: within the bounds of a Box.
+    Args:
+        config: says whether an episode's start resets the state.
+        policy: a policy with the structure of those that will act.
+        action_space: the action space of the environments.
     """
 
-    initial_state: Callable[[int], State | None]
-    act: Callable[..., tuple[Array, Array, Array, State | None]]
-    value: Callable[..., Array]
-    playable: Callable[[Array], Array]
+    def __init__(self, config: PuffeRLConfig, policy: nnx.Module, action_space: Any):
+        self._config, self._policy, self._space = config, policy, action_space
+        self._graphdef, self._recurrent = split(policy)[0], is_recurrent(policy)
 
-
-def make_actor(config: PuffeRLConfig, policy: nnx.Module, action_space: Any) -> Actor:
-    """The actor of policies like `policy`."""
-    graphdef, _ = split(policy)
-    recurrent = is_recurrent(policy)
-
-    def initial_state(agents: int) -> State | None:
-        return policy.initial_state(agents) if recurrent else None  # type: ignore[attr-defined]
-
-    def forward(params: Params, obs: Any, state: State | None) -> tuple[Any, Array, State | None]:
-        outputs = merge(graphdef, params).forward_eval(obs, state)
-        logits, values = outputs[:2]
-        return logits, values.reshape(-1), outputs[2] if recurrent else None
+    def initial_state(self, agents: int) -> RecurrentState | None:
+        """The zero state; None for a feed-forward policy."""
+        policy: Any = self._policy
+        return policy.initial_state(agents) if self._recurrent else None
 
     def act(
-        params: Params, obs: Any, state: State | None, start: Array | None, key: PRNGKeyArray
-    ) -> tuple[Array, Array, Array, State | None]:
-        if config.reset_on_done:
-            assert start is not None
-            state = jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
-        logits, values, state = forward(params, obs, state)
+        self,
+        params: Params,
+        observations: PyTree,
+        state: RecurrentState | None,
+        start: PyTree,
+        key: PRNGKeyArray,
+    ) -> tuple[Array, Array, Array, RecurrentState | None]:
+        """Sampled actions, their log-probabilities, the values, and the new state."""
+        state = self.at_start(state, start)
+        logits, values, state = self._forward(params, observations, state)
         action, logprob, _ = sample_logits(logits, key=key)
         return action, logprob, values, state
 
-    def value(params: Params, obs: Any, state: State | None) -> Array:
-        return forward(params, obs, state)[1]
+    def value(
+        self, params: Params, observations: PyTree, state: RecurrentState | None
+    ) -> Float[Array, " agents"]:
+        """The values of observations."""
+        return self._forward(params, observations, state)[1]
 
-    def playable(action: Array) -> Array:
-        if spaces.kind_of(action_space) != "box":
+    def value_dtype(self, observations: PyTree, state: RecurrentState | None) -> jnp.dtype:
+        """The dtype of the values; a float64 policy has float64 values."""
+        return jax.eval_shape(self.value, split(self._policy)[1], observations, state).dtype
+
+    def at_start(self, state: RecurrentState | None, start: PyTree) -> RecurrentState | None:
+        """The state to act in: with `reset_on_done`, zero where an episode starts."""
+        if not self._config.reset_on_done:
+            return state
+        return jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
+
+    def playable(self, action: Array) -> Array:
+        """The environment's action for a sampled one: within the bounds of a Box."""
+        space = self._space
+        if spaces.kind_of(space) != "box":
             return action
-        low, high = (jnp.asarray(b, action.dtype) for b in (action_space.low, action_space.high))
+        low, high = (jnp.asarray(b, action.dtype) for b in (space.low, space.high))
         return jnp.clip(action, low, high)
 
-    return Actor(initial_state, act, value, playable)
+    def _forward(
+        self, params: Params, observations: PyTree, state: RecurrentState | None
+    ) -> tuple[PyTree, Array, RecurrentState | None]:
+        outputs = merge(self._graphdef, params).forward_eval(observations, state)
+        logits, values = outputs[:2]
+        return logits, values.reshape(-1), outputs[2] if self._recurrent else None
 
 
-def stored(config: PuffeRLConfig, arrival: Arrival, masked: bool) -> dict[str, Any]:
+def check_fits(config: PuffeRLConfig, policy: nnx.Module) -> None:
+    """Check that the policy is what the configuration says.
+
+    Raises:
+        ValueError: it is recurrent or not, or of a precision, where the configuration says else.
+    """
+    recurrent = is_recurrent(policy)
+    if config.use_rnn is not None and config.use_rnn != recurrent:
+        raise ValueError(
+            f"use_rnn is {config.use_rnn}, but {type(policy).__name__} has "
+            f"{'an' if recurrent else 'no'} initial_state"
+        )
+    inner = getattr(policy, "policy", policy)
+    compute = getattr(inner, "dtype", None)
+    is_bfloat16 = compute is not None and jnp.dtype(compute) == jnp.bfloat16
+    if (config.precision == "bfloat16") != is_bfloat16:
+        raise ValueError(
+            f"precision is {config.precision}, but the policy was built with dtype={compute}; "
+            "build it with dtype=jnp.bfloat16 for precision='bfloat16', and without dtype for "
+            "float32"
+        )
+
+
+def stored(config: PuffeRLConfig, arrival: Arrival, masked: bool) -> dict[str, PyTree]:
     """What of an arrival goes into the `Experience`, as the options say."""
     bound, reward = config.reward_clip, arrival.reward * config.reward_scale
-    terminal = arrival.terminated
+    terminal: Array = arrival.terminated
     if config.bootstrap_truncation:
         terminal = terminal | arrival.truncated
     return {
@@ -113,29 +147,24 @@ def stored(config: PuffeRLConfig, arrival: Arrival, masked: bool) -> dict[str, A
     }
 
 
-def with_own_value(arrival: Arrival, values: Array) -> Arrival:
-    """The arrival where the observation at an episode's end is the episode's last one."""
-    cut = arrival.truncated & ~arrival.terminated
-    return arrival._replace(final_value=jnp.where(cut, values, 0))
-
-
 def last_of(config: PuffeRLConfig, arrival: Arrival, values: Array) -> Last:
     """What followed the last actions, from the arrival after them and its values."""
     row = stored(config, arrival, masked=False)
     return Last(row["rewards"], row["terminals"], values, row["final_values"])
 
 
-def _with_following(experience: Experience, after: Last, agents: int) -> Last:
-    """What followed each row: the first step of the agent's next row, or `after`."""
+def with_following(experience: Experience, after: Last, agents: int) -> Experience:
+    """The experience with what followed each row: the agent's next row, or `after`."""
     first = Last(
         experience.rewards[:, 0],
         experience.terminals[:, 0],
         experience.values[:, 0],
         None if experience.final_values is None else experience.final_values[:, 0],
     )
-    return jax.tree.map(lambda row, end: jnp.concatenate([row[agents:], end]), first, after)
+    last = jax.tree.map(lambda row, end: jnp.concatenate([row[agents:], end]), first, after)
+    return experience._replace(last=last)
 
 
-def _owned(tree: Any) -> Any:
-    """A copy to donate: of nobody else's arrays, and of each only once."""
+def owned(tree: PyTree) -> PyTree:
+    """A copy that may be donated: nobody else has its arrays, and each is in it only once."""
     return jax.tree.map(jnp.copy, tree)

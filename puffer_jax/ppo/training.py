@@ -1,43 +1,34 @@
 """A whole training run as one pure function."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.nn.params import split
-from puffer_jax.ppo import jax_rollout
 from puffer_jax.ppo.config import PuffeRLConfig
-from puffer_jax.ppo.objective import is_recurrent
+from puffer_jax.ppo.epoch import epoch
+from puffer_jax.ppo.experience import Hypers, Metrics, Params, TrainState
+from puffer_jax.ppo.jax_rollout import JaxSource, Stream
+from puffer_jax.ppo.rollout import check_fits
 from puffer_jax.ppo.update import make_learner
 
 
-def _check_policy(config: PuffeRLConfig, policy: Any) -> None:
-    recurrent = is_recurrent(policy)
-    if config.use_rnn is not None and config.use_rnn != recurrent:
-        raise ValueError(
-            f"use_rnn is {config.use_rnn}, but {type(policy).__name__} has "
-            f"{'an' if recurrent else 'no'} initial_state"
-        )
-    inner = getattr(policy, "policy", policy)
-    compute = getattr(inner, "dtype", None)
-    is_bfloat16 = compute is not None and jnp.dtype(compute) == jnp.bfloat16
-    if (config.precision == "bfloat16") != is_bfloat16:
-        raise ValueError(
-            f"precision is {config.precision}, but the policy was built with dtype={compute}; "
-            "build it with dtype=jnp.bfloat16 for precision='bfloat16', without dtype for float32"
-        )
+@runtime_checkable
+class Train(Protocol):
+    """What `make_train` returns."""
+
+    def __call__(self, key: PRNGKeyArray, hypers: Hypers | None = None) -> tuple[Params, Metrics]:
+        """Train with a key; `hypers` replace some of those in the configuration."""
+        ...
 
 
 def make_train(
-    config: PuffeRLConfig,
-    env: Any,
-    policy: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
-) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    config: PuffeRLConfig, env: Any, policy: nnx.Module | Callable[[nnx.Rngs], nnx.Module]
+) -> Train:
     """A whole training run as one pure function, to be jitted, and vmapped over seeds and hypers.
 
     Args:
@@ -48,8 +39,8 @@ def make_train(
     Returns:
         (key, hypers=None) -> (params, metrics): the trained parameters as `puffer_jax.split` gives
         them; metrics are arrays (epochs,): the losses, "episode_return" and "episode_length" (NaN
-        where no episode ended), "episodes" and "nonfinite", the count of minibatches that were left
-        out so far. `hypers` replaces some of `config.hypers()`.
+        where no episode ended), "episodes", and "nonfinite", see `TrainState`. `hypers` replaces
+        some of `config.hypers()`.
 
     Example:
         train = jax.jit(jax.vmap(make_train(config, env, make_policy)))
@@ -60,30 +51,32 @@ def make_train(
     else:
         make_policy = policy
         template = nnx.eval_shape(lambda: make_policy(nnx.Rngs(0)))
-    _check_policy(config, template)
-    sizes = config.sizes(None)
-    learner = make_learner(config, sizes, template)
-    collector = jax_rollout.make_collector(config, sizes, as_jax_env(env), template)
+    check_fits(config, template)
+    source = JaxSource(config, as_jax_env(env), template)
+    learner = make_learner(config, source.sizes, template)
 
-    def train(key: PRNGKeyArray, hypers: Any = None) -> tuple[Any, dict[str, Array]]:
+    def train(key: PRNGKeyArray, hypers: Hypers | None = None) -> tuple[Params, Metrics]:
         init_key, reset_key, key = jax.random.split(key, 3)
         if isinstance(policy, nnx.Module):
             params = split(policy)[1]
         else:
             params = split(policy(nnx.Rngs(init_key)))[1]
 
-        def epoch(carry: Any, key: PRNGKeyArray) -> tuple[Any, dict[str, Array]]:
-            state, stream = carry
+        def step(
+            carry: tuple[TrainState, Stream], key: PRNGKeyArray
+        ) -> tuple[tuple[TrainState, Stream], Metrics]:
             collect_key, update_key = jax.random.split(key)
-            stream, experience, episodes = collector.collect(state.params, stream, collect_key)
-            state, losses, _ = learner.update(state, experience, update_key, hypers)
+            keys = collect_key, update_key
+            state, stream, losses, episodes = epoch(
+                source.collect, learner.update, *carry, keys, hypers
+            )
             metrics = losses | episodes.means()
             metrics |= {"episodes": episodes.episodes, "nonfinite": state.nonfinite}
             return (state, stream), metrics
 
-        carry = (learner.init(params), collector.init(reset_key))
-        keys = jax.random.split(key, sizes.epochs)
-        (state, _), metrics = jax.lax.scan(epoch, carry, keys)
+        carry = (learner.init(params), source.init(reset_key))
+        keys = jax.random.split(key, source.sizes.epochs)
+        (state, _), metrics = jax.lax.scan(step, carry, keys)
         return state.params, metrics
 
     return train

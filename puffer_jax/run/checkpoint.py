@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from puffer_jax.weights.files import save_weights
 
@@ -36,42 +37,50 @@ _LITTER = re.compile(r"\.(state_\d{6,}(\.old|\.orbax-checkpoint-tmp.*)?|model_\d
 
 PathLike = str | os.PathLike[str]
 
+# What JSON holds.
+Metadata = dict[str, Any]
+
+# Dtype and shape of a leaf, as the index holds them.
+Description = list[str | list[int]]
+
 
 def save(
     run: PathLike,
     epoch: int,
     policy: nnx.Module,
-    state: Any,
-    metadata: dict[str, Any],
+    state: PyTree,
+    metadata: Metadata,
     keep: int = 3,
 ) -> Path:
     """Write a checkpoint and delete old ones; complete on return.
 
     A checkpoint of the same epoch is replaced, by two renames: a process killed between them
-    leaves none of that epoch. Of the checkpoints up to this epoch the last
+    leaves none of that epoch. Of the checkpoints up to this epoch, the last
     `keep` stay, this one included; files of other names, and checkpoints of later epochs, are
-    left alone. One process at a time writes a run's folder.
+    left alone. Only one process at a time may write to a run's folder.
 
     Args:
         run: the run's folder; it is made.
-        epoch: not negative.
-        policy: what the model file is written from.
+        epoch: the checkpoint's epoch, at least 0.
+        policy: the policy that goes into the model file.
         state: a pytree of NumPy and JAX arrays of numbers or booleans, typed PRNG keys, and
             Python numbers. Sharded arrays are gathered, so all shards must be addressable.
-        metadata: what `json.dumps` takes; tuples come back as lists.
+        metadata: anything that `json.dumps` takes; tuples come back as lists.
         keep: how many checkpoints to keep.
 
     Returns:
         The path of the model file.
 
     Raises:
-        ValueError: a bad argument, or a leaf of `state` that is no number, array or key; then
-            nothing is written.
+        ValueError: a bad argument, or a leaf of `state` that is not a number, an array or a key;
+            then nothing is written.
         TypeError: `metadata` is not JSON, or a layer of the policy has no torch counterpart.
         ImportError: orbax is missing.
     """
     if epoch < 0 or keep < 1:
-        raise ValueError(f"epoch is {epoch}, at least 0; keep is {keep}, at least 1")
+        raise ValueError(
+            f"epoch is {epoch} and must be at least 0; keep is {keep} and must be at least 1"
+        )
     run = Path(run).absolute()
     ocp = _orbax()
     leaves = _named(state)
@@ -81,7 +90,7 @@ def save(
         "metadata": metadata,
     }
     json.dumps(index)
-    # orbax refuses arrays without elements, and there is nothing to save in one.
+    # orbax refuses arrays without elements, in which there is nothing to save.
     data = {str(i): array for i, (_, leaf) in enumerate(leaves) if (array := _data(leaf)).size}
 
     run.mkdir(parents=True, exist_ok=True)
@@ -111,28 +120,28 @@ def save(
 
 
 def latest(run: PathLike) -> int | None:
-    """The last epoch of which the run has a complete checkpoint, or None."""
+    """The last epoch with a complete checkpoint in the run's folder, or None."""
     return max(_epochs(Path(run)), default=None)
 
 
-def restore(run: PathLike, like: Any, epoch: int | None = None) -> tuple[Any, dict[str, Any]]:
+def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTree, Metadata]:
     """Read a checkpoint's state and metadata, bit for bit.
 
     Args:
         run: the run's folder.
-        like: a pytree as the saved one, with the same dtypes and shapes; the values are not
+        like: a pytree like the saved one, with the same dtypes and shapes; its values are not
             used. An array comes back as NumPy's where `like` has NumPy's, as JAX's where it has
-            JAX's or a `jax.ShapeDtypeStruct`, on the devices of `like`'s where it is committed
-            to some. JAX's weak types come back strong.
+            JAX's or a `jax.ShapeDtypeStruct`, on the devices of that in `like` if it is committed
+            to any. JAX's weak types come back strong.
         epoch: which checkpoint; without one, the latest.
 
     Returns:
         `(state, metadata)`.
 
     Raises:
-        FileNotFoundError: there is no such complete checkpoint.
-        ValueError: the checkpoint holds other leaves, shapes or dtypes than `like`; all are
-            named. Or another version of puffer_jax wrote it.
+        FileNotFoundError: there is no such checkpoint, or none that is complete.
+        ValueError: the checkpoint holds other leaves, shapes or dtypes than `like` (all are
+            named), or another version of puffer_jax wrote it.
         ImportError: orbax is missing.
     """
     run = Path(run).absolute()
@@ -154,7 +163,7 @@ def restore(run: PathLike, like: Any, epoch: int | None = None) -> tuple[Any, di
         if problems:
             raise ValueError(f"{folder} does not fit: {'; '.join(problems)}")
 
-        # The order of leaves may be another one; names are what counts.
+        # The leaves may come in another order: they are matched by name.
         keys = {name: str(i) for i, name in enumerate(index["leaves"])}
         full = [keys[name] for name, leaf in leaves.items() if _size(leaf)]
         data = {}
@@ -217,7 +226,7 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
 
 
@@ -227,8 +236,7 @@ def _is_key(leaf: Any) -> bool:
     )
 
 
-def _describe(name: str, leaf: Any) -> list[Any]:
-    """Dtype and shape, as the index holds them."""
+def _describe(name: str, leaf: Any) -> Description:
     if isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic):
         if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
             raise ValueError(f"{name}: {leaf} does not fit 64 bits")
@@ -239,7 +247,7 @@ def _describe(name: str, leaf: Any) -> list[Any]:
         kind = type(leaf).__name__ if dtype is None else f"an array of {dtype}"
         raise ValueError(
             f"{name} is {kind}; a state holds arrays of numbers or booleans, typed PRNG keys and "
-            "Python numbers, and text goes into the metadata"
+            "Python numbers; text belongs in the metadata"
         )
     return [str(dtype), list(shape)]
 
@@ -276,27 +284,27 @@ def _like(array: np.ndarray, leaf: Any) -> Any:
 
 def _implementation(key: Any) -> Any:
     found = []
-    # Outside a trace `key_impl` takes no ShapeDtypeStruct.
+    # Outside a trace `key_impl` does not take a ShapeDtypeStruct.
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
     return found[0]
 
 
-def _mismatches(expected: dict[str, list[Any]], given: dict[str, list[Any]]) -> list[str]:
-    def show(description: list[Any]) -> str:
+def _mismatches(expected: dict[str, Description], found: dict[str, Description]) -> list[str]:
+    def show(description: Description) -> str:
         dtype, shape = description
-        return dtype if dtype.startswith("Python") else f"{dtype}{tuple(shape)}"
+        return str(dtype) if str(dtype).startswith("Python") else f"{dtype}{tuple(shape)}"
 
     lines = {
         "missing in the checkpoint": [
-            f"{name} {show(what)}" for name, what in expected.items() if name not in given
+            f"{name} {show(what)}" for name, what in expected.items() if name not in found
         ],
         "only in the checkpoint": [
-            f"{name} {show(what)}" for name, what in given.items() if name not in expected
+            f"{name} {show(what)}" for name, what in found.items() if name not in expected
         ],
         "different": [
-            f"{name} is {show(given[name])} in the checkpoint, not {show(what)}"
+            f"{name} is {show(found[name])} in the checkpoint, not {show(what)}"
             for name, what in expected.items()
-            if name in given and given[name] != what
+            if name in found and found[name] != what
         ],
     }
     return [f"{kind}: {', '.join(names)}" for kind, names in lines.items() if names]

@@ -1,4 +1,4 @@
-"""A picture of a run in the terminal, while it goes."""
+"""A picture of the run in the terminal while it is going on."""
 
 import atexit
 import dataclasses
@@ -25,16 +25,16 @@ class Snapshot:
     """What the dashboard shows.
 
     Attributes:
-        env: name of the environment.
-        params: how many numbers the policy has.
+        env: the name of the environment.
+        params: how many parameters the policy has.
         steps: agent steps so far.
-        total_steps: agent steps to go to.
-        sps: agent steps per second, of late; gives the remaining time.
+        total_steps: agent steps at which the run ends.
+        sps: agent steps per second of late, which give the remaining time.
         epoch: updates so far.
         uptime: seconds since the start.
         phases: seconds by phase, as `Profile.seconds` gives them.
-        losses: by name.
-        stats: episode statistics by name; what is no number is left out.
+        losses: the losses, by name.
+        stats: episode statistics by name; those that are not numbers are left out.
         message: the last thing that happened.
         utilization: percent by name, such as {"CPU": 51.0}.
     """
@@ -54,7 +54,7 @@ class Snapshot:
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """Draw a snapshot; fits 80 columns, long names are cut."""
+    """Draw a snapshot; it fits 80 columns, and long names are cut."""
     top = Table.grid(expand=True, padding=(0, 2))
     for ratio in (9, 8, 9):
         top.add_column(ratio=ratio)
@@ -149,7 +149,7 @@ def _number(value: Any) -> str:
 def _count(number: float | int) -> str:
     for unit in ("", "K", "M", "B", "T"):
         digits = f"{number:.1f}" if unit else f"{number:.0f}"
-        # By what would be printed: 999,999 is 1.0M, not 1000.0K.
+        # Judged by what would be printed: 999,999 is 1.0M, not 1000.0K.
         if abs(float(digits)) < 1000 or unit == "T":
             return digits + unit
         number /= 1000
@@ -167,24 +167,24 @@ def _duration(seconds: float) -> str:
 
 
 class Dashboard:
-    """Keeps the latest snapshot on the terminal; silent where standard output is none.
+    """Keeps the latest snapshot on the terminal; does nothing where standard output is not one.
 
-    `with dashboard:` puts the terminal back in order at the end, `close` does the same, and so
-    does the end of the program.
+    `with dashboard:` restores the terminal at the end, and so do `close` and the end of the
+    program.
 
     Args:
-        console: where to draw, rich's usual console by default.
+        console: where to draw; rich's usual console by default.
         force: draw even where there is no terminal.
     """
 
     def __init__(self, console: Console | None = None, *, force: bool = False):
         console = console or Console(force_terminal=True if force else None)
-        # rich also believes FORCE_COLOR, which says nothing of where the output goes.
+        # rich also goes by FORCE_COLOR, which says nothing about where the output goes.
         self._console = console if force or console.file.isatty() else None
         self._live: Live | None = None
 
     def update(self, snapshot: Snapshot) -> None:
-        """Show `snapshot`, with the machine's load if psutil is there to tell it."""
+        """Show `snapshot`, with the machine's load if psutil is installed."""
         if self._console is None:
             return
         if not snapshot.utilization:

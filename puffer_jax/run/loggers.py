@@ -1,6 +1,6 @@
 """Where the numbers of a run go: nowhere, a file, TensorBoard, Weights & Biases, or several.
 
-A logger is anything with the three members of `Logger`; none of those here is required. The
+A logger is anything with the three members of `Logger`; none of the classes here is required. The
 trainer keeps the checkpoints of a run in the folder `data_dir/run_id`.
 """
 
@@ -15,10 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 
 PathLike = str | os.PathLike[str]
 
+# Numbers by name: Python's, NumPy's or JAX's.
+Logs = Mapping[str, Any]
+
 
 @runtime_checkable
 class Logger(Protocol):
-    """What the trainer needs of a logger.
+    """What the trainer needs a logger to have.
 
     An error in `log` ends the training: numbers that are not written are noticed at once.
 
@@ -28,7 +31,7 @@ class Logger(Protocol):
 
     run_id: str
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
+    def log(self, logs: Logs, step: int) -> None:
         """Record `logs`, numbers by name, at agent step `step`."""
         ...
 
@@ -47,7 +50,7 @@ def new_run_id() -> str:
 
 
 def _folder_name(folder: Path, run_id: str | None) -> str:
-    """A run whose log is in its own folder is called like it."""
+    """The name of a run whose log is in the folder of the run."""
     return run_id or folder.resolve().name or new_run_id()
 
 
@@ -55,13 +58,13 @@ class NoLogger:
     """Records nothing, but gives the run a name.
 
     Args:
-        run_id: the run's name; without one, a new one.
+        run_id: the run's name; a new one by default.
     """
 
     def __init__(self, run_id: str | None = None):
         self.run_id = run_id or new_run_id()
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
+    def log(self, logs: Logs, step: int) -> None:
         """Do nothing."""
 
     def close(self, model_path: PathLike | None) -> None:
@@ -69,14 +72,14 @@ class NoLogger:
 
 
 class JSONLLogger:
-    """Appends one strict JSON object a line: {"step": ..., "agent_steps": ..., ...}.
+    """Appends one strict JSON object per line: {"step": ..., "agent_steps": ..., ...}.
 
     Every line is handed to the operating system at once, so killing the process loses none; the
     half line of a predecessor that was killed is removed. NaN and infinity become null.
 
     Args:
         path: the file; its folder is made. `puffer_jax.plot` reads `data_dir/run_id/log.jsonl`.
-        run_id: the run's name; without one, the name of the file's folder.
+        run_id: the run's name; by default, the name of the file's folder.
 
     Raises:
         OSError: the file cannot be written.
@@ -90,11 +93,11 @@ class JSONLLogger:
         self._file.seek(0)
         self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
+    def log(self, logs: Logs, step: int) -> None:
         """Append a line.
 
         Raises:
-            TypeError: a value is no number, string or None.
+            TypeError: a value is not a number, a string or None.
             ValueError: the logger was closed.
         """
         record = {"step": int(step)} | {name: _strict(value) for name, value in logs.items()}
@@ -116,7 +119,7 @@ class TensorBoardLogger:
 
     Args:
         folder: where the event file goes; it is made.
-        run_id: the run's name; without one, the name of the folder.
+        run_id: the run's name; by default, the name of the folder.
 
     Raises:
         ImportError: tensorboardX is missing.
@@ -128,11 +131,11 @@ class TensorBoardLogger:
         except ImportError as error:
             raise ImportError("TensorBoardLogger needs: pip install tensorboardX") from error
         self.run_id = _folder_name(Path(folder), run_id)
-        # Its own thread writes; what a killed process loses is the last second or two.
+        # It writes in a thread of its own: a killed process loses the last second or two.
         self._writer = SummaryWriter(str(folder), flush_secs=1)
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
-        """Write one scalar a name."""
+    def log(self, logs: Logs, step: int) -> None:
+        """Write one scalar per name."""
         for name, value in logs.items():
             self._writer.add_scalar(name, float(value), int(step))
 
@@ -163,7 +166,7 @@ class WandbLogger:
         self._run: Any = wandb.init(project=project, **options)
         self.run_id: str = self._run.id
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
+    def log(self, logs: Logs, step: int) -> None:
         """Log one row."""
         self._run.log(dict(logs), step=int(step))
 
@@ -179,13 +182,13 @@ class WandbLogger:
 
 
 class MultiLogger:
-    """Several loggers as one; the run is called as the first one calls it.
+    """Several loggers as one; the run has the name that the first one gives it.
 
     Args:
         loggers: at least one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `loggers` is empty.
     """
 
     def __init__(self, loggers: Sequence[Logger]):
@@ -194,7 +197,7 @@ class MultiLogger:
         self.loggers = list(loggers)
         self.run_id = self.loggers[0].run_id
 
-    def log(self, logs: Mapping[str, Any], step: int) -> None:
+    def log(self, logs: Logs, step: int) -> None:
         """Log to each, in order."""
         for logger in self.loggers:
             logger.log(logs, step)

@@ -26,8 +26,8 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str = "environment/episod
 
     Args:
         runs: the runs' folders, each with a `log.jsonl` (see `puffer_jax.JSONLLogger`).
-        out: the file to write; the suffix says the format (png, pdf, svg).
-        metric: a name in the logs; lines without it are passed over.
+        out: the file to write; its suffix gives the format (png, pdf, svg).
+        metric: a name in the logs; lines without it are skipped.
 
     Returns:
         `out`.
@@ -71,10 +71,10 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str = "environment/episod
 
 
 def curve(run: Path, metric: str) -> dict[str, np.ndarray]:
-    """A metric of one run over time, as one run even where it was killed and resumed.
+    """A metric of a run over time, in one piece even if it was killed and resumed.
 
-    What a killed process logged beyond the checkpoint that its successor went on from is left
-    out, and the successor's seconds are counted on from there.
+    What a killed process logged after the checkpoint that its successor resumed from is left out,
+    and the successor's seconds are added from there on.
 
     Returns:
         `agent_steps`, `uptime` and the metric, each an array (logs,) of float64, steps ascending.
@@ -115,7 +115,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number <= len(lines):
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            # The last line has no end: its writer was killed.
+            # The last line is incomplete: its writer was killed.
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: every line must be a JSON object")
     return records

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import PyTree
+from numpy.typing import ArrayLike
 
+from puffer_jax.ppo.source import Stats
 from puffer_jax.vector.serial import Serial
 
 
-class Received(NamedTuple):
-    """What a batch of agents receives; arrays (batch, ...), NumPy.
+class HostBatch(NamedTuple):
+    """What a batch of agents receives; NumPy arrays (batch, ...), named as in `ppo.host`.
 
     They may be the environments' own, which their next step overwrites.
 
@@ -19,22 +22,22 @@ class Received(NamedTuple):
         reward: float32.
         terminated: bool.
         truncated: bool.
-        start: whether `obs` is the first of an episode.
-        mask: False where the agent does not play, or its action on `obs` is ignored.
-        final_obs: the last observations of the episodes that just ended, like `obs` (elsewhere
-            anything); None: see `HostEnv.own_last`.
-        stats: name -> values, of the episodes that ended and of the environment's infos.
+        start: bool.
+        mask: bool.
+        final_obs: like `obs`, with anything where no episode just ended; None: no episode did, or
+            the environment does not hand them out, or see `HostEnv.shows_final`.
+        stats: of the episodes that ended, and of the environments' infos.
     """
 
     agent: int
-    obs: Any
+    obs: PyTree
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     start: np.ndarray
     mask: np.ndarray
-    final_obs: Any
-    stats: dict[str, list[Any]]
+    final_obs: PyTree
+    stats: Stats
 
 
 @runtime_checkable
@@ -42,19 +45,20 @@ class HostEnv(Protocol):
     """Environments on the host, as the trainer uses them.
 
     Attributes:
-        num_agents: over all environments.
-        agents_per_batch: that act at once.
-        masked: whether `Received.mask` must always be honoured.
-        own_last: whether the observation that comes with an episode's end is its last one.
-        overlaps: whether `send` does not wait for actions that are still being computed.
-        single_observation_space: of one agent.
-        single_action_space: of one agent.
+        num_agents: how many agents there are, over all environments.
+        agents_per_batch: how many of them act at once.
+        needs_mask: whether `HostBatch.mask` must be honoured whatever the options say.
+        shows_final: whether the observation that comes with an episode's end is the final one of
+            that episode, and not the first of the next.
+        overlaps: whether `send` takes JAX's arrays, and need not wait for them to be computed.
+        single_observation_space: the space of one agent's observations.
+        single_action_space: the space of one agent's actions.
     """
 
     num_agents: int
     agents_per_batch: int
-    masked: bool
-    own_last: bool
+    needs_mask: bool
+    shows_final: bool
     overlaps: bool
     single_observation_space: Any
     single_action_space: Any
@@ -62,19 +66,19 @@ class HostEnv(Protocol):
     def async_reset(self, seed: int) -> None:
         """Start all episodes."""
 
-    def recv(self) -> Received:
+    def recv(self) -> HostBatch:
         """Wait for a batch."""
         ...
 
     def send(self, actions: Any) -> None:
-        """Act on the batch received last; arrays, JAX's if it `overlaps`."""
+        """Act on the batch that was received last."""
 
     def close(self) -> None:
         """Close the environments."""
 
 
 def as_host_env(env: Any) -> HostEnv | None:
-    """The host environment behind the trainer's interface; None if it is none.
+    """An environment on the host behind the trainer's interface; None if `env` is not one.
 
     Takes a PufferLib vecenv (`async_reset`, `recv`, `send`) or a `gymnasium.vector.VectorEnv`.
 
@@ -95,44 +99,45 @@ def as_host_env(env: Any) -> HostEnv | None:
 
 
 class _Agents:
-    """Agents that act together: what goes on from step to step.
+    """Agents that act together, and what lasts from one of their steps to the next.
 
     Attributes:
-        first: number of the first.
-        waiting: whether the next observation is the first of an episode.
+        first: number of the first agent.
+        waiting: of each agent, whether its next observation is the first of an episode.
     """
 
     def __init__(self, first: int, count: int):
         self.first, self.waiting = first, np.ones(count, bool)
         self._returns, self._lengths = np.zeros(count), np.zeros(count, int)
 
-    def add(self, received: Received, done: np.ndarray) -> None:
-        """Count a step, and put the episodes that ended with it into `received.stats`."""
+    def add(self, batch: HostBatch, done: np.ndarray) -> None:
+        """Count a step, and put the episodes that ended with it into `batch.stats`."""
         returns, lengths = self._returns, self._lengths
-        returns += received.reward
+        returns += batch.reward
         lengths += 1
-        if np.count_nonzero(received.start):
-            # The observation that starts an episode came with no reward of it, unless the episode
-            # before it ended in the same step.
-            fresh = received.start & ~done
+        if np.count_nonzero(batch.start):
+            # The reward that came with an episode's first observation is not of that episode,
+            # unless the one before it ended in the same step.
+            fresh = batch.start & ~done
             returns[fresh] = 0
             lengths[fresh] = 0
         if np.count_nonzero(done):
-            if "episode_return" not in received.stats:
-                received.stats["episode_return"] = returns[done].tolist()
-                received.stats["episode_length"] = lengths[done].tolist()
+            if "episode_return" not in batch.stats:
+                batch.stats["episode_return"] = returns[done].tolist()
+                batch.stats["episode_length"] = lengths[done].tolist()
             returns[done] = 0
             lengths[done] = 0
 
 
 class PufferVecEnv:
-    """A PufferLib vecenv: the 7- or the 8-tuple of `recv`, all agents at once or in batches.
+    """A PufferLib vecenv, whose `recv` gives 7 or 8 values, of all agents or of a batch of them.
 
-    Its emulated environments reset themselves in the step after an episode's end, which they mark
-    as played; its native ones in the same step, and hand out no last observation.
+    Its emulated environments reset themselves in the step after an episode's end, and say of that
+    step that it was played; its native ones in the same step, and do not hand out the final
+    observation.
     """
 
-    masked = False
+    needs_mask = False
 
     def __init__(self, vecenv: Any):
         self.vecenv = vecenv
@@ -141,7 +146,7 @@ class PufferVecEnv:
         self.single_observation_space = vecenv.single_observation_space
         self.single_action_space = vecenv.single_action_space
         driver = getattr(vecenv, "driver_env", vecenv)
-        self.own_last = bool(getattr(driver, "emulated", False))
+        self.shows_final = bool(getattr(driver, "emulated", False))
         self.overlaps = isinstance(vecenv, Serial) and vecenv.num_buffers > 1
         self._batches: dict[bytes, _Agents] = {}  # by the agents' numbers
 
@@ -156,32 +161,32 @@ class PufferVecEnv:
             first, count = int(ids.flat[0]), ids.size
             if ids.ravel().tolist() != [*range(first, first + count)]:
                 raise ValueError(
-                    f"the vecenv handed out agents {ids.tolist()}; batches must be of agents in a "
-                    "row (Multiprocessing's zero_copy=True does so)"
+                    f"the vecenv handed out agents {ids.tolist()}; those of a batch must be "
+                    "consecutive (as with Multiprocessing's zero_copy=True)"
                 )
             if count != self.agents_per_batch or first % count:
                 raise ValueError(
-                    f"the vecenv handed out {count} agents from agent {first} on; it must hand out "
-                    f"always the same {self.agents_per_batch}"
+                    f"the vecenv handed out {count} agents from agent {first} on; it must always "
+                    f"hand out the same {self.agents_per_batch}"
                 )
             agents = self._batches[ids.tobytes()] = _Agents(first, count)
         return agents
 
-    def recv(self) -> Received:  # noqa: D102
+    def recv(self) -> HostBatch:  # noqa: D102
         obs, reward, terminated, truncated, *_, infos, ids, mask = self.vecenv.recv()
         agents = self._agents(np.asarray(ids))
         terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
         mask = np.asarray(mask, bool)
         waiting, done = agents.waiting, terminated | truncated
         all_play = np.count_nonzero(mask) == mask.size
-        if self.own_last:
+        if self.shows_final:
             start = waiting if all_play else waiting & mask
             agents.waiting = done if all_play else done | (waiting & ~mask)
             played = ~done if all_play else mask & ~done
         else:
             start, played = done | waiting, mask
             agents.waiting = np.zeros_like(waiting)
-        received = Received(
+        batch = HostBatch(
             agents.first,
             np.asarray(obs),
             np.asarray(reward, np.float32),
@@ -192,8 +197,8 @@ class PufferVecEnv:
             None,
             _collect(infos) if infos else {},
         )
-        agents.add(received, done)
-        return received
+        agents.add(batch, done)
+        return batch
 
     def send(self, actions: Any) -> None:  # noqa: D102
         self.vecenv.send(actions)
@@ -205,12 +210,12 @@ class PufferVecEnv:
 class GymnasiumVecEnv:
     """A `gymnasium.vector.VectorEnv` (1.x) in any `autoreset_mode`.
 
-    NEXT_STEP: the observation that comes with an episode's end is its last, and the action on it
-    is ignored: it is masked. SAME_STEP and DISABLED: it is the first of the next episode (with
-    DISABLED, we reset), and the last one is handed out beside it.
+    NEXT_STEP: the observation that comes with an episode's end is its final one, and the action on
+    it is ignored: it is masked. SAME_STEP and DISABLED: it is the first of the next episode (with
+    DISABLED, we reset), and the final one is handed out beside it.
     """
 
-    masked = True
+    needs_mask = True
     overlaps = False
 
     def __init__(self, envs: Any):
@@ -222,9 +227,9 @@ class GymnasiumVecEnv:
         self._mode = str(getattr(mode, "value", mode)).replace("_", "").lower()
         if self._mode not in ("nextstep", "samestep", "disabled"):
             raise ValueError(f"{envs}: unknown autoreset_mode {mode!r}")
-        self.own_last = self._mode == "nextstep"
+        self.shows_final = self._mode == "nextstep"
         self._agents = _Agents(0, self.num_agents)
-        self._received: Received | None = None
+        self._batch: HostBatch | None = None
         self._done = np.zeros(self.num_agents, bool)
 
     def async_reset(self, seed: int) -> None:  # noqa: D102
@@ -251,16 +256,16 @@ class GymnasiumVecEnv:
 
     def _keep(
         self,
-        obs: Any,
-        reward: Any,
+        obs: PyTree,
+        reward: ArrayLike,
         terminated: np.ndarray,
         truncated: np.ndarray,
         start: np.ndarray,
-        final: Any,
+        final: PyTree,
         infos: Mapping[str, Any],
     ) -> None:
         mask = ~self._done if self._mode == "nextstep" else np.ones(self.num_agents, bool)
-        stats: dict[str, list[Any]] = {}
+        stats: Stats = {}
         episode = infos.get("episode")
         if isinstance(episode, Mapping) and "r" in episode:  # RecordEpisodeStatistics
             ended = np.asarray(infos.get("_episode", terminated | truncated), bool)
@@ -268,21 +273,21 @@ class GymnasiumVecEnv:
             stats["episode_length"] = np.asarray(episode["l"])[ended].tolist()
         reward = np.asarray(reward, np.float32)
         # The environment may write the next observation into the same array.
-        self._received = Received(
+        self._batch = HostBatch(
             0, _copy(obs), reward, terminated, truncated, start, mask, final, stats
         )
-        self._agents.add(self._received, terminated | truncated)
+        self._agents.add(self._batch, terminated | truncated)
 
-    def recv(self) -> Received:  # noqa: D102
-        if self._received is None:
+    def recv(self) -> HostBatch:  # noqa: D102
+        if self._batch is None:
             raise RuntimeError("call async_reset before recv")
-        return self._received
+        return self._batch
 
     def close(self) -> None:  # noqa: D102
         self.envs.close()
 
 
-def _copy(obs: Any) -> Any:
+def _copy(obs: PyTree) -> PyTree:
     if isinstance(obs, Mapping):
         return {name: _copy(value) for name, value in obs.items()}
     if isinstance(obs, tuple):
@@ -290,7 +295,7 @@ def _copy(obs: Any) -> Any:
     return np.array(obs)
 
 
-def _fill(obs: Any, final: Any, done: np.ndarray) -> Any:
+def _fill(obs: PyTree, final: PyTree, done: np.ndarray) -> PyTree:
     """`obs` with the rows of `done` taken from gymnasium's `final_obs`, in whichever form."""
     if isinstance(obs, Mapping):
         if isinstance(final, Mapping):
@@ -308,9 +313,9 @@ def _fill(obs: Any, final: Any, done: np.ndarray) -> Any:
     return filled
 
 
-def _collect(infos: Any) -> dict[str, list[Any]]:
+def _collect(infos: Any) -> Stats:
     """The numbers in a list of nested infos, by path, as the reference's `evaluate` keeps them."""
-    stats: dict[str, list[Any]] = {}
+    stats: Stats = {}
     for info in infos:
         for name, value in _leaves(info):
             if isinstance(value, np.ndarray | list | tuple):

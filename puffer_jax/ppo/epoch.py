@@ -1,0 +1,134 @@
+"""An epoch: a batch of experience, and the update that learns from it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import PRNGKeyArray, PyTree
+
+from puffer_jax.base.profile import Profile
+from puffer_jax.nn.params import split
+from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.experience import Experience, Hypers, Metrics, TrainState
+from puffer_jax.ppo.rollout import owned
+from puffer_jax.ppo.source import Source, Stats
+from puffer_jax.ppo.update import make_learner
+
+
+def epoch(
+    collect: Callable[..., tuple[PyTree, Experience, PyTree]],
+    update: Callable[..., tuple[Any, ...]],
+    state: TrainState,
+    stream: PyTree,
+    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    hypers: Hypers | None = None,
+) -> tuple[TrainState, PyTree, Metrics, PyTree]:
+    """Collect a batch and learn from it; pure if `collect` and `update` are.
+
+    Args:
+        collect: see `Source.collect`.
+        update: see `Learner.update`.
+        state: the train state before the epoch.
+        stream: the source's stream before the epoch.
+        keys: one for each half.
+        hypers: see `Learner.update`.
+
+    Returns:
+        The new state and stream, the losses, and the outcome of the batch.
+    """
+    stream, experience, outcome = collect(state.params, stream, keys[0])
+    state, losses, *_ = update(state, experience, keys[1], hypers)
+    return state, stream, losses, outcome
+
+
+class Loop:
+    """Training, an epoch at a time: its state, and the programs that advance it.
+
+    Everything that training needs compiled is compiled here, except a policy's step on the host.
+
+    Args:
+        config: the options of the update, and the seed.
+        source: where experience comes from.
+        policy: its parameters are copied.
+        profile: counts the time of the phases "evaluate" and "train".
+
+    Attributes:
+        source: see above.
+        state: the train state, which updates change.
+        stream: the source's stream, see `Source`.
+        key: the key that is split for every batch and every update.
+        names: see `Learner`.
+        programs: the compiled functions: "update"; of a pure source also "collect" and "epoch".
+    """
+
+    def __init__(self, config: PuffeRLConfig, source: Source, policy: nnx.Module, profile: Profile):
+        learner = make_learner(config, source.sizes, policy)
+        self.source, self.names, self._profile = source, learner.names, profile
+        self.state: TrainState = owned(learner.init(split(policy)[1]))
+        self.key, reset_key = jax.random.split(jax.random.key(config.seed))
+
+        def update(*args: Any) -> tuple[TrainState, Metrics]:
+            return learner.update(*args)[:2]
+
+        self.programs = {"update": jax.jit(update, donate_argnums=0)}
+        if source.pure:
+            self.programs["collect"] = jax.jit(source.collect, donate_argnums=1)
+            whole = partial(epoch, source.collect, learner.update)
+            self.programs["epoch"] = jax.jit(whole, donate_argnums=(0, 1))
+            self.stream = owned(jax.jit(source.init)(reset_key))
+        else:
+            self.stream = source.init(reset_key)
+
+    def evaluate(self) -> tuple[Experience, int, Stats]:
+        """Collect a batch; returns it, the agent steps that were played, and statistics."""
+        self.stream, experience, outcome = self._collect(
+            self.state.params, self.stream, self._next_key()
+        )
+        return experience, *self.source.summary(outcome)
+
+    def train(self, experience: Experience) -> Metrics:
+        """Learn from a batch; returns the losses."""
+        self.state, losses = self._update(self.state, experience, self._next_key(), None)
+        return losses
+
+    def advance(self) -> tuple[Metrics, int, Stats]:
+        """`evaluate` and `train`; in one program if the source is pure."""
+        keys = self._next_key(), self._next_key()
+        if self.source.pure:
+            with self._profile("train"):
+                self.state, self.stream, losses, outcome = jax.block_until_ready(
+                    self.programs["epoch"](self.state, self.stream, keys)
+                )
+        else:
+            self.state, self.stream, losses, outcome = epoch(
+                self._collect, self._update, self.state, self.stream, keys
+            )
+        return losses, *self.source.summary(outcome)
+
+    def saved(self) -> dict[str, PyTree]:
+        """What a checkpoint holds: the stream, too, if the source is pure."""
+        saved = {"train": self.state, "key": self.key}
+        return saved | {"stream": self.stream} if self.source.pure else saved
+
+    def restore(self, saved: dict[str, PyTree]) -> None:
+        """Go on from what `saved` returned."""
+        saved = owned(saved)
+        self.state, self.key = saved["train"], saved["key"]
+        if self.source.pure:
+            self.stream = saved["stream"]
+
+    def _next_key(self) -> PRNGKeyArray:
+        self.key, key = jax.random.split(self.key)
+        return key
+
+    def _collect(self, *args: Any) -> tuple[PyTree, Experience, PyTree]:
+        collect = self.programs.get("collect", self.source.collect)
+        with self._profile("evaluate"):
+            stream, experience, outcome = collect(*args)
+            return stream, experience, jax.block_until_ready(outcome)
+
+    def _update(self, *args: Any) -> tuple[TrainState, Metrics]:
+        with self._profile("train"):
+            return jax.block_until_ready(self.programs["update"](*args))

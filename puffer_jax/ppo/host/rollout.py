@@ -1,0 +1,346 @@
+"""Rollouts in environments on the host."""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from puffer_jax.base.profile import Profile
+from puffer_jax.nn import random
+from puffer_jax.ppo.config import PuffeRLConfig, Sizes
+from puffer_jax.ppo.experience import Experience, Params, RecurrentState
+from puffer_jax.ppo.host.envs import HostBatch, HostEnv
+from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
+from puffer_jax.ppo.source import Stats
+
+
+class Outputs(NamedTuple):
+    """What a policy's step leaves for the experience.
+
+    Attributes:
+        action: (agents, ...), as `sample_logits` gives them.
+        scores: (agents, 2), log-probability and value; of a whole rollout (segments, time, 2).
+    """
+
+    action: PyTree
+    scores: PyTree
+
+
+class HostStream(NamedTuple):
+    """What lasts from one rollout on the host to the next.
+
+    Attributes:
+        states: the policy's states, one for each batch of agents, by the number of the first agent.
+        pending: a batch that has been received but not yet acted on.
+    """
+
+    states: dict[int, RecurrentState | None]
+    pending: HostBatch | None
+
+
+class HostStep:
+    """The one dispatch of an environment step; what happened is kept on the host.
+
+    On CPUs XLA runs a program of at most eight operations in the calling thread, and hands those
+    of longer ones from thread to thread, which takes 0.2 ms: hence so few here and in the kernels.
+    """
+
+    def __init__(self, player: Player):
+        self._player = player
+        # That of the trainer's keys, which are made where this is; the default may change.
+        self._impl = jax.random.key_impl(jax.random.key(0))
+
+    def __call__(
+        self,
+        params: Params,
+        state: RecurrentState | None,
+        obs: PyTree,
+        start: PyTree,
+        key: Array,
+    ) -> tuple[RecurrentState | None, Outputs, Array | None]:
+        """Act.
+
+        Args:
+            params: the policy's parameters.
+            state: the state before the step.
+            obs: the observations of a batch of agents.
+            start: whether they are the first of an episode.
+            key: as `jax.random.key_data`, since typed ones cost 20 us a dispatch.
+
+        Returns:
+            The state after the step, the outputs, and the action to send; None: the one that was
+            sampled (in a Box it may have been out of bounds).
+        """
+        act_key = jax.random.wrap_key_data(key, impl=self._impl)
+        action, logprob, values, state = self._player.act(params, obs, state, start, act_key)
+        played = self._player.playable(action)
+        outputs = Outputs(action, jnp.stack([logprob, values], axis=1))
+        return state, outputs, None if played is action else played
+
+
+class Rows:
+    """Trees of arrays (segments, time, ...) on the host, filled step by step.
+
+    Args:
+        segments: how many rows each array has.
+        horizon: how many steps each row has.
+    """
+
+    def __init__(self, segments: int, horizon: int):
+        self._shape = (segments, horizon)
+        self._leaves: list[np.ndarray] = []
+        self._treedef: PyTree = None
+
+    def write(self, row: int, time: int, tree: PyTree) -> None:
+        """Set the step `time` of the rows from `row` on; arrays (rows, ...), JAX's or NumPy's."""
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        if self._treedef is None:
+            self._treedef = jax.tree.structure(tree)
+            self._leaves = [np.empty(self._shape + x.shape[1:], x.dtype) for x in leaves]
+        for buffer, leaf in zip(self._leaves, leaves, strict=True):
+            buffer[row : row + len(leaf), time] = leaf
+
+    def tree(self) -> PyTree:
+        """The arrays themselves, in the form that was written."""
+        return jax.tree.unflatten(self._treedef, self._leaves)
+
+
+class Recording:
+    """What happens in a rollout, kept on the host.
+
+    Args:
+        sizes: the sizes of the rollout.
+        batches: the numbers of the batches' first agents.
+
+    Attributes:
+        steps: how many agent steps were played.
+        stats: the statistics of the episodes that ended.
+    """
+
+    def __init__(self, sizes: Sizes, batches: range):
+        self._sizes = sizes
+        self._row = {agent: agent for agent in batches}
+        self._time = dict.fromkeys(batches, 0)
+        self._free, self._full = sizes.agents, 0
+        self._arrivals = Rows(sizes.segments, sizes.horizon)
+        self._outputs: list[tuple[int, int, Outputs]] = []
+        self._first_states: dict[int, RecurrentState | None] = {}
+        self.steps = 0
+        self.stats: Stats = defaultdict(list)
+
+    @property
+    def full(self) -> bool:
+        """Whether every step of every segment is there."""
+        return self._full >= self._sizes.segments
+
+    def begin(self, batch: HostBatch, state: RecurrentState | None) -> None:
+        """Find room for a step of a batch, before which its state is `state`.
+
+        Raises:
+            RuntimeError: there is no room left.
+        """
+        agent, count = batch.agent, len(batch.reward)
+        row = self._row[agent]
+        if row + count > self._sizes.segments:
+            raise RuntimeError(
+                f"agents {agent} to {agent + count - 1} filled their segments before others "
+                "began: the vecenv must hand out its batches in turn (sync_traj=True)"
+            )
+        if self._time[agent] == 0:
+            self._first_states[row] = state
+
+    def add(self, batch: HostBatch, arrival: Arrival, outputs: Outputs) -> None:
+        """Keep a step of a batch."""
+        agent, count = batch.agent, len(batch.reward)
+        row, time = self._row[agent], self._time[agent]
+        self._arrivals.write(row, time, arrival)
+        self._outputs.append((row, time, outputs))
+        for name, values in batch.stats.items():
+            self.stats[name].extend(values)
+        self.steps += count if arrival.mask is None else int(batch.mask.sum())
+        self._time[agent] += 1
+        if self._time[agent] == self._sizes.horizon:
+            self._row[agent], self._time[agent] = self._free, 0
+            self._free, self._full = self._free + count, self._full + count
+
+    def arrivals(self) -> Arrival:
+        """All arrivals, (segments, time, ...)."""
+        return self._arrivals.tree()
+
+    def outputs(self) -> Outputs:
+        """All outputs, (segments, time, ...); waits for the device."""
+        rows = Rows(self._sizes.segments, self._sizes.horizon)
+        for step in self._outputs:
+            rows.write(*step)
+        return rows.tree()
+
+    def first_states(self) -> list[RecurrentState | None]:
+        """The states before the segments, in the order of rows."""
+        return [self._first_states[row] for row in sorted(self._first_states)]
+
+
+class HostSource:
+    """Experience from environments on the host; see `Source`.
+
+    Args:
+        config: says what to store, and the seed.
+        env: the environments, as `as_host_env` gives them.
+        policy: a policy with the structure of those that will act.
+        profile: counts the time of the phases "env", "forward" and "copy".
+
+    Attributes:
+        step: `HostStep`, compiled.
+
+    Raises:
+        ValueError: the sizes do not fit together, or `bootstrap_last` does not fit the batches.
+    """
+
+    pure = False
+
+    def __init__(self, config: PuffeRLConfig, env: HostEnv, policy: nnx.Module, profile: Profile):
+        self.sizes = config.sizes(env.num_agents, env.agents_per_batch)
+        self._config, self._env, self._profile = config, env, profile
+        if config.bootstrap_last and env.agents_per_batch != env.num_agents:
+            raise ValueError(
+                "bootstrap_last needs all agents in one batch; the vecenv hands out "
+                f"{env.agents_per_batch} of {env.num_agents}"
+            )
+        self._masked = env.needs_mask or config.use_mask
+        self._batches = range(0, self.sizes.agents, env.agents_per_batch)
+        self._player = Player(config, policy, env.single_action_space)
+        self._zero = self._player.initial_state(env.agents_per_batch)
+        steps = self.sizes.segments // env.agents_per_batch * self.sizes.horizon
+        self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
+        self.step = jax.jit(HostStep(self._player))
+        self._value_where = jax.jit(self._values_where)
+        self._finish = jax.jit(self._experience)
+
+    def init(self, key: PRNGKeyArray) -> HostStream:
+        """Start all episodes; the environments are seeded with `config.seed`."""
+        self._env.async_reset(self._config.seed)
+        return HostStream(dict.fromkeys(self._batches, self._zero), None)
+
+    def collect(
+        self, params: Params, stream: HostStream, key: PRNGKeyArray
+    ) -> tuple[HostStream, Experience, tuple[int, Stats]]:
+        """Play a batch."""
+        env, states, pending = self._env, dict(stream.states), stream.pending
+        if not self._config.store_initial_state:
+            states = dict.fromkeys(self._batches, self._zero)
+        keys = iter(np.asarray(self._keys(key)))
+        recording = Recording(self.sizes, self._batches)
+        lap = self._profile.laps()
+        while not recording.full:
+            batch = pending or env.recv()
+            pending = None
+            lap("env")
+            state = states[batch.agent]
+            recording.begin(batch, state)
+            arrival = self._arrival(params, state, batch)
+            states[batch.agent], outputs, played = self.step(
+                params, state, arrival.obs, arrival.start, next(keys)
+            )
+            lap("forward")
+            recording.add(batch, arrival, outputs)  # while the device is busy
+            lap("copy")
+            action = outputs.action if played is None else played
+            if not env.overlaps:
+                action = np.asarray(action)
+                lap("forward")
+            env.send(action)
+            lap("env")
+        state = after = None
+        if self._config.bootstrap_last:
+            pending = env.recv()
+            lap("env")
+            state = states[0]
+            after = self._arrival(params, state, pending)
+        arrivals, outputs = recording.arrivals(), recording.outputs()
+        first_states = recording.first_states()
+        experience = self._finish(
+            params, arrivals._replace(obs=None), outputs, first_states, state, after
+        )
+        # Nobody writes to them any more, so that a CPU need not copy them.
+        experience = experience._replace(observations=jax.device_put(arrivals.obs))
+        lap("copy")
+        return HostStream(states, pending), experience, (recording.steps, recording.stats)
+
+    def summary(self, outcome: tuple[int, Stats]) -> tuple[int, Stats]:
+        """The outcome itself."""
+        return outcome
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._env.close()
+
+    def _arrival(self, params: Params, state: RecurrentState | None, batch: HostBatch) -> Arrival:
+        """What of a batch the options ask for; `state` is the one before it."""
+        config, final_value = self._config, None
+        if config.bootstrap_truncation and not self._env.shows_final:
+            cut = batch.truncated & ~batch.terminated
+            final_value = np.zeros(len(cut), np.float32)
+            if batch.final_obs is not None and cut.any():
+                final_value = self._value_where(cut, params, batch.final_obs, state)
+        return Arrival(
+            batch.obs,
+            batch.reward,
+            batch.terminated,
+            batch.truncated if config.bootstrap_truncation else None,
+            batch.start if config.reset_on_done else None,
+            batch.mask if self._masked else None,
+            final_value,
+        )
+
+    def _values_where(
+        self, cut: Array, params: Params, obs: PyTree, state: RecurrentState | None
+    ) -> Array:
+        return jnp.where(cut, self._player.value(params, obs, state), 0)
+
+    def _with_final_value(self, arrival: Arrival, values: Array) -> Arrival:
+        """The arrival with its `final_value`, where `obs` itself is the final observation."""
+        if not (self._env.shows_final and self._config.bootstrap_truncation):
+            return arrival
+        cut = arrival.truncated & ~arrival.terminated
+        return arrival._replace(final_value=jnp.where(cut, values, 0))
+
+    def _experience(
+        self,
+        params: Params,
+        arrivals: Arrival,
+        outputs: Outputs,
+        first_states: list[RecurrentState | None],
+        state: RecurrentState | None,
+        after: Arrival | None,
+    ) -> Experience:
+        """The experience of a rollout, but for its observations.
+
+        Args:
+            params: the policy's parameters.
+            arrivals: (segments, time, ...), without observations.
+            outputs: (segments, time, ...).
+            first_states: those before the segments, in the order of rows.
+            state: the state after the last actions; None without `bootstrap_last`.
+            after: the arrival after the last actions; the same.
+        """
+        config, player = self._config, self._player
+        action, scores = map(jnp.asarray, outputs)
+        logprobs, values = scores[..., 0], scores[..., 1]
+        arrivals = self._with_final_value(jax.tree.map(jnp.asarray, arrivals), values)
+        experience = Experience(
+            **stored(config, arrivals, self._masked),
+            actions=action,
+            logprobs=logprobs,
+            values=values,
+        )
+        if config.store_initial_state:
+            first = jax.tree.map(lambda *parts: jnp.concatenate(parts), *first_states)
+            experience = experience._replace(state=first)
+        if after is None:
+            return experience
+        values = player.value(params, after.obs, player.at_start(state, after.start))
+        last = last_of(config, self._with_final_value(after, values), values)
+        return with_following(experience, last, self.sizes.agents)

@@ -1,0 +1,68 @@
+"""A run on disk and in the logs: its name, folder, checkpoints and loggers."""
+
+import shutil
+from pathlib import Path
+
+from flax import nnx
+from jaxtyping import PyTree
+
+from puffer_jax.run import checkpoint
+from puffer_jax.run.loggers import Logger, Logs
+
+
+class Run:
+    """The name of a run, and the places where it leaves something.
+
+    Args:
+        data_dir: the folder of all runs.
+        logger: where the numbers go; its `run_id` is the run's name.
+        keep: how many checkpoints to keep.
+
+    Attributes:
+        logger: the logger; it may be replaced, and the run then has the name of the other one.
+    """
+
+    def __init__(self, data_dir: str | Path, logger: Logger, keep: int):
+        self._data_dir, self._keep = Path(data_dir), keep
+        self.logger = logger
+
+    @property
+    def id(self) -> str:
+        """The run's name."""
+        return self.logger.run_id
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self._data_dir / self.id
+
+    def log(self, logs: Logs, step: int) -> None:
+        """Log numbers at an agent step."""
+        self.logger.log(logs, step)
+
+    def save(
+        self, epoch: int, policy: nnx.Module, state: PyTree, metadata: checkpoint.Metadata
+    ) -> Path:
+        """Write a checkpoint; returns the model's path."""
+        return checkpoint.save(self.folder, epoch, policy, state, metadata, keep=self._keep)
+
+    def restore(
+        self, like: PyTree, folder: str | Path | None = None, epoch: int | None = None
+    ) -> tuple[PyTree, checkpoint.Metadata, Path]:
+        """Read a checkpoint of this run or of the one in `folder`; see `checkpoint.restore`.
+
+        Returns:
+            The state, the metadata, and the folder.
+        """
+        folder = self.folder if folder is None else Path(folder)
+        return *checkpoint.restore(folder, like, epoch), folder
+
+    def publish(self, model: Path) -> Path:
+        """Copy a model to `data_dir/run_id.pt`, as the reference does; returns the copy's path."""
+        path = self.folder.with_name(self.folder.name + model.suffix)
+        shutil.copyfile(model, path)
+        return path
+
+    def close(self, model: Path) -> None:
+        """Close the logger; `model` is the final one."""
+        self.logger.close(model)
