@@ -7,15 +7,14 @@ from functools import partial
 from typing import Any
 
 from puffer_jax import environments, vector
+from puffer_jax.base.packages import PUFFERLIB, require
 from puffer_jax.cli.options import PolicyOptions, VecOptions
-from puffer_jax.environments import host
-
-_INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
+from puffer_jax.environments import registry
 
 
 @contextmanager
-def _naming_the_flag() -> Iterator[None]:
-    """What is wrong with the name of an environment, or with its arguments, is so with --env."""
+def naming_the_flag() -> Iterator[None]:
+    """Begin the message of an error about an environment's name or arguments with --env."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -24,28 +23,26 @@ def _naming_the_flag() -> Iterator[None]:
         raise ImportError(f"--env {error}") from error
 
 
-def _native(name: str, arguments: dict[str, Any]) -> Any:
-    """A JAX-native environment, or None if the name is not of one."""
+def make_jax_env(name: str, arguments: dict[str, Any]) -> Any:
+    """A JAX-native environment, or None if the environment `name` runs on the host."""
     from puffer_jax.environments.jax_native import as_jax_env
 
-    if environments.family(name)[0] not in ("native", "gymnax"):
+    if not registry.find(name)[0].in_jax:
         return None
-    with _naming_the_flag():
+    with naming_the_flag():
         return as_jax_env(environments.make(name, **arguments))
 
 
-def _make_envs(
-    name: str, vec: VecOptions, arguments: dict[str, Any]
-) -> tuple[Any, Any, int | None]:
+def make_envs(name: str, vec: VecOptions, arguments: dict[str, Any]) -> tuple[Any, Any, int | None]:
     """What the trainer takes, what a policy takes, and the `num_envs` of a JAX-native one."""
     if vec.num_envs is not None and vec.num_envs < 1:
         raise ValueError(f"--vec.num-envs is {vec.num_envs}; must be positive")
-    env = _native(name, arguments)
+    env = make_jax_env(name, arguments)
     if env is not None:
         return env, env, vec.num_envs
-    family, known = environments.family(name)
+    family, known = registry.find(name)
     mode = vec.mode
-    if family != "gymnasium":
+    if family.make_vec is None:
         if mode not in ("auto", "puffer_jax"):
             raise ValueError(f"--vec.mode {mode} is for gymnasium's, not for --env {name}")
         mode = "puffer_jax"
@@ -69,18 +66,16 @@ def _make_envs(
             options["local_worker"] = vec.local_worker
         envs = vector.make(create, env_kwargs=arguments, **options)
         return envs, envs.driver_env, None
-    with _naming_the_flag():
-        host.check_gymnasium(name, known, arguments)
-        import gymnasium
-
-        with host.errors(name):
-            if mode == "puffer":
-                create = partial(gymnasium.make, known, **arguments)
-                envs = _make_pufferlib(name, _backend(vec, count), create)
-                return envs, envs.driver_env, None
-            form = {"auto": None, "vector": "vector_entry_point"}.get(mode, mode)
-            envs = gymnasium.make_vec(known, num_envs=count, vectorization_mode=form, **arguments)
-            return envs, envs, None
+    with naming_the_flag():
+        if mode == "puffer":
+            create = partial(registry.create, name, **arguments)
+            envs = _make_pufferlib(name, _backend(vec, count), create)
+            return envs, envs.driver_env, None
+        require(family.package, name, family.install)
+        form = {"auto": None, "vector": "vector_entry_point"}.get(mode, mode)
+        assert family.make_vec is not None  # or else the mode is puffer_jax
+        envs = family.make_vec(name, known, count, form, arguments)
+        return envs, envs, None
 
 
 def _backend(vec: VecOptions, count: int) -> dict[str, Any]:
@@ -94,16 +89,10 @@ def _backend(vec: VecOptions, count: int) -> dict[str, Any]:
 
 
 def _make_pufferlib(name: str, options: dict[str, Any], create: Callable[[], Any]) -> Any:
-    try:
-        import pufferlib.emulation
-        import pufferlib.vector
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: --vec.mode puffer needs PufferLib: {_INSTALL_PUFFERLIB}"
-        ) from error
-    emulated = partial(pufferlib.emulation.GymnasiumPufferEnv, env_creator=create)
-    make: Any = pufferlib.vector.make
-    return make(emulated, **options)
+    user = f"{name}: --vec.mode puffer"
+    emulation = require("pufferlib.emulation", user, PUFFERLIB)
+    emulated = partial(emulation.GymnasiumPufferEnv, env_creator=create)
+    return require("pufferlib.vector", user, PUFFERLIB).make(emulated, **options)
 
 
 def make_policy(

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from puffer_jax import environments
 from puffer_jax.base import spaces
 from puffer_jax.base.files import write_atomically
-from puffer_jax.cli.envs import _naming_the_flag, _native, make_policy
-from puffer_jax.cli.train import _SETTINGS, Train, _arguments, _read_settings
-from puffer_jax.environments import host
+from puffer_jax.base.packages import require
+from puffer_jax.cli.envs import make_jax_env, make_policy, naming_the_flag
+from puffer_jax.cli.train import SETTINGS, Train, parse_arguments, read_settings
+from puffer_jax.environments import registry
+from puffer_jax.environments.families.gymnasium import errors
 from puffer_jax.run import checkpoint
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
@@ -54,11 +55,11 @@ class Eval:
         path, settings = _find_model(self.model)
         env = self.env or (settings and settings.env)
         if env is None:
-            raise ValueError(f"give --env; {path} has no {_SETTINGS} beside it")
+            raise ValueError(f"give --env; {path} has no {SETTINGS} beside it")
         inherited = settings.env_arg if settings is not None and self.env is None else ()
         frames: list[Any] = []
-        image = _pillow() if self.render == "gif" else None
-        game = _make_game(env, _arguments((*inherited, *self.env_arg)), self.render, self.seed)
+        image = require("PIL.Image", "a GIF", "pillow") if self.render == "gif" else None
+        game = make_game(env, parse_arguments((*inherited, *self.env_arg)), self.render, self.seed)
         try:
             policy = self._load(path, game, settings)
             fps = self.fps or game.fps
@@ -114,7 +115,7 @@ def _find_model(path: Path) -> tuple[Path, Train | None]:
         if not found:
             raise FileNotFoundError(f"no complete checkpoint in the folder {path}")
         path = found[0]
-    return path, _read_settings(folder) if (folder / _SETTINGS).exists() else None
+    return path, read_settings(folder) if (folder / SETTINGS).exists() else None
 
 
 def play(
@@ -225,20 +226,20 @@ class _HostGame:
     def __init__(self, name: str, arguments: dict[str, Any], render: str | None, seed: int):
         self._name, self._seed = name, seed
         mode = {"gif": "rgb_array"}.get(render or "", render)
-        with _naming_the_flag():
-            self._env = host.create(name, **arguments)
+        with naming_the_flag():
+            self._env = registry.create(name, **arguments)
             modes = self._env.metadata.get("render_modes", ())
             if mode is not None and mode not in modes:
                 raise ValueError(f"{name} cannot be drawn as {mode}; it has: {', '.join(modes)}")
             if mode is not None:
                 self._env.close()
-                self._env = host.create(name, render_mode=mode, **arguments)
+                self._env = registry.create(name, render_mode=mode, **arguments)
         self.observation_space = self._env.observation_space
         self.action_space = self._env.action_space
         self.fps = float(self._env.metadata.get("render_fps") or 30)
 
     def reset(self) -> Any:
-        with _naming_the_flag(), host.errors(self._name):
+        with naming_the_flag(), errors(self._name):
             obs, _ = self._env.reset(seed=self._seed)
         # Only the first episode is seeded; those after it go on from there.
         self._seed = None
@@ -250,20 +251,31 @@ class _HostGame:
         return obs, float(reward), bool(terminated or truncated)
 
     def render(self) -> Any:
-        with _naming_the_flag(), host.errors(self._name):
+        with naming_the_flag(), errors(self._name):
             return self._env.render()
 
     def close(self) -> None:
         self._env.close()
 
 
-def _make_game(
+def make_game(
     name: str, arguments: dict[str, Any], render: str | None, seed: int
 ) -> _NativeGame | _HostGame:
-    env = _native(name, arguments)
+    """One environment to play, by its name.
+
+    Args:
+        name: of the environment.
+        arguments: of its constructor.
+        render: "ansi", "gif" or None.
+        seed: of its first reset.
+
+    Raises:
+        ValueError: it cannot be made or drawn that way, or has several agents.
+    """
+    env = make_jax_env(name, arguments)
     if env is not None:
         return _NativeGame(name, env, render, seed)
-    if environments.family(name)[0] == "pettingzoo":
+    if registry.find(name)[0].multi_agent:
         raise ValueError(f"--env {name} has several agents; only games of one can be played")
     return _HostGame(name, arguments, render, seed)
 
@@ -274,11 +286,3 @@ def _print_text(text: Any, fps: float) -> None:
         time.sleep(1 / fps)
     else:
         print(f"{text}\n")
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("a GIF needs Pillow: pip install pillow") from error
-    return Image

@@ -13,7 +13,7 @@ import tyro
 
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
-from puffer_jax.cli.envs import _make_envs, make_policy
+from puffer_jax.cli.envs import make_envs, make_policy
 from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions, _train_options
 from puffer_jax.ppo.config import PuffeRLConfig, read_ini
 
@@ -70,7 +70,7 @@ class Train:
                     f"there is a run {Path(data_dir) / run_id}; --resume it or give another --name"
                 )
         # First of all, since processes of environments should not be forked from a running JAX.
-        envs, single, count = _make_envs(self.env, self.vec, _arguments(self.env_arg))
+        envs, single, count = make_envs(self.env, self.vec, parse_arguments(self.env_arg))
         try:
             settled = {"env": self.env, "num_envs": count, "data_dir": data_dir}
             config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | settled)
@@ -87,8 +87,8 @@ class Train:
             print(f"{trainer.run_folder}: {trainer.global_step} {steps} are done already")
             return 0
         # Not before now, so that bad options leave nothing behind.
-        _write_settings(self, trainer.run_folder)
-        trainer.logger = _logger(self, trainer.run_folder)
+        write_settings(self, trainer.run_folder)
+        trainer.logger = make_logger(self, trainer.run_folder)
         print(f"run {trainer.run_folder}", flush=True)
         logs = trainer.run()
         print(f"{trainer.global_step} {steps}, {trainer.epoch} epochs: {trainer.close()}")
@@ -100,7 +100,7 @@ class Train:
         return 0
 
 
-_SETTINGS = "config.json"
+SETTINGS = "config.json"
 
 _INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train", "sweep")
 
@@ -126,7 +126,7 @@ def train_defaults(argv: Sequence[str]) -> Train:
     if found.resume is not None:
         if found.config is not None or found.recommended is not None:
             raise ValueError("--config and --recommended start a run; they do not go with --resume")
-        return _read_settings(Path(found.resume))
+        return read_settings(Path(found.resume))
     config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
     if found.config is not None:
         return _read_config(Path(found.config), config)
@@ -190,16 +190,23 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
     )
 
 
-def _write_settings(settings: Train, folder: Path) -> None:
+def write_settings(settings: Train, folder: Path) -> None:
+    """Write the options of a run to its folder."""
     values = dataclasses.asdict(settings)
     for name in ("config", "recommended", "resume"):
         del values[name]
     text = json.dumps(values, indent=1).encode()
-    write_atomically(folder / _SETTINGS, lambda file: file.write(text))
+    write_atomically(folder / SETTINGS, lambda file: file.write(text))
 
 
-def _read_settings(folder: Path) -> Train:
-    path = folder / _SETTINGS
+def read_settings(folder: Path) -> Train:
+    """The options of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: its options cannot be read.
+    """
+    path = folder / SETTINGS
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
@@ -243,7 +250,7 @@ def _check_names(where: Any, what: str, given: Iterable[str], known: Iterable[st
         raise ValueError(f"{where}: no such {what}: {', '.join(near(unknown, known))}")
 
 
-def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
     """NAME=VALUE as keyword arguments; values are Python literals where they are any."""
     arguments = {}
     for pair in pairs:
@@ -257,7 +264,8 @@ def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
     return arguments
 
 
-def _logger(settings: Train, folder: Path) -> Any:
+def make_logger(settings: Train, folder: Path) -> Any:
+    """The loggers that `--log` names, as one."""
     from puffer_jax.run import loggers
 
     made: list[Any] = []

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.spaces import kind_of
-from puffer_jax.environments.emulation.spaces import emulate_observation_space
+from puffer_jax.environments.emulation.spaces import (
+    emulate_observation_space,
+    gymnasium_space,
+)
 from puffer_jax.vector.envs import GIVEN, Info, Layout
 from puffer_jax.vector.protocol import Received, VecEnv
 
@@ -34,9 +37,9 @@ class JaxVecEnv(VecEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         env = as_jax_env(env)
-        space, structured = emulate_observation_space(_gymnasium_space(env.observation_space))
+        space, structured = emulate_observation_space(gymnasium_space(env.observation_space))
         emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
-        layout = Layout(space, _gymnasium_space(env.action_space), 1, emulated=True)
+        layout = Layout(space, gymnasium_space(env.action_space), 1, emulated=True)
         driver = SimpleNamespace(
             single_observation_space=layout.observation_space,
             single_action_space=layout.action_space,
@@ -100,25 +103,6 @@ class JaxVecEnv(VecEnv):
 
     def _close(self) -> None:
         """Nor anything to close."""
-
-
-def _gymnasium_space(space: Any) -> Any:
-    """Gymnasium's, if the space is a leaf; a structured one is only looked at."""
-    from gymnasium import spaces
-
-    match kind_of(space):
-        case "discrete":
-            return spaces.Discrete(int(space.n))
-        case "multidiscrete":
-            return spaces.MultiDiscrete(np.asarray(space.nvec))
-        case "box":
-            low, high = (
-                np.broadcast_to(np.asarray(bound, space.dtype), space.shape)
-                for bound in (space.low, space.high)
-            )
-            return spaces.Box(low, high, dtype=space.dtype)
-        case _:
-            return space
 
 
 def _fill(fields: np.ndarray, tree: Any) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from puffer_jax.environments.emulation.buffers import Buffers, set_buffers
 from puffer_jax.environments.emulation.rows import _Reader, _Writer
 from puffer_jax.environments.emulation.spaces import (
-    _gymnasium,
     emulate_action_space,
     emulate_observation_space,
+    import_gymnasium,
 )
 
 
@@ -127,7 +127,7 @@ class GymnasiumPufferEnv(_Emulated):
         if isinstance(env, str):
             env, env_creator = None, env if env_creator is None else env_creator
         if isinstance(env_creator, str):
-            env_creator = partial(_gymnasium().make, env_creator)
+            env_creator = partial(import_gymnasium().make, env_creator)
         env = _make(env, env_creator, env_args, env_kwargs)
         super().__init__(env, (env.observation_space, env.action_space), 1, buf, seed)
         self.observation_space = self.single_observation_space
