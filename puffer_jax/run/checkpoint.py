@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from puffer_jax.base.packages import require
 from puffer_jax.weights.files import save_weights
 
 _FORMAT = 1
@@ -173,12 +173,8 @@ def restore(run: PathLike, like: Any, epoch: int | None = None) -> tuple[Any, di
     return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]
 
 
-def _orbax() -> ModuleType:
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError("checkpoints need orbax: pip install orbax-checkpoint") from error
-    return ocp
+def _orbax() -> Any:
+    return require("orbax.checkpoint", "a checkpoint", "orbax-checkpoint")
 
 
 def _checkpointer(ocp: Any) -> Any:

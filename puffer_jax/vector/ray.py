@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from puffer_jax.base.packages import require
 from puffer_jax.vector.envs import Info, Layout, Order
 from puffer_jax.vector.pool import _CLOSING, _Pool
 from puffer_jax.vector.worker import Actor, Failure
@@ -21,10 +22,7 @@ class Ray(_Pool):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError("Ray is not installed: pip install 'puffer_jax[ray]'") from error
+        ray = require("ray", "the backend Ray", "'puffer_jax[ray]'")
         self._ray, self._started_ray = ray, not ray.is_initialized()
         if self._started_ray:
             ray.init(include_dashboard=False, logging_level=logging.ERROR)

@@ -23,6 +23,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from puffer_jax.base.packages import require
 from puffer_jax.vector.envs import GIVEN, Envs, Info, Order
 
 _DONE, _INFOS, _ERROR = b".", b"i", b"!"
@@ -70,11 +71,7 @@ def pack(value: Any) -> bytes:
     Raises:
         ImportError: there is no cloudpickle.
     """
-    try:
-        import cloudpickle
-    except ImportError as error:
-        raise ImportError("workers need cloudpickle: pip install 'puffer_jax[vector]'") from error
-    return cloudpickle.dumps(value)
+    return require("cloudpickle", "a worker", "'puffer_jax[vector]'").dumps(value)
 
 
 class Memory:
