@@ -31,6 +31,7 @@ def require(
     package = module.partition(".")[0]
     how = f"pip install {install or package}{note}"
     try:
+        importlib.import_module(package)  # which may be blocked though the module is loaded
         found: Any = importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{user} needs {package}: {how}") from error

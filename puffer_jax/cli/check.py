@@ -28,11 +28,11 @@ class Check(CheckpointOptions):
     plot: Path | None = None
     """Draw the error of each layer here (PNG, PDF, SVG)."""
     batch: int = 32
-    """How many observations, drawn from the observation space."""
+    """Number of observations, drawn from the observation space."""
     time: int = 8
-    """How many steps, of recurrent policies."""
+    """Number of steps, for recurrent policies."""
     seed: int = 0
-    """Of observations, states and the loss."""
+    """Seed of observations, states and the loss."""
 
     def run(self) -> int:
         """Compare, print, and return the exit code."""
@@ -49,7 +49,7 @@ class Check(CheckpointOptions):
         lead, state = (self.batch,), None
         if isinstance(policy, policies.LSTMWrapper):
             lead = (self.batch, self.time)
-            # Not zero, so that h and c cannot change places without being noticed.
+            # Not zero, so that an exchange of h and c would be noticed.
             rng = np.random.default_rng(self.seed)
             h, c = rng.standard_normal((2, self.batch, policy.hidden_size)).astype(np.float32)
             state = {"lstm_h": np.tanh(h), "lstm_c": c}

@@ -32,15 +32,15 @@ class Eval:
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE for the constructor of the environment; may be given several times."""
     episodes: int = 10
-    """How many."""
+    """Number of episodes."""
     deterministic: bool = False
     """Take the most likely action instead of a sampled one."""
     seed: int = 0
-    """Of the environment and of the actions."""
+    """Seed of the environment and of the actions."""
     render: Literal["ansi", "gif"] | None = None
     """ansi: print all as text. gif: write the first episode."""
     out: Path = Path("eval.gif")
-    """The GIF."""
+    """The GIF to write."""
     fps: float | None = None
     """Frames per second; None: the environment's own, or 30."""
     channels_last: bool = False
@@ -107,7 +107,7 @@ class Eval:
 
 
 def _find_model(path: Path) -> tuple[Path, Train | None]:
-    """The weights, and the options of the run they are of, if there is one."""
+    """The weights, and the options of the run they belong to, if there is one."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         epoch = checkpoint.latest(path)
@@ -131,9 +131,9 @@ def play(
     Args:
         policy: recurrent ones start each episode from the zero state.
         game: `action_space`; `reset() -> obs`; `step(action) -> (obs, reward, done)`.
-        episodes: how many.
-        seed: of the actions.
-        deterministic: take the most likely action.
+        episodes: number of episodes.
+        seed: seed of the actions.
+        deterministic: whether to take the most likely action.
         show: called with the number of the episode, at its start and after each step.
 
     Returns:
@@ -177,7 +177,7 @@ def play(
 
 
 class _NativeGame:
-    """One environment that is played; it serves as `env` of a policy."""
+    """A JAX-native environment that is played; it serves as `env` of a policy."""
 
     fps = 4.0
 
@@ -221,7 +221,7 @@ class _NativeGame:
 
 
 class _HostGame:
-    """The same on the host."""
+    """An environment on the host that is played, likewise."""
 
     def __init__(self, name: str, arguments: dict[str, Any], render: str | None, seed: int):
         self._name, self._seed = name, seed
@@ -241,7 +241,7 @@ class _HostGame:
     def reset(self) -> Any:
         with naming_the_flag(), errors(self._name):
             obs, _ = self._env.reset(seed=self._seed)
-        # Only the first episode is seeded; those after it go on from there.
+        # Only the first episode is seeded; later ones continue from there.
         self._seed = None
         return obs
 
