@@ -12,11 +12,13 @@ import pufferlib.emulation
 import pufferlib.models as reference
 import pytest
 import torch
+from flax import nnx
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from support.bars import stub_env
 
 import puffer_jax
-from puffer_jax.cli import check
+from puffer_jax import environments
+from puffer_jax.cli import checkpoint
 from puffer_jax.cli.command import main
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -98,7 +100,7 @@ def test_any_image_that_fits_the_convolutions_will_do(save, channels_last, downs
     options = {"channels_last": channels_last, "downsample": downsample}
     env = stub_env(None, Discrete(3))
     path = save(reference.Convolutional(env, **sizes, **options))
-    shape = check._image_shape(puffer_jax.policy_from_checkpoint(path, **options))
+    shape = checkpoint.fitting_image(puffer_jax.policy_from_checkpoint(path, **options))
     # The constructor refuses an image that does not fit.
     puffer_jax.policy_from_checkpoint(path, image_shape=shape, **options)
     images = torch.zeros(1, *shape)
@@ -115,6 +117,18 @@ def test_check_an_emulated_environment_and_its_converted_checkpoint(save, tmp_pa
     assert "logits.scale" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name", ["squared", "gymnax:Breakout-MinAtar", "pettingzoo:classic/rps_v2"]
+)
+def test_check_and_convert_know_every_family(name, save, tmp_path):
+    env = environments.make(name)
+    policy = puffer_jax.Default(env, 8, rngs=nnx.Rngs(0))
+    source, target = (str(tmp_path / f"model{suffix}") for suffix in (".pt", ".safetensors"))
+    puffer_jax.save_weights(policy, source)
+    assert main(["check", source, "--env", name, "--batch", "16"]) == 0
+    assert main(["convert", source, target, "--env", name]) == 0
+
+
 def test_check_returns_1_for_another_function(save, monkeypatch, capsys):
     monkeypatch.setattr("puffer_jax.policies.default.gelu", jax.nn.gelu)
     assert main(["check", save(default())]) == 1
@@ -126,7 +140,7 @@ def test_check_returns_1_for_another_function(save, monkeypatch, capsys):
 MISTAKES = {
     "no such file": (["check", "nowhere.pt"], "No such file or directory: 'nowhere.pt'"),
     "suffix": (["check", "model.onnx"], "must be one of .pt, .safetensors, .bin"),
-    "environment": (["check", "{default}", "--env", "Nope-v7"], "--env Nope-v7: "),
+    "environment": (["check", "{default}", "--env", "Nope-v7"], "--env no environment 'Nope-v7'; "),
     "other environment": (["check", "{default}", "--env", "Pendulum-v1"], "decoder_mean.weight"),
     "batch": (["check", "{default}", "--batch", "0"], "batch is 0 and time 8; both must be"),
     "heads": (["check", "{multi}"], "decoder.weight has 5 rows"),

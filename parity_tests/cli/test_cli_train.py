@@ -77,7 +77,7 @@ def table(printed):
 
 @pytest.fixture(autouse=True)
 def log_every_epoch(monkeypatch):
-    monkeypatch.setattr(pufferl, "_LOG_SECONDS", -1)
+    monkeypatch.setattr(trainer, "_LOG_SECONDS", -1)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_images_with_other_actions_get_a_default_policy_and_bfloat16_its_dtype()
 def test_ways_to_vectorise(monkeypatch):
     def make(mode, **options):
         vec = cli_options.VecOptions(num_envs=3, mode=mode, **options)
-        envs, single, count = cli_envs._make_envs("CartPole-v1", vec, {"max_episode_steps": 9})
+        envs, single, count = cli_envs.make_envs("CartPole-v1", vec, {"max_episode_steps": 9})
         assert count is None
         envs.close()
         return envs, single
@@ -291,14 +291,14 @@ def test_ways_to_vectorise(monkeypatch):
 
 def test_native_environments_by_name():
     vec = cli_options.VecOptions(num_envs=5)
-    env, single, count = cli_envs._make_envs("squared", vec, {"distance": 2})
+    env, single, count = cli_envs.make_envs("squared", vec, {"distance": 2})
     assert env is single and count == 5
     assert env.unwrapped == environments.make("squared", distance=2)
 
 
 @pytest.mark.needs_gymnax
 def test_gymnaxs_environments_by_name():
-    env, _, count = cli_envs._make_envs("gymnax:CartPole-v1", cli_options.VecOptions(), {})
+    env, _, count = cli_envs.make_envs("gymnax:CartPole-v1", cli_options.VecOptions(), {})
     assert (env.observation_space.shape, count) == ((4,), None)
 
 
@@ -611,7 +611,7 @@ def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
 
 def test_every_logger_is_made(tmp_path, options):
     settings = options("--env", "x", "--log", "tensorboard", "jsonl")
-    logger = train._logger(settings, tmp_path / "r")
+    logger = train.make_logger(settings, tmp_path / "r")
     assert [type(part) for part in logger.loggers] == [
         loggers.TensorBoardLogger,
         loggers.JSONLLogger,

@@ -747,4 +747,4 @@ def test_workers_stay_light():
         "except ImportError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert out.stdout.strip() == "environments need gymnasium: pip install 'puffer_jax[vector]'"
+    assert out.stdout.strip() == "emulation needs gymnasium: pip install 'puffer_jax[vector]'"

@@ -236,7 +236,7 @@ def test_the_policy_of_each_family(name, arguments, expected):
 def test_commands_vectorise_them():
     def make(name, arguments=(), **options):
         vec = cli_options.VecOptions(num_envs=2, **options)
-        envs, single, count = cli_envs._make_envs(name, vec, dict(arguments))
+        envs, single, count = cli_envs.make_envs(name, vec, dict(arguments))
         assert count is None and single is envs.driver_env
         envs.close()
         return envs
@@ -259,12 +259,12 @@ def test_commands_vectorise_them():
         make("ALE/Pon-v5")
     with pytest.raises(TypeError, match=r"^ALE/Pong-v5: no such argument: fram"):
         make("ALE/Pong-v5", {"fram": 1})
-    game = eval._make_game("ALE/Pong-v5", {"framestack": 1}, "gif", 0)
+    game = eval.make_game("ALE/Pong-v5", {"framestack": 1}, "gif", 0)
     assert game.reset().shape == (1, 84, 84) and game.render().shape == (210, 160, 3)
     assert game.step(np.array(0))[1:] == (0.0, False)
     game.close()
     with pytest.raises(ValueError, match="rps_v2 has several agents"):
-        eval._make_game("pettingzoo:classic/rps_v2", {}, None, 0)
+        eval.make_game("pettingzoo:classic/rps_v2", {}, None, 0)
 
 
 @pytest.mark.needs_reference  # of torch: it reads and writes .pt files

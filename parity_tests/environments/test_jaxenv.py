@@ -413,7 +413,7 @@ def test_what_is_no_jax_environment_is_named():
         as_jax_env("cartpole")
     with pytest.raises(TypeError, match="is a method"):
         as_jax_env(broken(observation_space=lambda: Box(0, 1, (1,))))
-    with pytest.raises(ValueError, match="Counter is no gymnax environment"):
+    with pytest.raises(ValueError, match="Counter is not a gymnax environment"):
         as_jax_env(Counter(), env_params=1)
     with pytest.raises(ValueError, match="env_params as well"):
         as_jax_env((OldGymnax(), 1), env_params=1)

@@ -740,14 +740,14 @@ def test_probe(name):
 @pytest.mark.parametrize(
     ("changes", "agents", "message"),
     [
-        ({"batch_size": 100, "bptt_horizon": 8}, 4, "100 is no multiple .* nearest: 96 or 104"),
+        ({"batch_size": 100, "bptt_horizon": 8}, 4, "100 is not a multiple .* nearest: 96 or 104"),
         ({"batch_size": 64, "bptt_horizon": 8}, 9, "8 segments .* 9 agents.*72"),
         (
             {"batch_size": 96, "bptt_horizon": 8},
             8,
             "multiple of 8 .* nearest batch_size: 64 or 128",
         ),
-        ({"minibatch_size": 20}, 4, "20 is no multiple of bptt_horizon 8; nearest: 16 or 24"),
+        ({"minibatch_size": 20}, 4, "20 is not a multiple of bptt_horizon 8; nearest: 16 or 24"),
         ({"minibatch_size": 64}, 4, "64 is larger than batch_size 32"),
         ({"minibatch_size": 32, "max_minibatch_size": 24}, 4, "nearest: 24 or 48"),
         ({"batch_size": "auto", "bptt_horizon": "auto"}, 4, "both are 'auto'"),
@@ -793,7 +793,7 @@ def test_ini(tmp_path):
 
 
 def test_defaults_are_pufferlibs():
-    from trainer import CONFIG
+    from support.trainer import CONFIG
 
     sized = {"minibatch_size", "bptt_horizon", "batch_size", "total_timesteps", "optimizer", "env"}
     ours = dataclasses.asdict(PuffeRLConfig())

@@ -8,6 +8,7 @@ from support.vector_envs import Pair, Tick
 from test_vector import play, same
 
 from puffer_jax import vector
+from puffer_jax.vector import pool
 from puffer_jax.vector.protocol import WorkerError
 
 POOL = {"backend": "Ray", "num_envs": 4, "num_workers": 2}
@@ -70,7 +71,7 @@ def test_failures(cluster, tmp_path):
 
 def test_a_full_cluster(cluster, monkeypatch):
     with vector.make(Tick, **POOL):
-        monkeypatch.setattr(vector, "_PATIENCE", 2.0)
+        monkeypatch.setattr(pool, "PATIENCE", 2.0)
         with pytest.raises(WorkerError, match=r"worker \d .* did not start within 2 s"):
             vector.make(Tick, **POOL)
 

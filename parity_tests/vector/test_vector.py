@@ -236,10 +236,10 @@ def test_a_buffer_steps_when_its_turn_comes():
         own = np.zeros(2, int)
         vecenv.send(own)
         own[:] = 99  # too late to be played
-        np.testing.assert_array_equal(vecenv._actions[0], 0)
+        np.testing.assert_array_equal(vecenv.pending[0], 0)
         vecenv.async_reset(3)  # forgets the steps under way
         assert vecenv.recv()[0][:, 1].tolist() == [0, 0]
-        assert vecenv._actions == [None, None]
+        assert vecenv.pending == [None, None]
 
 
 def not_puffer(buf=None, seed=0):
@@ -261,7 +261,7 @@ def not_puffer(buf=None, seed=0):
         (Walk, {"num_envs": 4, "num_buffers": 3}, "divide the number of environments, 4; got 3"),
         (Walk, {"num_buffers": 0}, "divide the number of environments, 1; got 0"),
         (Walk, {"num_buffers": 1} | workers(1), "num_buffers is Serial's; Multiproc.* batch_size"),
-        (Walk, {"local_worker": True}, "is Multiprocessing's; got the backend Serial"),
+        (Walk, {"local_worker": True}, "is Multiprocessing's; Serial has restart_failed"),
         (
             Walk,
             {"num_envs": 4} | workers(4, local_worker=True, batch_size=2),
@@ -282,7 +282,7 @@ def not_puffer(buf=None, seed=0):
         (not_puffer, {}, "does not write into the buffers it was given"),
         (lambda: gymnasium.make_vec("CartPole-v1", 2), {}, "is a vector of environments"),
         (lambda: puffer_jax.environments.make("squared"), {}, "use puffer_jax.vector.JaxVecEnv"),
-        ([Walk, Tick], {"num_envs": 2}, "environments differ: expected Layout"),
+        ([Walk, Tick], {"num_envs": 2}, "environments differ: expected AgentLayout"),
     ],
 )
 def test_what_cannot_be_made(creator, options, message):

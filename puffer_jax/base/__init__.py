@@ -1,1 +1,1 @@
-"""What needs no JAX: spaces, texts, files, time."""
+"""What needs no JAX: spaces, texts, files, time, optional packages."""

@@ -1,8 +1,8 @@
 """What a policy needs to know of an environment's spaces.
 
-Spaces are recognised by what they have, not by their class, so those of gymnasium,
-gymnax and PufferLib serve alike, and so do the small frozen ones below, which are
-hashable and therefore fit to be a policy's static attributes.
+Spaces are recognised by their attributes, not by their class, so those of gymnasium,
+gymnax and PufferLib all work, and so do the small frozen ones below, which are
+hashable and can therefore be a policy's static attributes.
 """
 
 from collections.abc import Mapping
@@ -134,10 +134,10 @@ class Observation:
     """The layout of one observation.
 
     Attributes:
-        shape: of the array the environment hands out; None where it is not known.
-        structured: the fields of a Dict or Tuple observation, None for a plain array.
+        shape: shape of the array the environment hands out; None if it is not known.
+        structured: dtype with the fields of a Dict or Tuple observation, None for a plain array.
         sample_dtype: dtype of the flat array an emulated environment packs the
-            structure into; None where the observation is not packed.
+            structure into; None if the observation is not packed.
     """
 
     shape: tuple[int, ...] | None
@@ -175,12 +175,12 @@ def env_spec(env: Any) -> EnvSpec:
     Args:
         env: has `single_observation_space`/`single_action_space` (PufferLib, gymnasium
             vector environments) or `observation_space`/`action_space` (gymnasium). Of the
-            rest only `emulated` is looked at, which says how PufferLib packs Dict
+            rest, only `emulated` is read, which says how PufferLib packs Dict
             observations into one flat array.
 
     Raises:
         AttributeError: `env` has neither pair of names.
-        TypeError: an attribute is no space.
+        TypeError: an attribute is not a space.
         ValueError: an action space no policy supports (a Box that is not
             one-dimensional, a MultiDiscrete with a nested `nvec`).
     """

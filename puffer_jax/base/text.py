@@ -1,4 +1,4 @@
-"""Small texts: the nearest known name, JSON."""
+"""Short texts: the nearest known name, JSON."""
 
 import difflib
 import json
@@ -8,19 +8,43 @@ from typing import Any
 import numpy as np
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, whatever their case; None if no name is like it.
+
+    Args:
+        name: what somebody wrote.
+        known: the names there are.
+        cutoff: how alike two names must be, from 0 to 1.
+    """
+    spelling = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), spelling, n=1, cutoff=cutoff)
+    return spelling[close[0]] if close else None
+
+
 def near(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Each name with the nearest known one in parentheses."""
     known = list(known)
-    close = {name: difflib.get_close_matches(name, known, 1) for name in names}
-    return [f"{n} (did you mean {c[0]}?)" if c else n for n, c in close.items()]
+    close = {name: nearest(name, known) for name in names}
+    return [f"{name} (did you mean {other}?)" if other else name for name, other in close.items()]
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    # Sizes may be NumPy's integers, flat_size=np.prod(...) say.
+def hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """What follows an unknown name: "; did you mean ...?", or nothing if no name is like it."""
+    other = nearest(name, known, cutoff)
+    return f"; did you mean {other!r}?" if other else ""
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`value` as JSON text; sizes may be NumPy's integers, such as flat_size=np.prod(...)."""
     return json.dumps(value, default=np.generic.item, **options)
 
 
-def _from_json(text: str | bytes) -> Any:
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply.
+    """
     try:
         return json.loads(text)
     except RecursionError as error:

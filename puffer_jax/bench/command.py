@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from puffer_jax.base import packages
 from puffer_jax.bench.rows import TORCH, Arrays, Row, rows
 from puffer_jax.bench.worker import Failed, Side, Worker, difference
 
-_INSTALL = (
-    "pip install 'torch>=2.10' gymnasium psutil && pip install --no-deps pufferlib-core==3.0.23"
-)
+_INSTALL = f"pip install {packages.TORCH} gymnasium {packages.PUFFERLIB}"
 _MIN_REPEATS, _MAX_REPEATS = 3, 200
 # The median of a few repeats is worth little: more, as long as they take this many times as long.
 _ENOUGH_REPEATS, _PATIENCE = 9, 5

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.files import write_atomically
+from puffer_jax.base.packages import require
 from puffer_jax.bench.rows import Row
 
 OURS = "ours"
@@ -177,12 +178,11 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
         ImportError: matplotlib is missing.
         ValueError: there is nothing to compare.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
+    require("matplotlib", "the plot")
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     # What ours does beyond the others is not for comparing.
     compared = [
         (result.row.name, [(name, result.ratio(name)) for name in result.measured])

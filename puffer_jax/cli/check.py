@@ -4,46 +4,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import tyro
 
 from puffer_jax import policies
-from puffer_jax.base.spaces import emulated_dtypes, kind_of
-from puffer_jax.weights.files import policy_from_checkpoint
+from puffer_jax.cli.checkpoint import CheckpointOptions
 from puffer_jax.weights.state_dicts import state_dict
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PolicyOptions:
-    """What the shapes in a checkpoint cannot tell; none is needed where they can."""
-
-    env: str | None = None
-    """Gymnasium id of the environment the policy was trained on; gives both spaces."""
-    nvec: tuple[int, ...] | None = None
-    """How a discrete head splits: 5 for Discrete(5), 2 3 for MultiDiscrete([2, 3])."""
-    image_shape: tuple[int, int, int] | None = None
-    """Shape of an image observation as the environment gives it, such as 4 84 84."""
-    channels_last: bool = False
-    """A Convolutional policy's images are height, width, channels."""
-    downsample: int = 1
-    """A Convolutional policy sees every n-th pixel."""
-
-    def load(self, path: Path, env: Any) -> Any:
-        options: dict[str, Any] = {
-            "nvec": self.nvec[0] if self.nvec and len(self.nvec) == 1 else self.nvec,
-            "channels_last": self.channels_last,
-            "downsample": self.downsample,
-        }
-        policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
-        shape = None if env is not None or self.image_shape else _image_shape(policy)
-        return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check(_PolicyOptions):
+class Check(CheckpointOptions):
     """Compare a checkpoint's policy in JAX with the real PufferLib policy.
 
     Prints the report. Exit code 0 when they agree, 1 when not, 2 when they cannot be compared.
@@ -56,11 +28,11 @@ class Check(_PolicyOptions):
     plot: Path | None = None
     """Draw the error of each layer here (PNG, PDF, SVG)."""
     batch: int = 32
-    """How many observations, drawn from the observation space."""
+    """Number of observations, drawn from the observation space."""
     time: int = 8
-    """How many steps, of recurrent policies."""
+    """Number of steps, for recurrent policies."""
     seed: int = 0
-    """Of observations, states and the loss."""
+    """Seed of observations, states and the loss."""
 
     def run(self) -> int:
         """Compare, print, and return the exit code."""
@@ -69,7 +41,7 @@ class Check(_PolicyOptions):
 
         if min(self.batch, self.time) < 1:
             raise ValueError(f"batch is {self.batch} and time {self.time}; both must be positive")
-        env = None if self.env is None else _make(self.env)
+        env = self.make_env()
         policy = self.load(self.model, env)
         reference = reference_policy(policy)
         _load_reference(reference, self.model, policy)
@@ -77,7 +49,7 @@ class Check(_PolicyOptions):
         lead, state = (self.batch,), None
         if isinstance(policy, policies.LSTMWrapper):
             lead = (self.batch, self.time)
-            # Not zero, so that h and c cannot change places without being noticed.
+            # Not zero, so that an exchange of h and c would be noticed.
             rng = np.random.default_rng(self.seed)
             h, c = rng.standard_normal((2, self.batch, policy.hidden_size)).astype(np.float32)
             state = {"lstm_h": np.tanh(h), "lstm_c": c}
@@ -92,47 +64,6 @@ class Check(_PolicyOptions):
         if self.plot is not None:
             report.plot(self.plot)
         return 1 if report.failures else 0
-
-
-def _make(name: str) -> Any:
-    """The environment's spaces, as PufferLib hands them to a policy."""
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ImportError("--env needs gymnasium: pip install gymnasium") from error
-    try:
-        env = gymnasium.make(name)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise ValueError(f"--env {name}: {error}") from error
-    space = observation_space = env.observation_space
-    emulated = None
-    if kind_of(space) != "box":
-        sample, structured = emulated_dtypes(space)
-        shape = (structured.itemsize // sample.itemsize,)
-        high = 1 if sample.kind == "b" else 100
-        observation_space = gymnasium.spaces.Box(0, high, shape, sample.type)
-        emulated = {"observation_dtype": sample, "emulated_observation_dtype": structured}
-    return SimpleNamespace(
-        single_observation_space=observation_space,
-        single_action_space=env.action_space,
-        emulated=emulated,
-        env=SimpleNamespace(observation_space=space),
-    )
-
-
-def _image_shape(policy: Any) -> tuple[int, int, int] | None:
-    """An image that fits a Convolutional, whose weights do not depend on the sides."""
-    policy = getattr(policy, "policy", policy)
-    if (
-        not isinstance(policy, policies.Convolutional)
-        or policy.env_spec.single_observation_space.shape
-    ):
-        return None
-    area = policy.flat_size // 64
-    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
-    height, width = (policy.downsample * (8 * side + 28) for side in (rows, area // rows))
-    shape = (height, width, policy.framestack)
-    return shape if policy.channels_last else (shape[2], *shape[:2])
 
 
 def _load_reference(reference: Any, path: Path, policy: Any) -> None:

@@ -28,7 +28,7 @@ def _integer(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
         except ValueError:
             number = float(words[0])
             if not number.is_integer():
-                raise ValueError(f"{words[0]} is no whole number") from None
+                raise ValueError(f"{words[0]} is not a whole number") from None
             return int(number)
 
     return tyro.constructors.PrimitiveConstructorSpec(

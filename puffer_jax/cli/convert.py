@@ -5,12 +5,12 @@ from pathlib import Path
 
 import tyro
 
-from puffer_jax.cli.check import _make, _PolicyOptions
+from puffer_jax.cli.checkpoint import CheckpointOptions
 from puffer_jax.weights.files import save_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(_PolicyOptions):
+class Convert(CheckpointOptions):
     """Write a checkpoint in another format; the suffixes .pt, .safetensors, .bin say which.
 
     Exit code 0, or 2 when something is wrong; then nothing is written.
@@ -23,6 +23,5 @@ class Convert(_PolicyOptions):
 
     def run(self) -> int:
         """Convert, and return the exit code."""
-        env = None if self.env is None else _make(self.env)
-        save_weights(self.load(self.source, env), self.target)
+        save_weights(self.load(self.source, self.make_env()), self.target)
         return 0

@@ -7,15 +7,19 @@ from functools import partial
 from typing import Any
 
 from puffer_jax import environments, vector
+from puffer_jax.base.packages import PUFFERLIB, require
 from puffer_jax.cli.options import PolicyOptions, VecOptions
-from puffer_jax.environments import host
+from puffer_jax.environments import registry
+from puffer_jax.vector.options import names
 
-_INSTALL_PUFFERLIB = "pip install psutil && pip install --no-deps pufferlib-core==3.0.23"
+_BACKENDS = ("Serial", "Multiprocessing")
+# Options of PufferLib's Multiprocessing. A PufferLib file may set them beside any backend.
+_PUFFERLIBS = ("num_workers", "batch_size", "zero_copy")
 
 
 @contextmanager
-def _naming_the_flag() -> Iterator[None]:
-    """What is wrong with the name of an environment, or with its arguments, is so with --env."""
+def naming_the_flag() -> Iterator[None]:
+    """Begin the message of an error about an environment's name or arguments with --env."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -24,86 +28,78 @@ def _naming_the_flag() -> Iterator[None]:
         raise ImportError(f"--env {error}") from error
 
 
-def _native(name: str, arguments: dict[str, Any]) -> Any:
-    """A JAX-native environment, or None if the name is not of one."""
+def make_jax_env(name: str, arguments: dict[str, Any]) -> Any:
+    """A JAX-native environment, or None if the environment `name` runs on the host."""
     from puffer_jax.environments.jax_native import as_jax_env
 
-    if environments.family(name)[0] not in ("native", "gymnax"):
+    if not registry.find(name)[0].in_jax:
         return None
-    with _naming_the_flag():
+    with naming_the_flag():
         return as_jax_env(environments.make(name, **arguments))
 
 
-def _make_envs(
-    name: str, vec: VecOptions, arguments: dict[str, Any]
-) -> tuple[Any, Any, int | None]:
+def make_envs(name: str, vec: VecOptions, arguments: dict[str, Any]) -> tuple[Any, Any, int | None]:
     """What the trainer takes, what a policy takes, and the `num_envs` of a JAX-native one."""
     if vec.num_envs is not None and vec.num_envs < 1:
         raise ValueError(f"--vec.num-envs is {vec.num_envs}; must be positive")
-    env = _native(name, arguments)
+    env = make_jax_env(name, arguments)
     if env is not None:
         return env, env, vec.num_envs
-    family, known = environments.family(name)
+    family, known = registry.find(name)
     mode = vec.mode
-    if family != "gymnasium":
+    if family.make_vec is None:
         if mode not in ("auto", "puffer_jax"):
             raise ValueError(f"--vec.mode {mode} is for gymnasium's, not for --env {name}")
         mode = "puffer_jax"
-    if vec.num_buffers != 1 and (mode, vec.backend) != ("puffer_jax", "Serial"):
-        raise ValueError(
-            f"--vec.num-buffers {vec.num_buffers} is for --vec.mode puffer_jax with the backend "
-            f"Serial; got {mode} with {vec.backend}"
-        )
-    if vec.local_worker and (mode, vec.backend) != ("puffer_jax", "Multiprocessing"):
-        raise ValueError(
-            f"--vec.local-worker is for --vec.mode puffer_jax with the backend Multiprocessing; "
-            f"got {mode} with {vec.backend}"
-        )
+    _check_backend(vec, mode)
     count = vec.num_envs or (64 if mode in ("auto", "sync", "vector") else 8)
     if mode == "puffer_jax":
         create = environments.env_creator(name)
-        options = _backend(vec, count)
-        if vec.backend == "Serial":
-            options["num_buffers"] = vec.num_buffers
-        else:
-            options["local_worker"] = vec.local_worker
-        envs = vector.make(create, env_kwargs=arguments, **options)
+        options = {n: getattr(vec, n) for n in names(vector.BACKENDS[vec.backend].Options)}
+        envs = vector.make(
+            create, env_kwargs=arguments, backend=vec.backend, num_envs=count, **options
+        )
         return envs, envs.driver_env, None
-    with _naming_the_flag():
-        host.check_gymnasium(name, known, arguments)
-        import gymnasium
-
-        with host.errors(name):
-            if mode == "puffer":
-                create = partial(gymnasium.make, known, **arguments)
-                envs = _make_pufferlib(name, _backend(vec, count), create)
-                return envs, envs.driver_env, None
-            form = {"auto": None, "vector": "vector_entry_point"}.get(mode, mode)
-            envs = gymnasium.make_vec(known, num_envs=count, vectorization_mode=form, **arguments)
-            return envs, envs, None
+    with naming_the_flag():
+        if mode == "puffer":
+            create = partial(registry.create, name, **arguments)
+            envs = _make_pufferlib(name, _pufferlib_options(vec, count), create)
+            return envs, envs.driver_env, None
+        require(family.package, name, family.install)
+        form = {"auto": None, "vector": "vector_entry_point"}.get(mode, mode)
+        assert family.make_vec is not None  # or else the mode is puffer_jax
+        envs = family.make_vec(name, known, count, form, arguments)
+        return envs, envs, None
 
 
-def _backend(vec: VecOptions, count: int) -> dict[str, Any]:
-    """The options of a vecenv, of PufferLib's names."""
+def _check_backend(vec: VecOptions, mode: str) -> None:
+    """Refuse an option that neither the mode nor the backend knows."""
+    for field in dataclasses.fields(VecOptions):
+        backends = [b for b in _BACKENDS if field.name in names(vector.BACKENDS[b].Options)]
+        value = getattr(vec, field.name)
+        if not backends or field.name in _PUFFERLIBS or value == field.default:
+            continue
+        if mode != "puffer_jax" or vec.backend not in backends:
+            flag = f"--vec.{field.name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag if value is True else f'{flag} {value}'} is for --vec.mode puffer_jax with "
+                f"the backend {' or '.join(backends)}; got {mode} with {vec.backend}"
+            )
+
+
+def _pufferlib_options(vec: VecOptions, count: int) -> dict[str, Any]:
     options: dict[str, Any] = {"backend": vec.backend, "num_envs": count}
     if vec.backend == "Multiprocessing":
-        given = {"num_workers": vec.num_workers, "batch_size": vec.batch_size}
-        options |= {n: v for n, v in given.items() if v is not None}
-        options["zero_copy"] = vec.zero_copy
+        chosen = {name: getattr(vec, name) for name in _PUFFERLIBS}
+        options |= {name: value for name, value in chosen.items() if value is not None}
     return options
 
 
 def _make_pufferlib(name: str, options: dict[str, Any], create: Callable[[], Any]) -> Any:
-    try:
-        import pufferlib.emulation
-        import pufferlib.vector
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: --vec.mode puffer needs PufferLib: {_INSTALL_PUFFERLIB}"
-        ) from error
-    emulated = partial(pufferlib.emulation.GymnasiumPufferEnv, env_creator=create)
-    make: Any = pufferlib.vector.make
-    return make(emulated, **options)
+    user = f"{name}: --vec.mode puffer"
+    emulation = require("pufferlib.emulation", user, PUFFERLIB)
+    emulated = partial(emulation.GymnasiumPufferEnv, env_creator=create)
+    return require("pufferlib.vector", user, PUFFERLIB).make(emulated, **options)
 
 
 def make_policy(
@@ -113,10 +109,11 @@ def make_policy(
 
     Args:
         env: gives the spaces, see `puffer_jax.spaces.env_spec`.
-        options: what is not given comes from the observation space or is the policy's default.
-        rnn: wrap it in `LSTMWrapper`.
-        precision: "float32" or "bfloat16", of matmuls.
-        seed: of the weights.
+        options: an option that is None comes from the observation space, or has the policy's
+            default.
+        rnn: whether to wrap it in `LSTMWrapper`.
+        precision: precision of matmuls, "float32" or "bfloat16".
+        seed: seed of the weights.
 
     Raises:
         ValueError: an option the policy does not have, or that does not fit the environment.
@@ -126,10 +123,10 @@ def make_policy(
 
     from puffer_jax.policies.recurrent import LSTMWrapper
 
-    given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    chosen = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
     rngs = nnx.Rngs(seed)
-    policy = environments.Policy(env, **given, rngs=rngs, dtype=dtype)
+    policy = environments.Policy(env, **chosen, rngs=rngs, dtype=dtype)
     if not rnn:
         return policy
     size = policy.hidden_size

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from puffer_jax import environments
 from puffer_jax.base import spaces
 from puffer_jax.base.files import write_atomically
-from puffer_jax.cli.envs import _naming_the_flag, _native, make_policy
-from puffer_jax.cli.train import _SETTINGS, Train, _arguments, _read_settings
-from puffer_jax.environments import host
+from puffer_jax.base.packages import require
+from puffer_jax.cli.envs import make_jax_env, make_policy, naming_the_flag
+from puffer_jax.cli.train import SETTINGS, Train, parse_arguments, read_settings
+from puffer_jax.environments import registry
+from puffer_jax.environments.families.gymnasium import errors
 from puffer_jax.run import checkpoint
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
@@ -31,15 +32,15 @@ class Eval:
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE for the constructor of the environment; may be given several times."""
     episodes: int = 10
-    """How many."""
+    """Number of episodes."""
     deterministic: bool = False
     """Take the most likely action instead of a sampled one."""
     seed: int = 0
-    """Of the environment and of the actions."""
+    """Seed of the environment and of the actions."""
     render: Literal["ansi", "gif"] | None = None
     """ansi: print all as text. gif: write the first episode."""
     out: Path = Path("eval.gif")
-    """The GIF."""
+    """The GIF to write."""
     fps: float | None = None
     """Frames per second; None: the environment's own, or 30."""
     channels_last: bool = False
@@ -54,11 +55,11 @@ class Eval:
         path, settings = _find_model(self.model)
         env = self.env or (settings and settings.env)
         if env is None:
-            raise ValueError(f"give --env; {path} has no {_SETTINGS} beside it")
+            raise ValueError(f"give --env; {path} has no {SETTINGS} beside it")
         inherited = settings.env_arg if settings is not None and self.env is None else ()
         frames: list[Any] = []
-        image = _pillow() if self.render == "gif" else None
-        game = _make_game(env, _arguments((*inherited, *self.env_arg)), self.render, self.seed)
+        image = require("PIL.Image", "a GIF", "pillow") if self.render == "gif" else None
+        game = make_game(env, parse_arguments((*inherited, *self.env_arg)), self.render, self.seed)
         try:
             policy = self._load(path, game, settings)
             fps = self.fps or game.fps
@@ -106,7 +107,7 @@ class Eval:
 
 
 def _find_model(path: Path) -> tuple[Path, Train | None]:
-    """The weights, and the options of the run they are of, if there is one."""
+    """The weights, and the options of the run they belong to, if there is one."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         epoch = checkpoint.latest(path)
@@ -114,7 +115,7 @@ def _find_model(path: Path) -> tuple[Path, Train | None]:
         if not found:
             raise FileNotFoundError(f"no complete checkpoint in the folder {path}")
         path = found[0]
-    return path, _read_settings(folder) if (folder / _SETTINGS).exists() else None
+    return path, read_settings(folder) if (folder / SETTINGS).exists() else None
 
 
 def play(
@@ -130,9 +131,9 @@ def play(
     Args:
         policy: recurrent ones start each episode from the zero state.
         game: `action_space`; `reset() -> obs`; `step(action) -> (obs, reward, done)`.
-        episodes: how many.
-        seed: of the actions.
-        deterministic: take the most likely action.
+        episodes: number of episodes.
+        seed: seed of the actions.
+        deterministic: whether to take the most likely action.
         show: called with the number of the episode, at its start and after each step.
 
     Returns:
@@ -176,7 +177,7 @@ def play(
 
 
 class _NativeGame:
-    """One environment that is played; it serves as `env` of a policy."""
+    """A JAX-native environment that is played; it serves as `env` of a policy."""
 
     fps = 4.0
 
@@ -220,27 +221,27 @@ class _NativeGame:
 
 
 class _HostGame:
-    """The same on the host."""
+    """An environment on the host that is played, likewise."""
 
     def __init__(self, name: str, arguments: dict[str, Any], render: str | None, seed: int):
         self._name, self._seed = name, seed
         mode = {"gif": "rgb_array"}.get(render or "", render)
-        with _naming_the_flag():
-            self._env = host.create(name, **arguments)
+        with naming_the_flag():
+            self._env = registry.create(name, **arguments)
             modes = self._env.metadata.get("render_modes", ())
             if mode is not None and mode not in modes:
                 raise ValueError(f"{name} cannot be drawn as {mode}; it has: {', '.join(modes)}")
             if mode is not None:
                 self._env.close()
-                self._env = host.create(name, render_mode=mode, **arguments)
+                self._env = registry.create(name, render_mode=mode, **arguments)
         self.observation_space = self._env.observation_space
         self.action_space = self._env.action_space
         self.fps = float(self._env.metadata.get("render_fps") or 30)
 
     def reset(self) -> Any:
-        with _naming_the_flag(), host.errors(self._name):
+        with naming_the_flag(), errors(self._name):
             obs, _ = self._env.reset(seed=self._seed)
-        # Only the first episode is seeded; those after it go on from there.
+        # Only the first episode is seeded; later ones continue from there.
         self._seed = None
         return obs
 
@@ -250,20 +251,31 @@ class _HostGame:
         return obs, float(reward), bool(terminated or truncated)
 
     def render(self) -> Any:
-        with _naming_the_flag(), host.errors(self._name):
+        with naming_the_flag(), errors(self._name):
             return self._env.render()
 
     def close(self) -> None:
         self._env.close()
 
 
-def _make_game(
+def make_game(
     name: str, arguments: dict[str, Any], render: str | None, seed: int
 ) -> _NativeGame | _HostGame:
-    env = _native(name, arguments)
+    """One environment to play, by its name.
+
+    Args:
+        name: of the environment.
+        arguments: of its constructor.
+        render: "ansi", "gif" or None.
+        seed: of its first reset.
+
+    Raises:
+        ValueError: it cannot be made or drawn that way, or has several agents.
+    """
+    env = make_jax_env(name, arguments)
     if env is not None:
         return _NativeGame(name, env, render, seed)
-    if environments.family(name)[0] == "pettingzoo":
+    if registry.find(name)[0].multi_agent:
         raise ValueError(f"--env {name} has several agents; only games of one can be played")
     return _HostGame(name, arguments, render, seed)
 
@@ -274,11 +286,3 @@ def _print_text(text: Any, fps: float) -> None:
         time.sleep(1 / fps)
     else:
         print(f"{text}\n")
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("a GIF needs Pillow: pip install pillow") from error
-    return Image

@@ -13,8 +13,8 @@ import tyro
 
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
-from puffer_jax.cli.envs import _make_envs, make_policy
-from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions, _train_options
+from puffer_jax.cli.envs import make_envs, make_policy
+from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.ppo.config import PuffeRLConfig, read_ini
 
 
@@ -43,7 +43,7 @@ class Train:
     log: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where the logs go. `plot` needs jsonl."""
     project: str = "puffer_jax"
-    """Of Weights & Biases."""
+    """Project of Weights & Biases."""
     rnn: bool = False
     """Put an LSTM between the policy's encoder and its heads."""
     vec: VecOptions = dataclasses.field(default_factory=VecOptions)
@@ -69,8 +69,8 @@ class Train:
                 raise ValueError(
                     f"there is a run {Path(data_dir) / run_id}; --resume it or give another --name"
                 )
-        # First of all, since processes of environments should not be forked from a running JAX.
-        envs, single, count = _make_envs(self.env, self.vec, _arguments(self.env_arg))
+        # First of all, since the environments' processes should not be forked from a running JAX.
+        envs, single, count = make_envs(self.env, self.vec, parse_arguments(self.env_arg))
         try:
             settled = {"env": self.env, "num_envs": count, "data_dir": data_dir}
             config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | settled)
@@ -86,9 +86,9 @@ class Train:
             getattr(envs, "close", lambda: None)()
             print(f"{trainer.run_folder}: {trainer.global_step} {steps} are done already")
             return 0
-        # Not before now, so that bad options leave nothing behind.
-        _write_settings(self, trainer.run_folder)
-        trainer.logger = _logger(self, trainer.run_folder)
+        # Only now, so that bad options leave no files behind.
+        write_settings(self, trainer.run_folder)
+        trainer.logger = make_logger(self, trainer.run_folder)
         print(f"run {trainer.run_folder}", flush=True)
         logs = trainer.run()
         print(f"{trainer.global_step} {steps}, {trainer.epoch} epochs: {trainer.close()}")
@@ -100,7 +100,7 @@ class Train:
         return 0
 
 
-_SETTINGS = "config.json"
+SETTINGS = "config.json"
 
 _INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train", "sweep")
 
@@ -108,14 +108,14 @@ _INI_BASE = ("env_name", "package", "policy_name", "rnn_name", "max_suggestion_c
 
 
 def train_defaults(argv: Sequence[str]) -> Train:
-    """The options of `puffer-jax train` before its flags, which stand in a file or a run.
+    """The options of `puffer-jax train` that its flags then change: those in a file or a run.
 
     Args:
         argv: of the command line; only --config, --recommended and --resume are looked at.
 
     Raises:
-        ValueError: the file or the run is not what it should be.
-        FileNotFoundError: it is not there.
+        ValueError: the file or the run cannot be read, or has options that do not exist.
+        FileNotFoundError: there is no such file or run.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # tyro says what is wrong with the flags themselves.
@@ -126,11 +126,11 @@ def train_defaults(argv: Sequence[str]) -> Train:
     if found.resume is not None:
         if found.config is not None or found.recommended is not None:
             raise ValueError("--config and --recommended start a run; they do not go with --resume")
-        return _read_settings(Path(found.resume))
+        return read_settings(Path(found.resume))
     config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
     if found.config is not None:
         return _read_config(Path(found.config), config)
-    return Train(train=_train_options(config))
+    return Train(train=TrainOptions(**dataclasses.asdict(config)))
 
 
 def _read_config(path: Path, config: PuffeRLConfig) -> Train:
@@ -185,21 +185,28 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
             "rnn": recurrent[rnn_name] or bool(config.use_rnn),
             "vec": vec,
             "policy": policy | {"name": known[policy_name]},
-            "train": dataclasses.asdict(_train_options(config)),
+            "train": dataclasses.asdict(config),
         },
     )
 
 
-def _write_settings(settings: Train, folder: Path) -> None:
+def write_settings(settings: Train, folder: Path) -> None:
+    """Write the options of a run to its folder."""
     values = dataclasses.asdict(settings)
     for name in ("config", "recommended", "resume"):
         del values[name]
     text = json.dumps(values, indent=1).encode()
-    write_atomically(folder / _SETTINGS, lambda file: file.write(text))
+    write_atomically(folder / SETTINGS, lambda file: file.write(text))
 
 
-def _read_settings(folder: Path) -> Train:
-    path = folder / _SETTINGS
+def read_settings(folder: Path) -> Train:
+    """The options of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: its options cannot be read.
+    """
+    path = folder / SETTINGS
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
@@ -211,17 +218,17 @@ def _checked(where: Any, values: Mapping[str, Any]) -> Train:
     """`Train` of plain values, refusing what flags would not give."""
     kinds: dict[str, Any] = {"vec": VecOptions, "policy": PolicyOptions, "train": TrainOptions}
     _check_names(where, "option", values, _fields(Train))
-    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    settled: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     for group, kind in kinds.items():
-        options = given.get(group, {})
+        options = settled.get(group, {})
         _check_names(where, f"key in [{group}]", options, _fields(kind))
         for field in dataclasses.fields(kind):
             if not _fits(options.get(field.name, field.default), field.type):
                 raise ValueError(
                     f"{where}: [{group}] {field.name} cannot be {options[field.name]!r}"
                 )
-        given[group] = kind(**options)
-    return Train(**given)
+        settled[group] = kind(**options)
+    return Train(**settled)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -229,22 +236,22 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_args(kind):
         return any(_fits(value, part) for part in get_args(kind))
-    return type(value) is kind
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _fields(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _check_names(where: Any, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+def _check_names(where: Any, what: str, names: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"{where}: no such {what}: {', '.join(near(unknown, known))}")
 
 
-def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
-    """NAME=VALUE as keyword arguments; values are Python literals where they are any."""
+def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE as keyword arguments; a value that is a Python literal is evaluated."""
     arguments = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -257,7 +264,8 @@ def _arguments(pairs: Iterable[str]) -> dict[str, Any]:
     return arguments
 
 
-def _logger(settings: Train, folder: Path) -> Any:
+def make_logger(settings: Train, folder: Path) -> Any:
+    """The loggers that `--log` names, as one."""
     from puffer_jax.run import loggers
 
     made: list[Any] = []

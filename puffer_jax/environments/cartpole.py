@@ -41,8 +41,8 @@ class CartPole:
     and possibly both at once, as there.
 
     Attributes:
-        max_steps: the limit.
-        dtype: of the physics; gymnasium's is float64, which here needs x64 mode.
+        max_steps: number of steps after which an episode is truncated.
+        dtype: dtype of the physics; gymnasium's is float64, which here needs x64 mode.
     """
 
     max_steps: int = 500

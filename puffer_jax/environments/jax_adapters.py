@@ -7,14 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from puffer_jax.base.spaces import Box, Dict, kind_of
 
-_BRAX_MAX_STEPS = 1000
+BRAX_MAX_STEPS = 1000
 
 
-def _from_gymnax(env: Any, params: Any) -> Any:
+def from_gymnax(env: Any, params: Any) -> SimpleNamespace:
+    """A gymnax environment with the functions and spaces of a `JaxEnv`.
+
+    Args:
+        env: the environment.
+        params: its parameters; None: `env.default_params`.
+
+    Raises:
+        ValueError: it is a wrapper that resets by itself.
+    """
     name = type(env).__name__
     if not hasattr(type(env), "step_env"):
         raise ValueError(
@@ -41,18 +51,26 @@ def _from_gymnax(env: Any, params: Any) -> Any:
 
     space = env.observation_space(params)
     if kind_of(space) == "box":
-        given = jax.eval_shape(reset, jax.random.key(0))[0]
-        # Some declare what they do not give (gymnax's Catch: int32, and float32 comes).
-        if hasattr(given, "dtype") and not _casts(given.dtype, np.dtype(space.dtype)):
-            floating = jnp.issubdtype(given.dtype, jnp.floating)
-            dtype = np.dtype(np.float32 if floating else given.dtype)
+        actual = jax.eval_shape(reset, jax.random.key(0))[0]
+        # Some declare another dtype than they return (gymnax's Catch: int32, but float32 comes).
+        if hasattr(actual, "dtype") and not casts(actual.dtype, np.dtype(space.dtype)):
+            floating = jnp.issubdtype(actual.dtype, jnp.floating)
+            dtype = np.dtype(np.float32 if floating else actual.dtype)
             space = Box(space.low, space.high, tuple(space.shape), dtype)
     return SimpleNamespace(
         observation_space=space, action_space=env.action_space(params), reset=reset, step=step
     )
 
 
-def _from_brax(env: Any) -> tuple[Any, bool]:
+def from_brax(env: Any) -> tuple[SimpleNamespace, bool]:
+    """A brax environment with the functions and spaces of a `JaxEnv`.
+
+    Returns:
+        (the environment, whether it has a time limit already).
+
+    Raises:
+        ValueError: it is wrapped with automatic resets.
+    """
     info = jax.eval_shape(env.reset, jax.random.key(0)).info
     if any(str(key).startswith("first_") for key in info):
         raise ValueError(
@@ -68,7 +86,7 @@ def _from_brax(env: Any) -> tuple[Any, bool]:
         del key  # brax keeps its keys in state.info
         # Many environments write into the dict state.info; the copy keeps the caller's as it was.
         state = env.step(jax.tree.map(lambda x: x, state), action)
-        terminated, truncated = _split(state.done, state.info.get("truncation", False))
+        terminated, truncated = split_end(state.done, state.info.get("truncation", False))
         return state.obs, state, state.reward, terminated, truncated, dict(state.metrics)
 
     def box(size: Any) -> Box:
@@ -81,11 +99,13 @@ def _from_brax(env: Any) -> tuple[Any, bool]:
     return inner, "truncation" in info
 
 
-def _split(done: Any, truncated: Any) -> tuple[Array, Array]:
+def split_end(done: ArrayLike, truncated: ArrayLike) -> tuple[Array, Array]:
+    """(terminated, truncated), of a step that is done and may be so by truncation."""
     truncated = jnp.asarray(truncated, bool)
     return jnp.asarray(done, bool) & ~truncated, truncated
 
 
-def _casts(given: Any, declared: Any) -> bool:
-    # x64 mode widens what an environment leaves open, so a difference in width is no fault.
-    return np.can_cast(given, declared, "same_kind")
+def casts(actual: DTypeLike, declared: DTypeLike) -> bool:
+    """Whether an array of one dtype will do for another that a space declares."""
+    # x64 mode widens what an environment leaves open, so a difference in width is not an error.
+    return np.can_cast(actual, declared, "same_kind")

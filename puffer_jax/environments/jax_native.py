@@ -16,11 +16,11 @@ from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base.spaces import Continuous, MultiDiscrete, env_spec, kind_of, structured_dtype
 from puffer_jax.environments.jax_adapters import (
-    _BRAX_MAX_STEPS,
-    _casts,
-    _from_brax,
-    _from_gymnax,
-    _split,
+    BRAX_MAX_STEPS,
+    casts,
+    from_brax,
+    from_gymnax,
+    split_end,
 )
 from puffer_jax.nn import random
 
@@ -63,13 +63,13 @@ class Step(NamedTuple):
     """What a step with automatic reset gives.
 
     Attributes:
-        obs: of the new episode where one begins.
-        state: the same.
-        reward: float32, of the action taken.
-        terminated: bool; the episode ended, there is no future to bootstrap from.
-        truncated: bool; the episode was cut; unless terminated, bootstrap from `final_obs`.
+        obs: the observation, that of the new episode where one begins.
+        state: the state, likewise.
+        reward: the reward of the action taken, float32.
+        terminated: whether the episode ended, so that there is no future to bootstrap from.
+        truncated: whether the episode was cut; unless terminated, bootstrap from `final_obs`.
         final_obs: the observation the action led to, before any reset, at every step.
-        info: as the environment gave it, before any reset.
+        info: what the environment told, before any reset.
     """
 
     obs: Any
@@ -114,8 +114,8 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
     Args:
         env: one of
 
-            - a `JaxEnv`; its `step` may also give five values, (obs, state, reward, done, info).
-              Then `info["truncation"]` or `info["truncated"]`, where there is one, says that
+            - a `JaxEnv`; its `step` may also return five values, (obs, state, reward, done, info).
+              Then `info["truncation"]` or `info["truncated"]`, if there is one, says whether
               done is a truncation.
             - a gymnax environment, or the pair (env, params) of `gymnax.make`. Since gymnax 1.0
               its time limit sets truncated. Before, `done` did not tell a limit from an end:
@@ -123,18 +123,18 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
             - a brax environment (or MuJoCo Playground's), not wrapped with automatic resets.
               `state.info["truncation"]` sets truncated; info is `state.metrics`.
         env_params: gymnax's parameters; `env.default_params` if None.
-        max_steps: truncate episodes after so many steps, beside the limits the environment has
-            itself. Brax environments have none: 1000 there if None, as in brax's own training
-            (unless `state.info` has "truncation", so that something else already counts).
+        max_steps: truncate episodes after this many steps, besides the environment's own limits.
+            Brax environments have none: 1000 there if None, as in brax's own training (unless
+            `state.info` has "truncation", so that something else already counts).
 
     Returns:
-        The adapted environment; `env` itself if it is one already and nothing is to be added.
+        The adapted environment; `env` itself if it is adapted already and nothing is to be added.
 
     Raises:
-        TypeError: `env` is none of these; a space is none or is a method.
+        TypeError: `env` is none of these; a space is None or a method.
         ValueError: the observation does not fit its space; the state changes structure or
-            shape in a step; reward or an end is no scalar; `step` gives too few values; the
-            environment resets itself; an argument does not go with the environment.
+            shape in a step; the reward or an end is not a scalar; `step` returns too few values;
+            the environment resets itself; an argument does not suit the environment.
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1; got {max_steps}")
@@ -146,13 +146,13 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
         return env
     name = type(env).__name__
     if hasattr(env, "step_env") and hasattr(env, "default_params"):
-        inner = _from_gymnax(env, env_params)
+        inner = from_gymnax(env, env_params)
     elif env_params is not None:
-        raise ValueError(f"env_params are gymnax's; {name} is no gymnax environment")
+        raise ValueError(f"env_params are gymnax's; {name} is not a gymnax environment")
     elif hasattr(env, "observation_size") and hasattr(env, "action_size"):
-        inner, counts_steps = _from_brax(env)
+        inner, counts_steps = from_brax(env)
         if max_steps is None and not counts_steps:
-            max_steps = _BRAX_MAX_STEPS
+            max_steps = BRAX_MAX_STEPS
     else:
         _check_protocol(env)
         inner = env
@@ -212,7 +212,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:
         return False
-    except ValueError:  # a builtin says nothing of its arguments
+    except ValueError:  # a builtin has no signature
         return True
     return True
 
@@ -283,7 +283,7 @@ def _six_values(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
             return values
         obs, state, reward, done, info = values
         truncated = info.get("truncation", info.get("truncated", False))
-        return obs, state, reward, *_split(done, truncated), info
+        return obs, state, reward, *split_end(done, truncated), info
 
     return six
 
@@ -325,14 +325,14 @@ def _observation_spec(space: Any) -> Any:
             return jax.ShapeDtypeStruct(dtype.shape, dtype.base)
 
 
-def _check_observation(name: str, where: str, declared: Any, given: Any) -> None:
-    fits = jax.tree.structure(declared) == jax.tree.structure(given) and all(
-        want.shape == got.shape and _casts(got.dtype, want.dtype)
-        for want, got in zip(jax.tree.leaves(declared), jax.tree.leaves(given), strict=True)
+def _check_observation(name: str, where: str, declared: Any, actual: Any) -> None:
+    fits = jax.tree.structure(declared) == jax.tree.structure(actual) and all(
+        want.shape == got.shape and casts(got.dtype, want.dtype)
+        for want, got in zip(jax.tree.leaves(declared), jax.tree.leaves(actual), strict=True)
     )
     if not fits:
         raise ValueError(
-            f"{name}: observation_space says {_text(declared)}, {where} gives {_text(given)}"
+            f"{name}: observation_space says {_text(declared)}, {where} gives {_text(actual)}"
         )
 
 
@@ -368,7 +368,7 @@ def _join(name: str, before: Any, after: Any) -> Any:
 
 def _cast(tree: Any, specs: Any) -> Any:
     def cast(spec: Any, x: Any) -> Any:
-        # A key may come as a typed key or as the array of old: it stays what it is.
+        # A key may be a typed key or an array of the old kind: it stays what it is.
         return x if _is_key(spec.dtype) else jax.lax.convert_element_type(x, spec.dtype)
 
     return jax.tree.map(cast, specs, tree)

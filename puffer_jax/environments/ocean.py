@@ -40,8 +40,9 @@ class Squared:
     Observations are float32 (side, side): -1 the agent, 1 a target, 0 nothing.
 
     Attributes:
-        distance: from the centre to the border, at least 1.
-        num_targets: of the 8 * distance border tiles, drawn anew each episode; None for all.
+        distance: distance from the centre to the border, at least 1.
+        num_targets: number of targets, drawn anew each episode from the 8 * distance border tiles;
+            None: all of them.
     """
 
     distance: int = 3
@@ -143,9 +144,9 @@ class Memory:
     number that is 1 while an answer is asked for.
 
     Attributes:
-        length: of the sequence, at least 1.
+        length: length of the sequence, at least 1.
         delay: steps between the last digit and the first answer, at least 0.
-        digits: how many there are to choose from, at least 2.
+        digits: number of digits to choose from, at least 2.
     """
 
     length: int = 3

@@ -8,10 +8,7 @@ from flax import nnx
 
 from puffer_jax import policies
 from puffer_jax.base import spaces
-
-_INSTALL_REFERENCE = (
-    "pip install torch==2.13.0 psutil && pip install --no-deps pufferlib-core==3.0.23"
-)
+from puffer_jax.base.packages import PUFFERLIB, require
 
 
 def reference_policy(jax_policy: nnx.Module) -> Any:
@@ -21,10 +18,7 @@ def reference_policy(jax_policy: nnx.Module) -> Any:
         ImportError: pufferlib or torch is missing.
         ValueError: a custom class, or a space that PufferLib's policy cannot take.
     """
-    try:
-        import pufferlib.models as reference
-    except ImportError as error:
-        raise ImportError(f"PufferLib's policies need: {_INSTALL_REFERENCE} ({error})") from error
+    reference = require("pufferlib.models", "the comparison", f"torch==2.13.0 {PUFFERLIB}")
 
     class ProcgenResnet(reference.ProcgenResnet):
         # PufferLib's lacks what its LSTMWrapper asks of a policy.
@@ -61,10 +55,8 @@ def reference_env(jax_policy: Any) -> SimpleNamespace:
         ImportError: gymnasium is missing.
         ValueError: a space that PufferLib's policies cannot take.
     """
-    try:
-        from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
-    except ImportError as error:
-        raise ImportError("PufferLib's policies need gymnasium: pip install gymnasium") from error
+    require("gymnasium", "the comparison")
+    from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
     def box(dtype: np.dtype, shape: tuple[int, ...]) -> Any:
         if dtype.kind == "f":

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puffer_jax.base.files import write_atomically
+from puffer_jax.base.packages import require
 
 Kind = Literal["output", "gradient", "layer"]
 
@@ -177,10 +178,8 @@ class Report:
         Raises:
             ImportError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
+        require("matplotlib", "the plot")
+        from matplotlib.figure import Figure
 
         layers = self.of("layer")
         figure = Figure(figsize=(max(6.0, 0.3 * len(layers) + 2), 5), layout="constrained")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from puffer_jax.base.packages import TORCH, require
 from puffer_jax.parity.shared import (
     Arrays,
     _cast_floats,
@@ -21,15 +22,9 @@ from puffer_jax.parity.shared import (
     _Run,
 )
 
-_INSTALL_TORCH = "pip install 'torch>=2.10'"
-
 
 def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(f"comparing with torch needs torch: {_INSTALL_TORCH}") from error
-    return torch
+    return require("torch", "comparing with torch", TORCH)
 
 
 def _run_torch(policy: Any, inputs: _Inputs, precision: str) -> _Run:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from puffer_jax.base.text import near
 
@@ -18,23 +19,37 @@ _TORCH_ONLY = frozenset(
     "tag neptune wandb env_batch_size".split()
 )
 
-_HYPERS = (
-    "learning_rate gamma gae_lambda clip_coef vf_coef vf_clip_coef ent_coef max_grad_norm "
-    "adam_beta1 adam_beta2 adam_eps vtrace_rho_clip vtrace_c_clip prio_alpha prio_beta0"
-).split()
+
+def option(
+    default: Any,
+    *,
+    traced: bool = False,
+    positive: bool = False,
+    within: tuple[int, int] | None = None,
+) -> Any:
+    """A field of a configuration, with the values it may have beyond what its type says.
+
+    Args:
+        default: its value if none is given.
+        traced: whether it is a number of the update that may change without a new compilation.
+        positive: whether it must be greater than 0.
+        within: its least and its greatest value.
+    """
+    metadata = {"traced": traced, "positive": positive, "within": within}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Sizes(NamedTuple):
     """The shapes of one epoch, settled for a number of agents.
 
     Attributes:
-        agents: that act at each step, over all environments.
-        segments: rows of the experience buffer; `rounds` * agents.
-        horizon: steps of a segment.
-        minibatch_segments: rows of one minibatch.
-        minibatches: of one epoch.
-        accumulate: minibatches whose gradients make one optimizer step.
-        epochs: of the whole training.
+        agents: number of agents that act at each step, over all environments.
+        segments: number of rows of the experience buffer; `rounds` * agents.
+        horizon: number of steps in a segment.
+        minibatch_segments: number of rows in a minibatch.
+        minibatches: number of minibatches in an epoch.
+        accumulate: number of minibatches whose gradients make one optimizer step.
+        epochs: number of epochs in the whole training.
     """
 
     agents: int
@@ -60,24 +75,26 @@ class PuffeRLConfig:
 
     Attributes:
         env: name of the environment, for logs.
-        seed: of the environments and of every random key.
+        seed: seed of the environments and of every random key.
         total_timesteps: agent steps to train for.
-        learning_rate: of the first epoch.
-        anneal_lr: let it fall along a cosine to 0 at `total_timesteps`, epoch by epoch.
+        learning_rate: size of an optimizer step, in the first epoch.
+        anneal_lr: whether the learning rate falls along a cosine to 0 at `total_timesteps`, epoch
+            by epoch.
         optimizer: "muon" or "adam".
-        adam_beta1: momentum, of both optimizers.
-        adam_beta2: Adam's second moment.
+        adam_beta1: decay of the momentum, of both optimizers.
+        adam_beta2: decay of Adam's second moment.
         adam_eps: Adam's epsilon.
-        max_grad_norm: gradients of a larger 2-norm are scaled down to it.
-        batch_size: steps of an epoch; "auto": agents * `bptt_horizon`.
-        bptt_horizon: steps of a segment; "auto": `batch_size` / agents.
-        minibatch_size: steps of an update; "auto": the batch, at most 8192.
-        max_minibatch_size: of a forward pass; a larger `minibatch_size` accumulates gradients.
+        max_grad_norm: largest 2-norm of the gradients; larger ones are scaled down to it.
+        batch_size: steps in an epoch; "auto": agents * `bptt_horizon`.
+        bptt_horizon: steps in a segment; "auto": `batch_size` / agents.
+        minibatch_size: steps in an update; "auto": the batch, at most 8192.
+        max_minibatch_size: most steps in a forward pass; a larger `minibatch_size` accumulates
+            gradients.
         update_epochs: passes over the batch; may be a fraction.
-        gamma: discount.
-        gae_lambda: of the advantage.
+        gamma: discount of the rewards that follow.
+        gae_lambda: decay of the sum of temporal differences that makes the advantage.
         vtrace_rho_clip: bound of the importance ratio in the temporal difference.
-        vtrace_c_clip: bound of the ratio in the trace.
+        vtrace_c_clip: bound of the importance ratio in the trace.
         clip_coef: PPO's clip of the ratio.
         vf_coef: weight of the value loss.
         vf_clip_coef: clip of the change of a value.
@@ -85,70 +102,74 @@ class PuffeRLConfig:
         prio_alpha: segments are drawn in proportion to (sum of |advantage|) ** alpha.
         prio_beta0: initial exponent of the importance weights that correct for it.
         precision: "float32" or "bfloat16"; must be what the policy was built for (`dtype`).
-        use_rnn: None: whether the policy has a recurrent state.
+        use_rnn: whether the policy must have a recurrent state; None: it may have one.
         data_dir: folder of all runs.
         checkpoint_interval: epochs between checkpoints.
-        num_envs: for JAX-native environments; None: `batch_size` / `bptt_horizon`, or 64.
-        reward_scale: rewards are multiplied by it, before the clamp; values then stay near 1, which
-            the clip of a value's change is made for.
-        reward_clip: rewards are clamped to [-reward_clip, reward_clip]. None, recommended: as
-            they are; the clamp silently changes the task (field reports: PufferDrive#207).
-        recompute_advantage: scale the policy's advantages with the ratio of the current policy.
-            The reference computes that and then overwrites it (PufferLib#306, #341).
-        bootstrap_truncation: a truncated episode counts as ended, but what would have come
-            counts as the value of its last observation. The reference ignores truncation: value
-            leaks in from the next episode. Environments that reset themselves without handing
-            out the last observation (PufferLib's native ones) count as terminated instead.
-        bootstrap_last: let the last step of each segment learn too, with the reward and value that
-            follow it. In the reference its advantage is always 0 (PufferLib#363).
-        reset_on_done: zero the recurrent state where an episode starts, in the rollout and in
-            training. The reference never does (metta#2233).
-        store_initial_state: train each segment from the recurrent state it was collected from, and
-            carry the state from one epoch to the next. The reference trains from zeros, which
-            is a different policy wherever a segment does not start an epoch.
-        mean_accumulate: average accumulated gradients, where the reference sums them, so that the
-            clip by norm does not depend on `max_minibatch_size`.
-        use_mask: leave steps that a PufferLib vecenv did not play out of the update: padded
-            agents, and the step after an episode's end, whose action an emulated environment
-            ignores. gymnasium's environments always do so.
-        on_nonfinite: a minibatch with a NaN or infinite loss or gradient is never applied, and
-            "stop" ends training with a checkpoint; "skip" goes on; "ignore" applies it.
-        checkpoint_keep: how many checkpoints of a run to keep.
+        num_envs: number of JAX-native environments; None: `batch_size` / `bptt_horizon`, or 64.
+        reward_scale: factor of the rewards, applied before the clamp; values then stay near 1,
+            which the clip of a value's change is made for.
+        reward_clip: rewards are clamped to [-reward_clip, reward_clip]; None, recommended: they
+            are left as they are. The clamp silently changes the task (field reports:
+            PufferDrive#207).
+        recompute_advantage: whether the policy's advantages are scaled with the ratio of the
+            current policy. The reference computes that and then overwrites it (PufferLib#306,
+            #341).
+        bootstrap_truncation: whether a truncated episode, which counts as ended, is credited with
+            the value of its last observation for what would have come. The reference ignores
+            truncation: value leaks in from the next episode. Environments that reset themselves
+            without handing out the last observation (PufferLib's native ones) count as terminated
+            instead.
+        bootstrap_last: whether the last step of each segment learns too, from the reward and value
+            that follow it. In the reference its advantage is always 0 (PufferLib#363).
+        reset_on_done: whether the recurrent state is zeroed where an episode starts, in the rollout
+            and in training. The reference never does (metta#2233).
+        store_initial_state: whether each segment is trained from the recurrent state it was
+            collected from, and the state is carried from one epoch to the next. The reference
+            trains from zeros, which is a different policy wherever a segment does not start an
+            epoch.
+        mean_accumulate: whether accumulated gradients are averaged, so that the clip by norm does
+            not depend on `max_minibatch_size`. The reference sums them.
+        use_mask: whether steps that a PufferLib vecenv did not play are left out of the update:
+            padded agents, and the step after an episode's end, whose action an emulated
+            environment ignores. Those of gymnasium's environments always are.
+        on_nonfinite: what follows a minibatch with a NaN or infinite loss or gradient: "stop" ends
+            training with a checkpoint, "skip" goes on; neither applies it; "ignore" does.
+        checkpoint_keep: number of a run's checkpoints to keep.
     """
 
     env: str = ""
     seed: int = 42
-    total_timesteps: int = 10_000_000
-    learning_rate: float = 0.015
+    total_timesteps: int = option(10_000_000, positive=True)
+    learning_rate: float = option(0.015, traced=True, positive=True)
     anneal_lr: bool = True
     optimizer: Literal["muon", "adam"] = "muon"
-    adam_beta1: float = 0.95
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-12
-    max_grad_norm: float = 1.5
-    batch_size: int | Auto = "auto"
-    bptt_horizon: int | Auto = 64
-    minibatch_size: int | Auto = "auto"
-    max_minibatch_size: int = 32768
-    update_epochs: float = 1.0
-    gamma: float = 0.995
-    gae_lambda: float = 0.90
-    vtrace_rho_clip: float = 1.0
-    vtrace_c_clip: float = 1.0
-    clip_coef: float = 0.2
-    vf_coef: float = 2.0
-    vf_clip_coef: float = 0.2
-    ent_coef: float = 0.001
-    prio_alpha: float = 0.8
-    prio_beta0: float = 0.2
+    adam_beta1: float = option(0.95, traced=True, within=(0, 1))
+    adam_beta2: float = option(0.999, traced=True, within=(0, 1))
+    adam_eps: float = option(1e-12, traced=True)
+    max_grad_norm: float = option(1.5, traced=True, positive=True)
+    batch_size: int | Auto = option("auto", positive=True)
+    bptt_horizon: int | Auto = option(64, positive=True)
+    minibatch_size: int | Auto = option("auto", positive=True)
+    max_minibatch_size: int = option(32768, positive=True)
+    update_epochs: float = option(1.0, positive=True)
+    gamma: float = option(0.995, traced=True, within=(0, 1))
+    gae_lambda: float = option(0.90, traced=True, within=(0, 1))
+    vtrace_rho_clip: float = option(1.0, traced=True, positive=True)
+    vtrace_c_clip: float = option(1.0, traced=True, positive=True)
+    clip_coef: float = option(0.2, traced=True)
+    vf_coef: float = option(2.0, traced=True)
+    vf_clip_coef: float = option(0.2, traced=True)
+    ent_coef: float = option(0.001, traced=True)
+    prio_alpha: float = option(0.8, traced=True)
+    prio_beta0: float = option(0.2, traced=True)
     precision: Literal["float32", "bfloat16"] = "float32"
     use_rnn: bool | None = None
     data_dir: str = "experiments"
-    checkpoint_interval: int = 200
-    num_envs: int | None = None
+    checkpoint_interval: int = option(200, positive=True)
+    num_envs: int | None = option(None, positive=True)
 
     reward_scale: float = 1.0
-    reward_clip: float | None = 1.0
+    reward_clip: float | None = option(1.0, positive=True)
     recompute_advantage: bool = False
     bootstrap_truncation: bool = False
     bootstrap_last: bool = False
@@ -157,7 +178,7 @@ class PuffeRLConfig:
     mean_accumulate: bool = False
     use_mask: bool = False
     on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
-    checkpoint_keep: int = 3
+    checkpoint_keep: int = option(3, positive=True)
 
     @classmethod
     def recommended(cls, **changes: Any) -> "PuffeRLConfig":
@@ -207,48 +228,24 @@ class PuffeRLConfig:
         for field in dataclasses.fields(self):
             value = _number_like(field.default, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        positive = (
-            "total_timesteps learning_rate max_grad_norm batch_size bptt_horizon minibatch_size "
-            "max_minibatch_size update_epochs checkpoint_interval num_envs reward_clip "
-            "vtrace_rho_clip vtrace_c_clip checkpoint_keep"
-        )
-        for name in positive.split():
-            value = getattr(self, name)
-            if value not in ("auto", None) and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number; got {value!r}")
-        for name in ("batch_size", "bptt_horizon", "minibatch_size", "max_minibatch_size"):
-            value = getattr(self, name)
-            if value != "auto" and value != int(value):
-                raise ValueError(f"{name} must be a whole number of steps; got {value!r}")
-        for name in ("gamma", "gae_lambda", "adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} must be between 0 and 1; got {value!r}")
-        choices = {
-            "optimizer": ("muon", "adam"),
-            "precision": ("float32", "bfloat16"),
-            "on_nonfinite": ("stop", "skip", "ignore"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
+            if rule := _broken_rule(field, value):
+                raise ValueError(f"{field.name} must be {rule}; got {value!r}")
 
     def hypers(self) -> dict[str, float]:
         """The numbers of the update that may be traced: see `puffer_jax.make_train`."""
-        return {name: float(getattr(self, name)) for name in _HYPERS}
+        traced = [f.name for f in dataclasses.fields(self) if f.metadata.get("traced")]
+        return {name: float(getattr(self, name)) for name in traced}
 
     def sizes(self, agents: int | None, agents_per_batch: int | None = None) -> Sizes:
         """Settle the sizes for `agents`, checking that they divide.
 
         Args:
-            agents: over all environments; None for a JAX-native environment, of which there can
-                be any number.
-            agents_per_batch: that act at once; None: all.
+            agents: number of agents over all environments; None for a JAX-native environment, of
+                which there can be any number.
+            agents_per_batch: number of agents that act at once; None: all.
 
         Raises:
-            ValueError: sizes that do not fit together; names the nearest that do.
+            ValueError: the sizes do not fit together; names the nearest that do.
         """
         batch, horizon = self.batch_size, self.bptt_horizon
         if isinstance(batch, str) and isinstance(horizon, str):
@@ -262,7 +259,7 @@ class PuffeRLConfig:
             horizon = max(1, batch // agents)
         if batch % horizon:
             raise ValueError(
-                f"batch_size {batch} is no multiple of bptt_horizon {horizon}; nearest: "
+                f"batch_size {batch} is not a multiple of bptt_horizon {horizon}; nearest: "
                 + _multiples(batch, horizon)
             )
         segments = batch // horizon
@@ -284,12 +281,12 @@ class PuffeRLConfig:
         step = min(minibatch, self.max_minibatch_size)
         if minibatch % step:
             raise ValueError(
-                f"minibatch_size {minibatch} is no multiple of max_minibatch_size {step}; "
+                f"minibatch_size {minibatch} is not a multiple of max_minibatch_size {step}; "
                 f"nearest: {_multiples(minibatch, step)}"
             )
         if step % horizon:
             raise ValueError(
-                f"minibatch_size {step} is no multiple of bptt_horizon {horizon}; nearest: "
+                f"minibatch_size {step} is not a multiple of bptt_horizon {horizon}; nearest: "
                 + _multiples(step, horizon)
             )
         minibatches, accumulate = int(self.update_epochs * batch / step), minibatch // step
@@ -308,6 +305,26 @@ class PuffeRLConfig:
             accumulate=accumulate,
             epochs=max(1, self.total_timesteps // batch),
         )
+
+
+def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
+    """What `value` must be and is not, by the field's type and its `option`; None if it may be."""
+    union = get_origin(field.type) in (Union, UnionType)
+    kinds = get_args(field.type) if union else (field.type,)
+    named = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    if value in named or (value is None and NoneType in kinds):
+        return None
+    if named and not union:
+        return f"one of {', '.join(named)}"
+    if field.metadata.get("positive") and not (_is_number(value) and value > 0):
+        return "a positive number"
+    if within := field.metadata.get("within"):
+        low, high = within
+        if not (_is_number(value) and low <= value <= high):
+            return f"between {low} and {high}"
+    if int in kinds and isinstance(value, float):
+        return "a whole number"
+    return None
 
 
 def _number_like(default: Any, value: Any) -> Any:
@@ -329,11 +346,11 @@ def _multiples(number: int, unit: int) -> str:
 
 
 def read_ini(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Sections of a PufferLib `.ini` file, values as Python literals where they are any.
+    """The sections of a PufferLib `.ini` file; a value that is a Python literal is evaluated.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no `.ini` file.
+        ValueError: it is not an `.ini` file.
     """
     parser = configparser.ConfigParser()
     with open(path) as file:

@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from puffer_jax.base.packages import require
 from puffer_jax.weights.files import save_weights
 
 _FORMAT = 1
@@ -182,12 +182,8 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
     return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]
 
 
-def _orbax() -> ModuleType:
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError("checkpoints need orbax: pip install orbax-checkpoint") from error
-    return ocp
+def _orbax() -> Any:
+    return require("orbax.checkpoint", "a checkpoint", "orbax-checkpoint")
 
 
 def _checkpointer(ocp: Any) -> Any:

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from puffer_jax.base.packages import require
+
 PathLike = str | os.PathLike[str]
 
 # Numbers by name: Python's, NumPy's or JAX's.
@@ -126,13 +128,10 @@ class TensorBoardLogger:
     """
 
     def __init__(self, folder: PathLike, run_id: str | None = None):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ImportError("TensorBoardLogger needs: pip install tensorboardX") from error
+        writer = require("tensorboardX", "TensorBoardLogger").SummaryWriter
         self.run_id = _folder_name(Path(folder), run_id)
         # It writes in a thread of its own: a killed process loses the last second or two.
-        self._writer = SummaryWriter(str(folder), flush_secs=1)
+        self._writer = writer(str(folder), flush_secs=1)
 
     def log(self, logs: Logs, step: int) -> None:
         """Write one scalar per name."""
@@ -157,11 +156,7 @@ class WandbLogger:
     """
 
     def __init__(self, project: str, **init: Any):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("WandbLogger needs: pip install wandb") from error
-        self._wandb: Any = wandb
+        wandb = self._wandb = require("wandb", "WandbLogger")
         options: dict[str, Any] = {"id": new_run_id(), "resume": "allow"} | init
         self._run: Any = wandb.init(project=project, **options)
         self.run_id: str = self._run.id

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.files import write_atomically
+from puffer_jax.base.packages import require
 
 # What a run's name ends with where runs differ only by their seed.
 _SEED = re.compile(r"(_seed|-s)\d+$")
@@ -37,11 +38,10 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str = "environment/episod
         FileNotFoundError: a run without a log file.
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
+    require("matplotlib", "the plot")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     if not runs:
         raise ValueError("no runs to plot")
     groups: dict[str, list[dict[str, np.ndarray]]] = {}

@@ -12,7 +12,8 @@ from puffer_jax.base.spaces import structured_dtype
 
 Info = dict[str, Any]
 
-GIVEN = ("observations", "rewards", "terminals", "truncations", "masks")  # by environments
+WRITTEN = ("observations", "rewards", "terminals", "truncations", "masks")
+"""The buffers that environments write to."""
 
 
 class Order:
@@ -38,15 +39,15 @@ class Maker(NamedTuple):
         as in the reference; what any other returns is emulated here.
 
         Args:
-            buf: the arrays its agents read and write (`Layout.buffers`); None: its own.
-            seed: of a first reset that gives none.
+            buf: the arrays its agents read and write (`AgentLayout.buffers`); None: its own.
+            seed: seed of the first reset, if that gets none.
 
         Raises:
-            TypeError: the creator is not callable, or returns no environment; or its environment
-                is PufferLib's, and it takes no `buf`.
+            TypeError: the creator is not callable, or returns something else than an environment;
+                or it makes one of PufferLib's and takes no `buf`.
         """
         creator: Any = self.creator
-        given = {"buf": buf, "seed": seed}
+        buffers = {"buf": buf, "seed": seed}
         if isinstance(creator, str):
             from puffer_jax.environments import env_creator
 
@@ -56,11 +57,11 @@ class Maker(NamedTuple):
         parameters = _parameters(creator)
         env: Any
         if buf is not None and "buf" in parameters:
-            env = creator(*self.args, **self.kwargs, **given)
+            env = creator(*self.args, **self.kwargs, **buffers)
         else:
             env = creator(*self.args, **self.kwargs)
             if not _is_puffer(env):
-                return _emulate(env, creator, given)
+                return _emulate(env, creator, buffers)
             if buf is not None:  # only now is it known to want buffers
                 env.close()
                 if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -68,9 +69,9 @@ class Maker(NamedTuple):
                         f"{creator} makes a PufferLib environment, {type(env).__name__}, so it "
                         "must take its buffers: `def creator(buf=None, seed=0)`, and pass them on"
                     )
-                env = creator(*self.args, **self.kwargs, **given)
+                env = creator(*self.args, **self.kwargs, **buffers)
         if not _is_puffer(env):
-            return _emulate(env, creator, given)
+            return _emulate(env, creator, buffers)
         if buf is not None and not np.may_share_memory(env.observations, buf["observations"]):
             raise TypeError(
                 f"{type(env).__name__}, made by {creator}, does not write into the buffers it was "
@@ -82,7 +83,7 @@ class Maker(NamedTuple):
 def _parameters(creator: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(creator).parameters)
-    except ValueError:  # a builtin says nothing of its arguments
+    except ValueError:  # a builtin has no signature
         return {}
 
 
@@ -90,11 +91,11 @@ def _is_puffer(env: Any) -> bool:
     return hasattr(env, "single_observation_space") and hasattr(env, "num_agents")
 
 
-def _emulate(env: Any, creator: Any, given: dict[str, Any]) -> Any:
+def _emulate(env: Any, creator: Any, buffers: dict[str, Any]) -> Any:
     from puffer_jax.environments import emulation
 
     if hasattr(env, "possible_agents"):
-        return emulation.PettingZooPufferEnv(env=env, **given)
+        return emulation.PettingZooPufferEnv(env=env, **buffers)
     name = type(env).__name__
     if not all(hasattr(env, a) for a in ("reset", "step", "observation_space", "action_space")):
         raise TypeError(
@@ -113,16 +114,16 @@ def _emulate(env: Any, creator: Any, given: dict[str, Any]) -> Any:
             f"{name}, made by {creator}, has a `reset` that needs an argument, as those of "
             "JAX-native environments: use puffer_jax.vector.JaxVecEnv"
         )
-    return emulation.GymnasiumPufferEnv(env=env, **given)
+    return emulation.GymnasiumPufferEnv(env=env, **buffers)
 
 
-class Layout(NamedTuple):
+class AgentLayout(NamedTuple):
     """What one environment takes of the buffers, and how its episodes begin.
 
     Attributes:
-        observation_space: of one agent, a Box.
-        action_space: of one agent: Discrete, MultiDiscrete or Box.
-        num_agents: of one environment.
+        observation_space: observation space of one agent, a Box.
+        action_space: action space of one agent: Discrete, MultiDiscrete or Box.
+        num_agents: number of agents in the environment.
         emulated: whether the vecenv resets it, in the step after an episode's end; a native one
             does so itself, in the same step.
     """
@@ -133,8 +134,8 @@ class Layout(NamedTuple):
     emulated: bool
 
     @classmethod
-    def of(cls, env: Any) -> "Layout":
-        """That of a PufferLib environment."""
+    def of(cls, env: Any) -> "AgentLayout":
+        """The layout of a PufferLib environment."""
         return cls(
             env.single_observation_space,
             env.single_action_space,
@@ -160,11 +161,11 @@ class Layout(NamedTuple):
         }
 
     def size(self, agents: int) -> int:
-        """Bytes that the buffers of so many agents take."""
+        """Bytes that the buffers of this many agents take."""
         return sum(_aligned(agents, *field) for field in self._arrays().values())
 
     def buffers(self, agents: int, memory: Any = None) -> dict[str, np.ndarray]:
-        """Arrays (agents, ...) by name; in `memory`, which has `size(agents)` bytes, or in new."""
+        """Arrays (agents, ...) by name; in `memory`, of `size(agents)` bytes, or in new memory."""
         memory = np.zeros(self.size(agents), np.uint8) if memory is None else memory
         arrays, offset = {}, 0
         for name, (shape, dtype) in self._arrays().items():
@@ -181,14 +182,14 @@ class Envs:
     """Environments that write into common buffers, stepped one after the other.
 
     Args:
-        makers: of the environments.
-        layout: of each of them.
-        buf: arrays (agents, ...) of all of them (`Layout.buffers`).
-        seed: of the first; each other one's is one higher.
-        first: number of the first, for messages.
-        restart_failed: build an environment that fails anew, with another seed, rather than raise;
-            unless it fails again before it has made a step.
-        restarts: how often all of them were built before.
+        makers: how to make each environment.
+        layout: what each environment takes of the buffers.
+        buf: arrays (agents, ...) of all environments (`AgentLayout.buffers`).
+        seed: seed of the first environment; each following one's is one higher.
+        first: number of the first environment, for messages.
+        restart_failed: build an environment that fails anew, with another seed, instead of raising
+            its error, unless it fails again before it has made a step.
+        restarts: how many times all of them were built before.
 
     Raises:
         TypeError: as `Maker`.
@@ -199,7 +200,7 @@ class Envs:
     def __init__(
         self,
         makers: Sequence[Maker],
-        layout: Layout,
+        layout: AgentLayout,
         buf: dict[str, np.ndarray],
         seed: int,
         first: int = 0,
@@ -224,11 +225,11 @@ class Envs:
 
     def _build(self, i: int) -> Any:
         buf = {name: array[self._rows[i]] for name, array in self.buf.items()}
-        # A seed that the other environments do not come near.
+        # Far from the seeds of the other environments.
         seed = self._seed + i + 1_000_003 * self._restarts[i]
         with self._noting(i, "making"):
             env = self._makers[i](buf, seed)
-            layout = Layout.of(env)
+            layout = AgentLayout.of(env)
             if layout != self._layout:
                 env.close()
                 raise ValueError(f"environments differ: expected {self._layout}, got {layout}")
@@ -243,16 +244,16 @@ class Envs:
             raise
 
     def reset(self, seed: int | None) -> list[Info]:
-        """Start all episodes; environment i with `seed + i`, with no seed if that is None."""
+        """Start all episodes; environment i with `seed + i`, or without a seed if that is None."""
         infos: list[Info] = []
         for i in range(len(self.envs)):
-            given = {} if seed is None else {"seed": seed + i}
+            arguments = {} if seed is None else {"seed": seed + i}
             try:
-                info = self.envs[i].reset(**given)[1]
+                info = self.envs[i].reset(**arguments)[1]
             except Exception as error:
                 infos.append(self._replace(i, error, "resetting"))
                 with self._noting(i, "resetting"):
-                    info = self.envs[i].reset(**given)[1]
+                    info = self.envs[i].reset(**arguments)[1]
             _add(infos, info)
         return infos
 
@@ -287,7 +288,7 @@ class Envs:
         return {"restarts": 1}
 
     def restart(self) -> list[Info]:
-        """Take the place of environments that were lost in a step."""
+        """Stand in for environments that were lost in a step."""
         for i in range(len(self.envs)):
             self._cut(i)
         return []
@@ -301,13 +302,13 @@ class Envs:
             self.buf[name][self._rows[i]] = value
 
     def notify(self) -> None:
-        """Call `notify` of those that have it."""
+        """Call `notify` of the environments that have it."""
         for env in self.envs:
             if hasattr(env, "notify"):
                 env.notify()
 
     def close(self) -> None:
-        """Close them all, even if one cannot be."""
+        """Close all of them, even if closing one fails."""
         with contextlib.ExitStack() as stack:
             for env in self.envs:
                 stack.callback(env.close)
@@ -329,7 +330,7 @@ class Envs:
 
 
 def _add(infos: list[Info], info: Any) -> None:
-    """What a step or reset tells, without the empty dicts that most agents and resets give."""
+    """Add what a step or reset tells, but not the empty dicts that most agents and resets give."""
     if isinstance(info, list):
         infos.extend(info)
     elif any(not isinstance(value, dict) or value for value in info.values()):

@@ -7,22 +7,25 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.spaces import kind_of
-from puffer_jax.environments.emulation.spaces import emulate_observation_space
-from puffer_jax.vector.envs import GIVEN, Info, Layout
-from puffer_jax.vector.protocol import Received, VecEnv
+from puffer_jax.environments.emulation.spaces import (
+    emulate_observation_space,
+    gymnasium_space,
+)
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Info
+from puffer_jax.vector.protocol import AgentBatch, VecEnv
 
 
 class JaxVecEnv(VecEnv):
     """Many of one JAX-native environment behind the protocol; a step is one dispatch.
 
     For loops that are not compiled as a whole: `puffer_jax.PuffeRL` compiles rollout and update
-    together if it is given the environment itself. As an emulated environment, it ends an episode
+    together if it gets the environment itself. As an emulated environment, it ends an episode
     with its last observation, and packs structured ones.
 
     Args:
         env: as in `puffer_jax.as_jax_env`.
-        num_envs: how many.
-        seed: of the first, as `make`'s.
+        num_envs: number of copies of it.
+        seed: seed of the first, as in `make`.
     """
 
     def __init__(self, env: Any, num_envs: int, seed: int = 0):
@@ -34,9 +37,9 @@ class JaxVecEnv(VecEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         env = as_jax_env(env)
-        space, structured = emulate_observation_space(_gymnasium_space(env.observation_space))
+        space, structured = emulate_observation_space(gymnasium_space(env.observation_space))
         emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
-        layout = Layout(space, _gymnasium_space(env.action_space), 1, emulated=True)
+        layout = AgentLayout(space, gymnasium_space(env.action_space), 1, emulated=True)
         driver = SimpleNamespace(
             single_observation_space=layout.observation_space,
             single_action_space=layout.action_space,
@@ -87,38 +90,19 @@ class JaxVecEnv(VecEnv):
 
     def _keep(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> None:
         _fill(self._fields, obs)
-        for name, value in zip(GIVEN[1:4], (reward, terminated, truncated), strict=True):
+        for name, value in zip(WRITTEN[1:4], (reward, terminated, truncated), strict=True):
             self._buffers[name][:] = value
         self._infos = [{name: np.asarray(value) for name, value in info.items()}] if info else []
 
-    def _recv(self) -> Received:
-        obs, rewards, terminals, truncations, masks = (self._buffers[n] for n in GIVEN)
+    def _recv(self) -> AgentBatch:
+        obs, rewards, terminals, truncations, masks = (self._buffers[n] for n in WRITTEN)
         return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
 
     def _notify(self) -> None:
-        """Pure functions have nobody to tell."""
+        """Do nothing: pure functions need not be told."""
 
     def _close(self) -> None:
-        """Nor anything to close."""
-
-
-def _gymnasium_space(space: Any) -> Any:
-    """Gymnasium's, if the space is a leaf; a structured one is only looked at."""
-    from gymnasium import spaces
-
-    match kind_of(space):
-        case "discrete":
-            return spaces.Discrete(int(space.n))
-        case "multidiscrete":
-            return spaces.MultiDiscrete(np.asarray(space.nvec))
-        case "box":
-            low, high = (
-                np.broadcast_to(np.asarray(bound, space.dtype), space.shape)
-                for bound in (space.low, space.high)
-            )
-            return spaces.Box(low, high, dtype=space.dtype)
-        case _:
-            return space
+        """Do nothing: pure functions hold no resources."""
 
 
 def _fill(fields: np.ndarray, tree: Any) -> None:

@@ -1,21 +1,19 @@
 """A vecenv of whatever makes environments."""
 
-import difflib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from puffer_jax.base.text import hint
 from puffer_jax.vector.multiprocessing import Multiprocessing
+from puffer_jax.vector.options import names
+from puffer_jax.vector.pool import settle_batch
 from puffer_jax.vector.protocol import VecEnv
 from puffer_jax.vector.ray import Ray
 from puffer_jax.vector.serial import Serial
 
 BACKENDS: dict[str, Any] = {backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)}
-
-_OPTIONS = (
-    *("num_workers", "batch_size", "zero_copy", "sync_traj", "overwork"),
-    *("timeout", "restart_failed", "num_buffers", "local_worker"),
-)
 
 
 def make(
@@ -37,18 +35,14 @@ def make(
         env_args: positional arguments of the creator.
         env_kwargs: keyword arguments of the creator.
         backend: `Serial`, `Multiprocessing`, `Ray`, or the name of one.
-        num_envs: how many environments.
+        num_envs: number of environments.
         seed: environment i is made with `seed + i`.
-        kwargs: num_workers and batch_size (None or "auto": chosen here, see `Multiprocessing`; an
-            "auto" batch is half of the environments), zero_copy, sync_traj, overwork, timeout,
-            local_worker (of Multiprocessing), and restart_failed: an environment that raises, and
-            those of a worker that dies or hangs, are made anew, with other seeds; the step counts
-            as truncated, and infos have {"restarts": how many}; what then fails before it has made
-            a step is an error. `Serial` knows the last and its own num_buffers only; as in the
-            reference, it makes no more than batch_size environments.
+        kwargs: the backend's options, see `puffer_jax.vector.options`. An option that only another
+            backend has is refused, one that several others have is ignored; as in the reference,
+            `Serial` then makes only batch_size environments.
 
     Raises:
-        ValueError: a number that is not possible, or numbers that do not go together.
+        ValueError: a number is not possible, or numbers do not go together.
         TypeError: something is of the wrong type, or there is no such option.
         ImportError: an extra is missing; the message has the line that installs it.
         WorkerError: an environment could not be made in its worker.
@@ -61,21 +55,9 @@ def make(
         raise TypeError(f"backend must be a class such as Serial, or its name; got {backend!r}")
     if not isinstance(num_envs, int | np.integer) or num_envs < 1:
         raise ValueError(f"num_envs must be an integer of at least 1; got {num_envs!r}")
-    for name in kwargs:
-        if name not in _OPTIONS:
-            near = difflib.get_close_matches(name, _OPTIONS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise TypeError(f"no option {name!r}; {hint}There are: {', '.join(_OPTIONS)}")
-    if "num_buffers" in kwargs and backend in (Multiprocessing, Ray):
-        raise TypeError(f"num_buffers is Serial's; {backend.__name__} has batch_size")
-    if "local_worker" in kwargs and backend in (Serial, Ray):
-        raise TypeError(f"local_worker is Multiprocessing's; got the backend {backend.__name__}")
-    if kwargs.get("num_workers") == "auto":
-        kwargs["num_workers"] = None
-    if kwargs.get("batch_size") == "auto":
-        kwargs["batch_size"] = max(1, num_envs // 2)
+    kwargs = _own_options(backend, kwargs)
     if backend is Serial:
-        num_envs = kwargs.get("batch_size") or num_envs
+        num_envs = settle_batch(kwargs.pop("batch_size", None), num_envs)
 
     if isinstance(env_creator_or_creators, list | tuple):
         creators = env_creator_or_creators
@@ -85,11 +67,11 @@ def make(
         creators = [env_creator_or_creators] * num_envs
         args = [() if env_args is None else env_args] * num_envs
         options = [{} if env_kwargs is None else env_kwargs] * num_envs
-    for name, given in (("creators", creators), ("env_args", args), ("env_kwargs", options)):
-        if not isinstance(given, list | tuple) or len(given) != num_envs:
+    for name, values in (("creators", creators), ("env_args", args), ("env_kwargs", options)):
+        if not isinstance(values, list | tuple) or len(values) != num_envs:
             raise ValueError(
                 f"{name} must be a list of num_envs ({num_envs}), as the creators are one; got "
-                f"{given!r}"
+                f"{values!r}"
             )
     for i, (creator, positional, named) in enumerate(zip(creators, args, options, strict=True)):
         if not (callable(creator) or isinstance(creator, str)):
@@ -100,3 +82,21 @@ def make(
             raise TypeError(f"env_kwargs of environment {i} must be a dict; got {named!r}")
     vecenv: Any = backend(creators, args, options, num_envs, seed=seed, **kwargs)
     return vecenv
+
+
+def _own_options(backend: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the backend takes, and `batch_size`."""
+    known = {name: backend.Options for name, backend in BACKENDS.items()}
+    own = getattr(backend, "Options", None)
+    if own is None:  # not one of ours: it must know its options itself
+        return options
+    every = dict.fromkeys(name for kind in known.values() for name in names(kind))
+    for name in options:
+        owners = [owner for owner, kind in known.items() if name in names(kind)]
+        if not owners:
+            raise TypeError(f"no option {name!r}{hint(name, every)}; there are: {', '.join(every)}")
+        if len(owners) == 1 and name not in names(own):
+            raise TypeError(
+                f"{name} is {owners[0]}'s; {backend.__name__} has {', '.join(names(own))}"
+            )
+    return {n: value for n, value in options.items() if n in names(own) or n == "batch_size"}

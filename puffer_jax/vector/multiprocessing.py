@@ -13,41 +13,44 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.vector.envs import Envs, Info, Layout, Order
-from puffer_jax.vector.pool import _CLOSING, _Pool, _Share
+from puffer_jax.vector.envs import AgentLayout, Envs, Info, Order
+from puffer_jax.vector.options import MultiprocessingOptions
+from puffer_jax.vector.pool import CLOSING, Pool, Share
 from puffer_jax.vector.worker import Failure, Memory, Process, wait
 
 
-class Multiprocessing(_Pool):
+class Multiprocessing(Pool):
     """Environments in several processes that write into one block of shared memory.
 
     Workers are fresh interpreters, asleep while they have nothing to do, and end with this
     process, however it ends; see `puffer_jax.vector.worker`.
 
     Args:
-        args: `_Pool`'s.
-        local_worker: the last worker is this process, which steps its share within `send` while
-            the others step theirs. What its environments raise comes through as it is, and no
-            `timeout` ends them. Each worker then has a share of each batch. If there are several
-            batches, the others step one while this process acts on the next, so that its own
-            shares are a quarter as large.
-        kwargs: `_Pool`'s.
+        args: those of `Pool`.
+        seed: see `make`.
+        options: see `Options`. With `local_worker`, the last worker is this process, which steps
+            its share within `send` while the others step theirs. What its environments raise comes
+            through as it is, and no `timeout` ends them. Each worker then has a share of each
+            batch. If there are several batches, the others step one while this process acts on the
+            next, so that its own shares are a quarter as large.
 
     Raises:
-        ValueError: see `_Pool`; or with a local worker, there are more workers than environments
+        ValueError: see `Pool`; or with a local worker, there are more workers than environments
             in a batch.
         WorkerError: an environment could not be made.
     """
 
-    def __init__(self, *args: Any, local_worker: bool = False, **kwargs: Any):
-        self._has_local = local_worker
-        if local_worker:  # shares differ in size, so a batch is of those that make one
-            kwargs["zero_copy"] = True
-        super().__init__(*args, **kwargs)
+    Options = MultiprocessingOptions
+
+    def __init__(self, *args: Any, seed: int = 0, **options: Any):
+        self._has_local = self.Options(**options).local_worker
+        if self._has_local:  # shares differ in size, so a batch is of those that make one
+            options["zero_copy"] = True
+        super().__init__(*args, seed=seed, **options)
 
     def _divide(
         self, num_envs: int, num_workers: int | None, batch_size: int, overwork: bool
-    ) -> list[_Share]:
+    ) -> list[Share]:
         if not self._has_local:
             return super()._divide(num_envs, num_workers, batch_size, overwork)
         num_workers = min(self._cores(), batch_size) if num_workers is None else num_workers
@@ -63,12 +66,12 @@ class Multiprocessing(_Pool):
             own = max(1, own // 4)
         ends = [(batch_size - own) * (i + 1) // others for i in range(others)] + [batch_size]
         return [
-            _Share(worker, range(batch + begin, batch + end))
+            Share(worker, range(batch + begin, batch + end))
             for batch in range(0, num_envs, batch_size)
             for worker, (begin, end) in enumerate(itertools.pairwise([0, *ends]))
         ]
 
-    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+    def _open(self, layout: AgentLayout) -> dict[str, np.ndarray]:
         self._local: dict[int, Envs] = {}
         self._memory = Memory(layout.size(self.num_agents))
         self._processes: dict[int, Process] = {}
@@ -135,7 +138,7 @@ def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
         return
     for process in processes.values():
         process.order(Order.CLOSE)
-    deadline = time.monotonic() + _CLOSING
+    deadline = time.monotonic() + CLOSING
     for process in processes.values():
         process.join(deadline)
     memory.close()

@@ -5,34 +5,35 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from puffer_jax.vector.envs import GIVEN, Info, Layout, Maker, Order
-from puffer_jax.vector.protocol import Received, VecEnv, WorkerError
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Info, Maker, Order
+from puffer_jax.vector.options import Auto, PoolOptions
+from puffer_jax.vector.protocol import AgentBatch, VecEnv, WorkerError
 from puffer_jax.vector.worker import Failure, pack
 
-_STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
+STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
 
-_PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a place for it
+PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a core to spare
 
-_CLOSING = 2.0  # seconds the workers have to close their environments
+CLOSING = 2.0  # seconds the workers have to close their environments
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
     """Environments that step one after the other, as one part of a batch.
 
     Attributes:
-        worker: that has them.
-        envs: their numbers, in a row.
+        worker: number of the worker that has them.
+        envs: numbers of the environments, which are consecutive.
     """
 
     worker: int
     envs: range
 
 
-class _Pool(VecEnv):
+class Pool(VecEnv):
     """Environments spread over workers, in equal and contiguous parts.
 
     Batches are made of units: of the workers of a whole batch side by side (`zero_copy`), or of
@@ -43,22 +44,15 @@ class _Pool(VecEnv):
         env_args: see `make`.
         env_kwargs: see `make`.
         num_envs: see `make`.
-        num_workers: a divisor of `num_envs`; by default, the largest that the cores allow.
-        batch_size: how many environments act at once; by default, all. If fewer, the others step
-            meanwhile.
-        zero_copy: batches are of environments in a row, so that their arrays need no copying.
-        sync_traj: batches come in the order in which they were sent, each environment as often as
-            any other; or else, in the order in which they are done.
-        overwork: allow more workers than cores.
         seed: see `make`.
-        timeout: seconds that a worker may take for one order; by default, for ever. (A minute more
-            to start; by default, ten.)
-        restart_failed: see `make`.
+        options: see `Options`.
 
     Raises:
         ValueError: the numbers do not go together.
         WorkerError: an environment could not be made.
     """
+
+    Options: ClassVar[type[PoolOptions]] = PoolOptions
 
     def __init__(
         self,
@@ -66,16 +60,13 @@ class _Pool(VecEnv):
         env_args: Sequence[Sequence[Any]],
         env_kwargs: Sequence[dict[str, Any]],
         num_envs: int,
-        num_workers: int | None = None,
-        batch_size: int | None = None,
-        zero_copy: bool = True,
-        sync_traj: bool = True,
-        overwork: bool = False,
         seed: int = 0,
-        timeout: float | None = None,
-        restart_failed: bool = False,
+        **options: Any,
     ):
-        batch_size = num_envs if batch_size is None else batch_size
+        settings = self.Options(**options)
+        num_workers = None if settings.num_workers == "auto" else settings.num_workers
+        batch_size = settle_batch(settings.batch_size, num_envs)
+        zero_copy, timeout = settings.zero_copy, settings.timeout
         if not 1 <= batch_size <= num_envs:
             raise ValueError(f"batch_size must be 1 .. num_envs ({num_envs}); got {batch_size}")
         if zero_copy and num_envs % batch_size:
@@ -83,47 +74,53 @@ class _Pool(VecEnv):
                 f"with zero_copy, num_envs must be a multiple of batch_size; got {num_envs} and "
                 f"{batch_size}"
             )
-        shares = self._shares = self._divide(num_envs, num_workers, batch_size, overwork)
+        shares = self._shares = self._divide(num_envs, num_workers, batch_size, settings.overwork)
         makers = [*map(Maker, env_creators, env_args, env_kwargs)]
         driver = makers[0]()
-        layout = Layout.of(driver)
+        layout = AgentLayout.of(driver)
         super().__init__(driver, layout, num_envs, batch_size)
 
         per_batch = len(shares) * batch_size // num_envs
         if per_batch == len(shares):
-            zero_copy = True  # there is but one batch
+            zero_copy = True  # there is only one batch
         self._per_unit = per_batch if zero_copy else 1
         self._units_per_batch = per_batch // self._per_unit
-        self._sync_traj = sync_traj
+        self._sync_traj = settings.sync_traj
         self._owing = [0] * (len(shares) // self._per_unit)  # shares a unit waits for
         self._sent: list[int] = []  # units, in that order
         self._done: list[int] = []  # units among them, in that order
         self._batch: list[int] = []
 
         self._timeout = math.inf if timeout is None else timeout
-        self._start_limit = _PATIENCE if timeout is None else timeout + _STARTING
-        self._restart_failed = restart_failed
+        self._start_limit = PATIENCE if timeout is None else timeout + STARTING
+        self._restart_failed = settings.restart_failed
         self._num_workers = 1 + max(share.worker for share in shares)
-        # By their numbers, as everywhere below, the shares that a worker has.
+        # The numbers of the shares that each worker has.
         self._shares_of: list[list[int]] = [[] for _ in range(self._num_workers)]
         for number, share in enumerate(shares):
             self._shares_of[share.worker].append(number)
         self._busy: dict[int, tuple[bytes, Any]] = {}
         self._due = [math.inf] * len(shares)
         self._restarts = [0] * self._num_workers
-        self._unproven: dict[int, int] = {}  # restarted share -> steps till it has really made one
+        self._unproven: dict[
+            int, int
+        ] = {}  # restarted share -> orders until it has really made a step
         self._missing: set[int] = set()  # restarted while they had nothing to do: no step for them
         self._infos: list[list[Info]] = [[] for _ in shares]
 
         each = layout.num_agents
         self._rows = [slice(s.envs.start * each, s.envs.stop * each) for s in shares]
-        self._parts: list[tuple[list[Maker], Layout, dict[str, Any]]] = []
+        self._parts: list[tuple[list[Maker], AgentLayout, dict[str, Any]]] = []
         for share in shares:
             first = share.envs.start
-            options = {"seed": seed + first, "first": first, "restart_failed": restart_failed}
-            self._parts.append(([makers[i] for i in share.envs], layout, options))
+            settled = {
+                "seed": seed + first,
+                "first": first,
+                "restart_failed": settings.restart_failed,
+            }
+            self._parts.append(([makers[i] for i in share.envs], layout, settled))
         self._buffers = self._or_close(self._open, layout)
-        self._given = [self._buffers[name] for name in GIVEN]
+        self._written = [self._buffers[name] for name in WRITTEN]
         self._or_close(self._start_all)
 
     def _start_all(self) -> None:
@@ -136,8 +133,8 @@ class _Pool(VecEnv):
 
     def _divide(
         self, num_envs: int, num_workers: int | None, batch_size: int, overwork: bool
-    ) -> list[_Share]:
-        """The shares, batch by batch: here, one of each worker, which are of equal sizes."""
+    ) -> list[Share]:
+        """The shares, batch by batch: here, one for each worker, all of the same size."""
         if num_workers is None:
             fitting = [
                 n
@@ -154,7 +151,7 @@ class _Pool(VecEnv):
                 "batch_size must be a multiple of the environments of one worker "
                 f"({num_envs} / {num_workers}); got {batch_size}"
             )
-        return [_Share(w, range(w * each, (w + 1) * each)) for w in range(num_workers)]
+        return [Share(w, range(w * each, (w + 1) * each)) for w in range(num_workers)]
 
     def _check_workers(self, num_workers: int, overwork: bool) -> None:
         cores = self._cores()
@@ -175,23 +172,23 @@ class _Pool(VecEnv):
 
     def _cores(self) -> int:
         """How many workers can run at once."""
-        return _cores()
+        return available_cores()
 
     @abstractmethod
-    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+    def _open(self, layout: AgentLayout) -> dict[str, np.ndarray]:
         """The buffers of all agents, before any worker starts."""
 
     @abstractmethod
     def _start(self, worker: int) -> None:
-        """Start a worker with its shares, in the place of a lost one if there was one."""
+        """Start a worker with its shares, instead of a lost one if there was one."""
 
     @abstractmethod
     def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
-        """Give the share's worker an order. If it has been obeyed by then: what was told."""
+        """Give the share's worker an order; returns infos if it has been obeyed already."""
 
     @abstractmethod
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
-        """By share, those of the workers that have done what they were told, after waiting."""
+        """Wait; then the share and the reply of each order that has been obeyed."""
 
     @abstractmethod
     def _kill(self, worker: int) -> None:
@@ -244,7 +241,7 @@ class _Pool(VecEnv):
                 self._lose(share, Failure(reason, lost=True))
 
     def _lose(self, lost: int, failure: Failure) -> None:
-        """Start the worker of a share anew, if that is wanted and can help."""
+        """Start the worker of a lost share anew, if that is wanted and can help."""
         worker, envs = self._shares[lost]
         tasks = {share: self._busy.pop(share, None) for share in self._shares_of[worker]}
         again = "after a restart, " * (lost in self._unproven)
@@ -257,7 +254,7 @@ class _Pool(VecEnv):
         self._restarts[worker] += 1
         self._start(worker)
         for share, task in tasks.items():
-            self._unproven[share] = 2  # the first may but reset
+            self._unproven[share] = 2  # the first order may only reset
             self._infos[share].append({"restarts": len(self._shares[share].envs)})
             if task is None:
                 self._missing.add(share)
@@ -277,7 +274,7 @@ class _Pool(VecEnv):
             self._infos[number] = []
             self._order(number, Order.RESET, None if seed is None else seed + share.envs.start)
 
-    def _recv(self) -> Received:
+    def _recv(self) -> AgentBatch:
         while not (batch := self._next_batch()):
             self._wait()
         self._batch = batch
@@ -290,11 +287,11 @@ class _Pool(VecEnv):
                 infos += self._infos[share]
                 self._infos[share] = []
         rows = self._batch_rows()
-        obs, rewards, terminals, truncations, masks = [array[rows] for array in self._given]
+        obs, rewards, terminals, truncations, masks = [array[rows] for array in self._written]
         return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
 
     def _next_batch(self) -> list[int]:
-        """Its units, or none if some of them must be waited for."""
+        """The units of the next batch; none if some of them must be waited for."""
         batch = (self._sent if self._sync_traj else self._done)[: self._units_per_batch]
         ready = len(batch) == self._units_per_batch and not any(self._owing[u] for u in batch)
         return batch if ready else []
@@ -329,7 +326,14 @@ class _Pool(VecEnv):
         self.driver_env.close()
 
 
-def _cores() -> int:
-    """How many this process may use."""
+def available_cores() -> int:
+    """How many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def settle_batch(batch_size: int | Auto | None, num_envs: int) -> int:
+    """How many environments are in a batch; auto: half of them, None: all."""
+    if batch_size == "auto":
+        return max(1, num_envs // 2)
+    return num_envs if batch_size is None else batch_size

@@ -9,9 +9,11 @@ import numpy as np
 
 from puffer_jax.base.spaces import structured_dtype
 from puffer_jax.environments.emulation.spaces import joint_space
-from puffer_jax.vector.envs import Info, Layout
+from puffer_jax.vector.envs import AgentLayout, Info
 
-Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info], np.ndarray, np.ndarray]
+_Array = np.ndarray
+AgentBatch = tuple[_Array, _Array, _Array, _Array, list[Info], _Array, _Array]
+"""What `recv` returns: observations, rewards, terminals, truncations, infos, agent ids, masks."""
 
 
 class WorkerError(RuntimeError):
@@ -23,26 +25,26 @@ class VecEnv(ABC):
 
     Args:
         driver_env: one of the environments, for its spaces.
-        layout: that of each environment.
-        num_envs: how many there are.
-        batch_envs: how many of them act at once.
+        layout: what each environment takes of the buffers.
+        num_envs: number of environments.
+        batch_envs: number of environments that act at once.
 
     Attributes:
-        driver_env: see above; a policy is made for it.
+        driver_env: one of the environments; a policy is made for it.
         emulated: how a structured observation is packed, see `puffer_jax.nativize_dtype`; False
             for native environments.
-        single_observation_space: of one agent.
-        single_action_space: of one agent.
-        num_environments: in all.
-        num_agents: of all environments.
-        agents_per_batch: that act at once.
-        agent_ids: of all agents.
-        num_buffers: groups that act by turns in this process, see `Serial`.
+        single_observation_space: observation space of one agent.
+        single_action_space: action space of one agent.
+        num_environments: number of environments.
+        num_agents: number of agents in all environments.
+        agents_per_batch: number of agents that act at once.
+        agent_ids: numbers of all agents.
+        num_buffers: number of groups that take turns in this process, see `Serial`.
     """
 
     num_buffers = 1
 
-    def __init__(self, driver_env: Any, layout: Layout, num_envs: int, batch_envs: int):
+    def __init__(self, driver_env: Any, layout: AgentLayout, num_envs: int, batch_envs: int):
         self.driver_env = driver_env
         self.emulated = driver_env.emulated
         self.single_observation_space = layout.observation_space
@@ -63,12 +65,12 @@ class VecEnv(ABC):
 
     @functools.cached_property
     def observation_space(self) -> Any:
-        """Of a batch, a Box."""
+        """Observation space of a batch, a Box."""
         return joint_space(self.single_observation_space, self.agents_per_batch)
 
     @functools.cached_property
     def action_space(self) -> Any:
-        """Of a batch: MultiDiscrete for Discrete, else a Box."""
+        """Action space of a batch: MultiDiscrete for Discrete, otherwise a Box."""
         return joint_space(self.single_action_space, self.agents_per_batch)
 
     def async_reset(self, seed: int | None = None) -> None:
@@ -84,13 +86,13 @@ class VecEnv(ABC):
         self._or_close(self._reset, seed)
         self._state = "recv"
 
-    def recv(self) -> Received:
+    def recv(self) -> AgentBatch:
         """Wait for a batch.
 
         Returns:
             (observations, rewards, terminals, truncations, infos, agent_ids, masks): arrays
-            (agents_per_batch, ...) but for infos, a list of what the environments tell. A mask is
-            False where an agent is not there.
+            (agents_per_batch, ...) except for infos, a list of what the environments tell. A mask
+            is False where an agent is absent.
 
         Raises:
             RuntimeError: neither `async_reset` nor `send` came before.
@@ -106,7 +108,7 @@ class VecEnv(ABC):
 
         Args:
             actions: (agents_per_batch, ...), of the joint `action_space`; whether their values are
-                in it is only looked at the first time. With several buffers, JAX may still be
+                in it is only checked the first time. With several buffers, JAX may still be
                 computing them.
 
         Raises:
@@ -118,7 +120,7 @@ class VecEnv(ABC):
         if self.num_buffers == 1:
             actions = np.asarray(actions)
         elif not hasattr(actions, "block_until_ready"):
-            actions = np.array(actions)  # the caller may write to its own before they are played
+            actions = np.array(actions)  # the caller may reuse its array before they are played
         self._check_actions(actions)
         self._or_close(self._send, actions)
         self._state = "recv"
@@ -142,7 +144,7 @@ class VecEnv(ABC):
         self._notify()
 
     def close(self) -> None:
-        """Close the environments and end the workers; once more does nothing."""
+        """Close the environments and end the workers; a second call does nothing."""
         if self._state != "closed":
             self._state = "closed"
             self._close()
@@ -187,7 +189,7 @@ class VecEnv(ABC):
     def _reset(self, seed: int | None) -> None: ...
 
     @abstractmethod
-    def _recv(self) -> Received: ...
+    def _recv(self) -> AgentBatch: ...
 
     @abstractmethod
     def _send(self, actions: Any) -> None: ...

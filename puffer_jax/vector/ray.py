@@ -7,24 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.vector.envs import Info, Layout, Order
-from puffer_jax.vector.pool import _CLOSING, _Pool
-from puffer_jax.vector.worker import Actor, Failure
+from puffer_jax.base.packages import require
+from puffer_jax.vector.envs import AgentLayout, Info, Order
+from puffer_jax.vector.pool import CLOSING, Pool
+from puffer_jax.vector.worker import Failure, RayWorker
 
 
-class Ray(_Pool):
+class Ray(Pool):
     """Environments in actors of a Ray cluster, spread over its nodes.
 
     What they observe comes as shared objects: a node's agents read and write its object store.
-    Starts Ray if that is not done, and then shuts it down when closed. The arguments are `_Pool`'s;
+    Starts Ray if that is not done, and then shuts it down when closed. The arguments are `Pool`'s;
     cores are the cluster's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError("Ray is not installed: pip install 'puffer_jax[ray]'") from error
+        ray = require("ray", "the backend Ray", "'puffer_jax[ray]'")
         self._ray, self._started_ray = ray, not ray.is_initialized()
         if self._started_ray:
             ray.init(include_dashboard=False, logging_level=logging.ERROR)
@@ -39,7 +37,7 @@ class Ray(_Pool):
     def _cores(self) -> int:
         return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def _open(self, layout: Layout) -> dict[str, np.ndarray]:
+    def _open(self, layout: AgentLayout) -> dict[str, np.ndarray]:
         return layout.buffers(self.num_agents)
 
     def _start(self, worker: int) -> None:
@@ -47,7 +45,7 @@ class Ray(_Pool):
         agents = self._rows[share].stop - self._rows[share].start
         payload = self._payload(share, agents, slice(None))
         per_core = -(-self._num_workers // self._cores())  # with overwork, more than one
-        actor = self._ray.remote(num_cpus=1 / per_core, scheduling_strategy="SPREAD")(Actor)
+        actor = self._ray.remote(num_cpus=1 / per_core, scheduling_strategy="SPREAD")(RayWorker)
         self._actors[worker] = actor.remote(sys.path, payload)
 
     def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
@@ -77,7 +75,7 @@ class Ray(_Pool):
     def _close(self) -> None:
         if self._ray.is_initialized():
             closing = [actor.obey.remote(Order.CLOSE, None) for actor in self._actors.values()]
-            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSING)
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSING)
         self._leave()
         super()._close()
 

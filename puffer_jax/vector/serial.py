@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.vector.envs import GIVEN, Envs, Info, Layout, Maker
-from puffer_jax.vector.protocol import Received, VecEnv
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Envs, Info, Maker
+from puffer_jax.vector.options import SerialOptions
+from puffer_jax.vector.protocol import AgentBatch, VecEnv
 
 
 class Serial(VecEnv):
@@ -15,9 +16,9 @@ class Serial(VecEnv):
 
     What an environment raises comes through as it is, with a note that says which it was.
 
-    With several buffers (double-buffered sampling, Petrenko et al. 2020), they are as many groups,
-    which act by turns: a group steps when `recv` comes to it again, and until then the device has
-    time to compute its actions, while other groups step.
+    With several buffers (double-buffered sampling, Petrenko et al. 2020), the environments are in
+    as many groups, which take turns: a group steps when `recv` comes to it again, and until then
+    the device has time to compute its actions, while other groups step.
 
     Args:
         env_creators: see `make`; one for each environment, as what follows.
@@ -25,12 +26,17 @@ class Serial(VecEnv):
         env_kwargs: see `make`.
         num_envs: see `make`.
         seed: see `make`.
-        num_buffers: a divisor of `num_envs`; a batch is that part of them.
-        restart_failed: see `make`.
+        options: see `Options`; `num_buffers` is a divisor of `num_envs`, and a batch is that part
+            of them.
+
+    Attributes:
+        pending: the actions that each group has not played yet, or None.
 
     Raises:
-        ValueError: `num_buffers` is not possible.
+        ValueError: `num_buffers` does not divide `num_envs`.
     """
+
+    Options = SerialOptions
 
     def __init__(
         self,
@@ -39,17 +45,17 @@ class Serial(VecEnv):
         env_kwargs: Sequence[dict[str, Any]],
         num_envs: int,
         seed: int = 0,
-        num_buffers: int = 1,
-        restart_failed: bool = False,
-        **_: Any,  # those of the other backends
+        **options: Any,
     ):
+        settings = SerialOptions(**options)
+        num_buffers = settings.num_buffers
         if num_buffers not in range(1, num_envs + 1) or num_envs % num_buffers:
             raise ValueError(
                 f"num_buffers must divide the number of environments, {num_envs}; got {num_buffers}"
             )
         makers = [*map(Maker, env_creators, env_args, env_kwargs)]
         driver = makers[0]()
-        layout = Layout.of(driver)
+        layout = AgentLayout.of(driver)
         driver.close()
         each = self._each = num_envs // num_buffers
         self._groups: list[Envs] = []
@@ -57,7 +63,7 @@ class Serial(VecEnv):
             for first in range(0, num_envs, each):
                 part = makers[first : first + each]
                 buffers = layout.buffers(layout.num_agents * each)
-                group = Envs(part, layout, buffers, seed + first, first, restart_failed)
+                group = Envs(part, layout, buffers, seed + first, first, settings.restart_failed)
                 self._groups.append(group)
         except BaseException:
             self._close()
@@ -65,9 +71,9 @@ class Serial(VecEnv):
         super().__init__(self.envs[0], layout, num_envs, each)
         self.num_buffers = num_buffers
         self._turn = 0
-        self._actions: list[Any] = [None] * num_buffers  # that a group has not played yet
+        self.pending: list[Any] = [None] * num_buffers
         self._infos: list[list[Info]] = [[]] * num_buffers
-        self._given = [[group.buf[name] for name in GIVEN] for group in self._groups]
+        self._written = [[group.buf[name] for name in WRITTEN] for group in self._groups]
         self._ids = np.split(self.agent_ids, num_buffers)
 
     @property
@@ -78,24 +84,24 @@ class Serial(VecEnv):
     def _reset(self, seed: int | None) -> None:
         self._turn = 0
         for i, group in enumerate(self._groups):
-            self._actions[i] = None
+            self.pending[i] = None
             self._infos[i] = group.reset(None if seed is None else seed + i * self._each)
 
-    def _recv(self) -> Received:
+    def _recv(self) -> AgentBatch:
         turn = self._turn
-        if self._actions[turn] is not None:
+        if self.pending[turn] is not None:
             self._step(turn)
-        obs, rewards, terminals, truncations, masks = self._given[turn]
+        obs, rewards, terminals, truncations, masks = self._written[turn]
         return obs, rewards, terminals, truncations, self._infos[turn], self._ids[turn], masks
 
     def _send(self, actions: Any) -> None:
         turn, self._turn = self._turn, (self._turn + 1) % self.num_buffers
-        self._actions[turn] = actions
+        self.pending[turn] = actions
         if self.num_buffers == 1:
             self._step(turn)
 
     def _step(self, turn: int) -> None:
-        actions, self._actions[turn] = self._actions[turn], None
+        actions, self.pending[turn] = self.pending[turn], None
         self._groups[turn].buf["actions"][:] = actions
         self._infos[turn] = self._groups[turn].step()
 

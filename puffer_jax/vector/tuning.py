@@ -1,4 +1,4 @@
-"""How fast a vecenv is, and which is fastest."""
+"""How fast a vecenv is, and which settings are fastest."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from puffer_jax.vector.making import make
 from puffer_jax.vector.multiprocessing import Multiprocessing
-from puffer_jax.vector.pool import _cores
+from puffer_jax.vector.pool import available_cores
 from puffer_jax.vector.serial import Serial
 
 
@@ -16,7 +16,7 @@ def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
 
     Args:
         vecenv: ours, the reference's, or a `gymnasium.vector.VectorEnv`. It is not closed.
-        seconds: how long.
+        seconds: how long to measure.
         think: seconds slept for each batch, as a policy on an accelerator would take.
     """
     vecenv.action_space.seed(0)
@@ -66,17 +66,17 @@ def autotune(
     Args:
         env_creator: see `make`.
         batch_size: how many environments act at once.
-        max_envs: in all; by default, twice `batch_size`.
+        max_envs: most environments in all; by default, twice `batch_size`.
         cores: the most workers; by default, one for each core.
         think: seconds that acting on a batch takes.
-        seconds: of each trial.
-        kwargs: others of `make`'s.
+        seconds: how long each trial takes.
+        kwargs: other arguments of `make`.
 
     Returns:
         Arguments of `make`: `make(env_creator, **autotune(env_creator, 8))`.
 
     Raises:
-        ValueError: `batch_size` is not within 1 and `max_envs`.
+        ValueError: `batch_size` is not between 1 and `max_envs`.
     """
     from rich.console import Console
     from rich.table import Table
@@ -84,7 +84,7 @@ def autotune(
     max_envs = 2 * batch_size if max_envs is None else max_envs
     if not 1 <= batch_size <= max_envs:
         raise ValueError(f"batch_size must be 1 .. max_envs ({max_envs}); got {batch_size}")
-    cores = _cores() if cores is None else cores
+    cores = available_cores() if cores is None else cores
     trials: list[dict[str, Any]] = [{"backend": Serial, "num_envs": batch_size}]
     for num_envs in range(batch_size, max_envs + 1, batch_size):
         for num_workers in range(1, min(cores, num_envs) + 1):
@@ -93,7 +93,7 @@ def autotune(
                 "num_envs": num_envs,
                 "num_workers": num_workers,
                 "batch_size": batch_size,
-                "overwork": num_workers > _cores(),
+                "overwork": num_workers > available_cores(),
             }
             if not num_envs % num_workers and not batch_size % (num_envs // num_workers):
                 trials.append(trial)

@@ -1,7 +1,7 @@
 """Some of a vecenv's environments: built, stepped and, in a process of their own, served.
 
 `Envs` is the loop over environments that every backend of `puffer_jax.vector` runs: `Serial` in
-this process, `Multiprocessing` in a `Process`, `Ray` in an `Actor`. A process is a fresh
+this process, `Multiprocessing` in a `Process`, `Ray` in a `RayWorker`. A process is a fresh
 interpreter, not a fork, for JAX is threaded: it loads neither JAX nor torch nor the user's script,
 and shares one anonymous block of memory with its parent, so that there is no name to clean up.
 """
@@ -23,7 +23,8 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from puffer_jax.vector.envs import GIVEN, Envs, Info, Order
+from puffer_jax.base.packages import require
+from puffer_jax.vector.envs import WRITTEN, Envs, Info, Order
 
 _DONE, _INFOS, _ERROR = b".", b"i", b"!"
 
@@ -32,10 +33,10 @@ _BOOT = (
     "from puffer_jax.vector.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
-# Seconds to ask before sleeping: waking a core takes up to 0.1 ms, as long as many a step.
+# Seconds to poll before sleeping: waking a core takes up to 0.1 ms, as long as many steps.
 _AWAKE = 1e-3
 
-# One process a core: no thread pools beside it, and no accelerator.
+# One process per core: no thread pools besides, and no accelerator.
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -68,24 +69,20 @@ def pack(value: Any) -> bytes:
     """`value` by cloudpickle, which takes lambdas and what the user's script defines.
 
     Raises:
-        ImportError: there is no cloudpickle.
+        ImportError: cloudpickle is not installed.
     """
-    try:
-        import cloudpickle
-    except ImportError as error:
-        raise ImportError("workers need cloudpickle: pip install 'puffer_jax[vector]'") from error
-    return cloudpickle.dumps(value)
+    return require("cloudpickle", "a worker", "'puffer_jax[vector]'").dumps(value)
 
 
 class Memory:
-    """A block of memory without a name: whatever dies, nothing of it is left.
+    """A block of memory without a name: whichever process dies, nothing is left behind.
 
     Args:
-        size: in bytes.
+        size: number of bytes.
 
     Attributes:
-        fd: that processes inherit.
-        map: the block.
+        fd: file descriptor that worker processes inherit.
+        map: the block of memory.
     """
 
     def __init__(self, size: int):
@@ -130,7 +127,7 @@ class Process:
         self.pid = self._process.pid
 
     def order(self, order: bytes, share: int = 0, argument: bytes = b"") -> None:
-        """Send an order for a share; to a dead worker, nothing, since its channel will tell."""
+        """Send an order for a share; a dead worker gets none, and its closed channel tells."""
         if self._connection.closed:
             return
         try:
@@ -141,7 +138,7 @@ class Process:
             pass
 
     def reply(self) -> list[Info] | Failure:
-        """Read the answer that waits; of a dead worker, how it died."""
+        """Read the reply that has come; for a dead worker, how it died."""
         try:
             reply = os.read(self.fd, 1)
             if reply == _DONE:
@@ -186,16 +183,16 @@ def boot(payload: bytes, memory: Any = None) -> Envs:
     return Envs(makers, layout, buf, **options)
 
 
-class Actor:
-    """A worker of Ray's: one process, on some node.
+class RayWorker:
+    """A worker process on some node of a Ray cluster.
 
     Args:
-        path: where the parent finds modules.
+        path: folders in which the parent finds modules.
         payload: see `boot`.
     """
 
     def __init__(self, path: list[str], payload: bytes):
-        sys.path += [place for place in path if place not in sys.path]
+        sys.path += [folder for folder in path if folder not in sys.path]
         self._failure: Failure | None = None
         try:
             self._envs = boot(payload)
@@ -212,7 +209,7 @@ class Actor:
             infos = self._envs.obey(order, argument)
         except Exception as error:
             return Failure(_told(error), lost=False), {}
-        return infos, {name: self._envs.buf[name] for name in GIVEN}
+        return infos, {name: self._envs.buf[name] for name in WRITTEN}
 
 
 def main(channel: int, memory: int) -> None:
@@ -220,7 +217,7 @@ def main(channel: int, memory: int) -> None:
 
     Args:
         channel: file descriptor of the socket.
-        memory: of the block in which the buffers lie.
+        memory: file descriptor of the block in which the buffers lie.
     """
     import fcntl
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from puffer_jax.base.files import write_atomically
-from puffer_jax.base.text import _from_json, _to_json
+from puffer_jax.base.text import from_json, to_json
 from puffer_jax.nn.params import mismatches
 from puffer_jax.weights.description import describe
 from puffer_jax.weights.pt import Contents
@@ -33,7 +33,7 @@ def _save_bin(policy: nnx.Module, path: Path) -> None:
     # the old one goes first: a crash leaves a file that lacks its check, never a false one.
     _sidecar(path).unlink(missing_ok=True)
     write_atomically(path, lambda file: file.write(data))
-    text = _to_json(sidecar, indent=1).encode()
+    text = to_json(sidecar, indent=1).encode()
     write_atomically(_sidecar(path), lambda file: file.write(text))
 
 
@@ -46,7 +46,7 @@ class _Sidecar(NamedTuple):
 def _read_sidecar(path: Path) -> _Sidecar | None:
     sidecar = _sidecar(path)
     try:
-        content = _from_json(sidecar.read_bytes())
+        content = from_json(sidecar.read_bytes())
         shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
         if not all(type(size) is int and size >= 0 for s in shapes.values() for size in s):
             raise ValueError("sizes that are no sizes")

@@ -10,25 +10,14 @@ import numpy as np
 from flax import nnx
 
 from puffer_jax.base.files import write_atomically
+from puffer_jax.base.packages import TORCH, require
 from puffer_jax.weights.state_dicts import _parameters
-
-_TORCH_INSTALL = "pip install 'torch>=2.10'"
 
 
 def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f".pt files need torch: {_TORCH_INSTALL} (.safetensors needs nothing more)"
-        ) from error
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 10):
-        raise ImportError(
-            f".pt files need torch >= 2.10, whose loader is safe against hostile files; found "
-            f"{torch.__version__}: {_TORCH_INSTALL}"
-        )
-    return torch
+    # From this version on, torch's loader is safe against hostile files.
+    note = " (.safetensors needs nothing more)"
+    return require("torch", "a .pt file", TORCH, oldest=(2, 10), note=note)
 
 
 def _save_pt(policy: nnx.Module, path: Path) -> None:

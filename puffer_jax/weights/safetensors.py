@@ -6,7 +6,7 @@ from pathlib import Path
 from flax import nnx
 
 from puffer_jax.base.files import write_atomically
-from puffer_jax.base.text import _from_json, _to_json
+from puffer_jax.base.text import from_json, to_json
 from puffer_jax.weights.description import describe
 from puffer_jax.weights.pt import Contents
 from puffer_jax.weights.state_dicts import _parameters
@@ -19,7 +19,7 @@ def _save_safetensors(policy: nnx.Module, path: Path) -> None:
 
     # Tied keys are left out: the format has no tied tensors, and loading restores them.
     tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
-    metadata = {"format": "pt", _METADATA_KEY: _to_json(describe(policy))}
+    metadata = {"format": "pt", _METADATA_KEY: to_json(describe(policy))}
     data = save(tensors, metadata)
     write_atomically(path, lambda file: file.write(data))
 
@@ -36,4 +36,4 @@ def _read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) 
     # AttributeError: a number format NumPy does not have.
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"not a readable safetensors file: {error}") from error
-    return tensors, _from_json(metadata.get(_METADATA_KEY, "null"))
+    return tensors, from_json(metadata.get(_METADATA_KEY, "null"))

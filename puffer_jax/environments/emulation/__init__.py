@@ -1,14 +1,14 @@
 """Any environment behind flat arrays, so that vecenvs and policies see one kind of environment.
 
 What `pufferlib.emulation` does, with its names, layouts and protocol, so that the environments of
-either serve in the vecenvs of both. A nested observation becomes a row of numbers, which
-`puffer_jax.nativize` reads; a nested action comes from a MultiDiscrete. The way from one to the
-other is laid out once, when the environment is made. An episode that ended is begun anew by
-whoever calls `reset`: a vecenv does so in the next step.
+either work in the vecenvs of both. A nested observation becomes a row of numbers, which
+`puffer_jax.nativize` reads; a nested action is made from a MultiDiscrete. The way from one to the
+other is worked out once, when the environment is made. After an episode's end, the caller must call
+`reset`: a vecenv does so in the next step.
 
-Every observation must have the shape and the dtype of its space, which NumPy would else broadcast
-and cast without a word; that it lies within bounds is checked for the first of each agent only,
-and so are the actions.
+Every observation must have the shape and the dtype of its space; otherwise, NumPy would broadcast
+and cast it silently. Whether it is within bounds is checked for the first of each agent only, and
+likewise for actions.
 
 Neither JAX nor torch is imported here: workers run this.
 """

@@ -49,7 +49,7 @@ class _Leaf:
         return bool(np.all(within))
 
 
-class _Writer:
+class Writer:
     """Writes observations into the rows of a buffer.
 
     An observation is taken apart by two flat lists: of its containers, each found by its key in
@@ -60,7 +60,7 @@ class _Writer:
     def __init__(self, env: Any, space: Any, observations: np.ndarray, structured: np.dtype):
         self._env, self._space = env, space
         self._containers: list[tuple[int, Any, int]] = []
-        self._unseen = set(range(len(observations)))  # rows that nothing was written to
+        self._unseen = set(range(len(observations)))  # rows not yet written to
         found: list[tuple[int, Any, np.ndarray, _Leaf]] = []
         if kind_of(space) == "box":
             rows = observations
@@ -95,13 +95,13 @@ class _Writer:
         """
         array = np.ndarray
         if self._only and not self._unseen:
-            dtype, shape, place = self._only[row]
+            dtype, shape, target = self._only[row]
             if (
                 type(observation) is array
                 and observation.dtype is dtype
                 and observation.shape == shape
             ):
-                place[()] = observation
+                target[()] = observation
                 return
         parts: list[Any] = [(observation,)]
         first = bool(self._unseen) and row in self._unseen
@@ -111,12 +111,12 @@ class _Writer:
                 if len(part) != size:
                     raise ValueError(f"{len(part)} parts instead of {size}")
                 parts.append(part)
-            for parent, key, dtype, shape, place, leaf in self._leaves[row]:
+            for parent, key, dtype, shape, target, leaf in self._leaves[row]:
                 value = parts[parent][key]
                 exact = type(value) is array and value.dtype == dtype and value.shape == shape
                 if (first or not exact) and not leaf.takes(value, first):
                     raise ValueError(f"{_form(value)} instead of {leaf.space}")
-                place[()] = value
+                target[()] = value
         except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"{self._env}: an observation is not in {self._space} ({error}): "
@@ -126,7 +126,7 @@ class _Writer:
             self._unseen.remove(row)
 
 
-class _Reader:
+class Reader:
     """Makes the environment's own actions out of flat ones.
 
     Unlike in the reference, which reads nested int64 actions as pairs of int32, flattens a Box of

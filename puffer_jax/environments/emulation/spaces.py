@@ -1,21 +1,49 @@
 """Flat spaces for structured ones, and what reads and writes them."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from puffer_jax.base.packages import require
 from puffer_jax.base.spaces import children_of, emulated_dtypes, kind_of
 
 
-def _gymnasium() -> Any:
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ImportError(
-            "environments need gymnasium: pip install 'puffer_jax[vector]'"
-        ) from error
-    return gymnasium
+def import_gymnasium() -> Any:
+    """The package gymnasium.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return require("gymnasium", "emulation", "'puffer_jax[vector]'")
+
+
+def gymnasium_space(space: Any) -> Any:
+    """The space of gymnasium that any space stands for; its parts are in the same order.
+
+    Raises:
+        TypeError: a space that is not supported.
+    """
+    spaces = import_gymnasium().spaces
+    match kind_of(space):
+        case "dict":
+            parts = {name: gymnasium_space(part) for name, part in space.spaces.items()}
+            return spaces.Dict(OrderedDict(parts))  # it would sort a plain dict
+        case "tuple":
+            return spaces.Tuple([gymnasium_space(part) for part in space.spaces])
+        case "discrete":
+            return spaces.Discrete(int(space.n))
+        case "multidiscrete":
+            return spaces.MultiDiscrete(np.asarray(space.nvec))
+        case "multibinary":
+            return spaces.MultiBinary(space.shape)
+        case "box":
+            low, high = (
+                np.broadcast_to(np.asarray(bound, space.dtype), space.shape)
+                for bound in (space.low, space.high)
+            )
+            return spaces.Box(low, high, dtype=np.dtype(space.dtype).type)
 
 
 def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
@@ -40,7 +68,7 @@ def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
         kind = int if sample.kind in "iu" else float
         low, high = kind(info.min), kind(info.max)
     shape = (structured.itemsize // sample.itemsize,)
-    return _gymnasium().spaces.Box(low, high, shape, sample), structured
+    return import_gymnasium().spaces.Box(low, high, shape, sample), structured
 
 
 def emulate_action_space(space: Any) -> tuple[Any, Callable[[list[int]], Any] | None]:
@@ -64,7 +92,7 @@ def emulate_action_space(space: Any) -> tuple[Any, Callable[[list[int]], Any] | 
         return space, None
     sizes: list[int] = []
     build = _builder(space, sizes)
-    spaces = _gymnasium().spaces
+    spaces = import_gymnasium().spaces
     return spaces.Discrete(sizes[0]) if kind == "discrete" else spaces.MultiDiscrete(sizes), build
 
 
@@ -99,7 +127,7 @@ def joint_space(space: Any, n: int) -> Any:
     Raises:
         ValueError: `space` is not Discrete, MultiDiscrete or Box.
     """
-    spaces = _gymnasium().spaces
+    spaces = import_gymnasium().spaces
     match kind_of(space):
         case "discrete":
             return spaces.MultiDiscrete([space.n] * n)

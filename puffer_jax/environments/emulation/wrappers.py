@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.environments.emulation.buffers import Buffers, set_buffers
-from puffer_jax.environments.emulation.rows import _Reader, _Writer
+from puffer_jax.environments.emulation.rows import Reader, Writer
 from puffer_jax.environments.emulation.spaces import (
-    _gymnasium,
     emulate_action_space,
     emulate_observation_space,
+    import_gymnasium,
 )
 
 
@@ -44,10 +44,10 @@ class _Emulated:
                 "emulated_observation_dtype": structured,
             }
             set_buffers(self, buf)
-            self._write = _Writer(env, spaces[0], self.observations, structured).write
+            self._write = Writer(env, spaces[0], self.observations, structured).write
         except (TypeError, ValueError) as error:
             raise type(error)(f"{env}: {error}") from error
-        self._reader = _Reader(env, self.single_action_space, build)
+        self._reader = Reader(env, self.single_action_space, build)
         self.is_obs_emulated = self.single_observation_space is not spaces[0]
         self.is_atn_emulated = build is not None
 
@@ -75,10 +75,10 @@ class _Emulated:
 
     def _reset(self, seed: int | None, options: Any) -> tuple[Any, Any]:
         seed, self._seed = self._seed if seed is None else seed, None
-        given = {"seed": seed, "options": options}
+        arguments = {"seed": seed, "options": options}
         self.initialized = True
-        # Environments may tell a seed of None from none at all.
-        return self.env.reset(**{name: v for name, v in given.items() if v is not None})
+        # To an environment, a seed of None may mean something else than no seed.
+        return self.env.reset(**{name: v for name, v in arguments.items() if v is not None})
 
     def _check_running(self, done: bool) -> None:
         if not self.initialized:
@@ -117,7 +117,7 @@ class GymnasiumPufferEnv(_Emulated):
             env_args: see there.
             env_kwargs: see there.
             buf: the buffers, see `set_buffers`.
-            seed: of the first reset, if that gets none. (The reference ignores it.)
+            seed: seed of the first reset, if that gets none. (The reference ignores it.)
 
         Raises:
             TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
@@ -127,7 +127,7 @@ class GymnasiumPufferEnv(_Emulated):
         if isinstance(env, str):
             env, env_creator = None, env if env_creator is None else env_creator
         if isinstance(env_creator, str):
-            env_creator = partial(_gymnasium().make, env_creator)
+            env_creator = partial(import_gymnasium().make, env_creator)
         env = _make(env, env_creator, env_args, env_kwargs)
         super().__init__(env, (env.observation_space, env.action_space), 1, buf, seed)
         self.observation_space = self.single_observation_space
@@ -188,13 +188,12 @@ class GymnasiumPufferEnv(_Emulated):
 class PettingZooPufferEnv(_Emulated):
     """A PettingZoo environment behind flat arrays: a row for each possible agent.
 
-    An agent that is not there has a row of zeros, which is masked; unlike the reference's, also
-    after a reset.
+    An absent agent has a row of zeros, which is masked; unlike the reference's, also after a reset.
 
     Attributes:
         env: the parallel environment.
         emulated: what `puffer_jax.nativize_dtype` reads.
-        mask: agent -> whether it is there.
+        mask: agent -> whether it is present.
         observations, rewards, terminals, truncations, masks, actions, teacher_actions: see
             `set_buffers`; written in place.
     """
@@ -217,7 +216,7 @@ class PettingZooPufferEnv(_Emulated):
             env_args: see there.
             env_kwargs: see there.
             buf: the buffers, see `set_buffers`.
-            seed: of the first reset, if that gets none. (The reference ignores it.)
+            seed: seed of the first reset, if that gets none. (The reference ignores it.)
 
         Raises:
             TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
@@ -244,7 +243,7 @@ class PettingZooPufferEnv(_Emulated):
 
     @property
     def agents(self) -> list[Any]:
-        """Those that are there."""
+        """The agents that are present."""
         return self.env.agents
 
     @property
@@ -271,7 +270,7 @@ class PettingZooPufferEnv(_Emulated):
             (agent -> its row of `observations`, infos).
 
         Raises:
-            ValueError: an observation is not in its space, or of an agent there is none of.
+            ValueError: an observation is not in its space, or is of an agent that does not exist.
         """
         observations, infos = self._reset(seed, options)
         no = dict.fromkeys(observations, False)
@@ -293,8 +292,8 @@ class PettingZooPufferEnv(_Emulated):
 
         Raises:
             RuntimeError: there is no running episode.
-            ValueError: an action or observation is not in its space, or of an agent there is none
-                of.
+            ValueError: an action or observation is not in its space, or is of an agent that does
+                not exist.
         """
         self._check_running(self.done)
         here = set(self.env.agents)

@@ -1,0 +1,90 @@
+"""What the commands that read a checkpoint have in common."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from puffer_jax import environments, policies
+from puffer_jax.base.packages import require
+from puffer_jax.base.spaces import Box, emulated_dtypes, kind_of
+from puffer_jax.cli.envs import naming_the_flag
+from puffer_jax.environments import registry
+from puffer_jax.environments.emulation.spaces import gymnasium_space
+from puffer_jax.weights.files import policy_from_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """What the shapes in a checkpoint cannot tell; none is needed where they can."""
+
+    env: str | None = None
+    """The environment the policy was trained on, as in `puffer-jax train`; gives both spaces."""
+    nvec: tuple[int, ...] | None = None
+    """How a discrete head splits: 5 for Discrete(5), 2 3 for MultiDiscrete([2, 3])."""
+    image_shape: tuple[int, int, int] | None = None
+    """Shape of an image observation as the environment gives it, such as 4 84 84."""
+    channels_last: bool = False
+    """A Convolutional policy's images are height, width, channels."""
+    downsample: int = 1
+    """A Convolutional policy sees every n-th pixel."""
+
+    def load(self, path: Path, env: SimpleNamespace | None) -> Any:
+        """The policy in the checkpoint; `env` is `self.make_env()`."""
+        options: dict[str, Any] = {
+            "nvec": self.nvec[0] if self.nvec and len(self.nvec) == 1 else self.nvec,
+            "channels_last": self.channels_last,
+            "downsample": self.downsample,
+        }
+        policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
+        shape = None if env is not None or self.image_shape else fitting_image(policy)
+        return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy
+
+    def make_env(self) -> SimpleNamespace | None:
+        """The environment's spaces, as PufferLib hands them to a policy; None without --env."""
+        if self.env is None:
+            return None
+        require("gymnasium", "--env")
+        with naming_the_flag():
+            space, action_space = _spaces(self.env)
+        observation_space, emulated = space, None
+        if kind_of(space) != "box":
+            sample, structured = emulated_dtypes(space)
+            shape = (structured.itemsize // sample.itemsize,)
+            high = 1 if sample.kind == "b" else 100
+            observation_space = gymnasium_space(Box(0, high, shape, sample))
+            emulated = {"observation_dtype": sample, "emulated_observation_dtype": structured}
+        return SimpleNamespace(
+            single_observation_space=observation_space,
+            single_action_space=action_space,
+            emulated=emulated,
+            env=SimpleNamespace(observation_space=space),
+        )
+
+
+def _spaces(name: str) -> tuple[Any, Any]:
+    """What an agent of the environment observes, before any emulation, and acts in."""
+    family, _ = registry.find(name)
+    env = environments.make(name)
+    if family.in_jax:
+        return gymnasium_space(env.observation_space), gymnasium_space(env.action_space)
+    env.close()
+    if family.multi_agent:
+        return env.env.observation_space(env.possible_agents[0]), env.single_action_space
+    return env.env.observation_space, env.single_action_space
+
+
+def fitting_image(policy: Any) -> tuple[int, int, int] | None:
+    """The shape of an image for a Convolutional, whose weights leave the sides open."""
+    policy = getattr(policy, "policy", policy)
+    if (
+        not isinstance(policy, policies.Convolutional)
+        or policy.env_spec.single_observation_space.shape
+    ):
+        return None
+    area = policy.flat_size // 64
+    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+    height, width = (policy.downsample * (8 * side + 28) for side in (rows, area // rows))
+    shape = (height, width, policy.framestack)
+    return shape if policy.channels_last else (shape[2], *shape[:2])

@@ -1,0 +1,48 @@
+"""Environments of PettingZoo, which have several agents."""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+from puffer_jax.environments.families import Arguments, Family, unknown
+
+
+def _create(name: str, known: str, arguments: Arguments) -> Any:
+    """The parallel environment of one of PettingZoo's modules; without one, that of turns."""
+    names = _names()
+    if f"pettingzoo:{known}" not in names:
+        raise unknown(name, names)
+    try:
+        module = importlib.import_module(f"pettingzoo.{known.replace('/', '.')}")
+    except ImportError as error:
+        extra = known.partition("/")[0]
+        raise ImportError(f"{name}: {error}: pip install 'pettingzoo[{extra}]'") from error
+    make = getattr(module, "parallel_env", None) or module.env
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+
+
+def _names() -> Iterable[str]:
+    import pettingzoo
+
+    return [
+        f"pettingzoo:{folder.name}/{module.name}"
+        for folder in pkgutil.iter_modules(pettingzoo.__path__)
+        for module in pkgutil.iter_modules([os.path.join(pettingzoo.__path__[0], folder.name)])
+        if module.name.rpartition("_v")[2].isdecimal()
+    ]
+
+
+FAMILY = Family(
+    name="pettingzoo",
+    create=_create,
+    names=_names,
+    prefixes=("pettingzoo:",),
+    package="pettingzoo",
+    install="'puffer_jax[pettingzoo]'",
+    multi_agent=True,
+)

@@ -1,0 +1,53 @@
+"""The families of environments, and what an environment's name says.
+
+To add a family, write a file with its `FAMILY` in `puffer_jax/environments/families`, and add that
+to `FAMILIES`.
+"""
+
+import os
+from typing import Any
+
+from puffer_jax.base.packages import require
+from puffer_jax.environments.families import (
+    Family,
+    atari,
+    gymnasium,
+    gymnax,
+    minigrid,
+    native,
+    pettingzoo,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    native.FAMILY,
+    gymnax.FAMILY,
+    gymnasium.FAMILY,
+    atari.FAMILY,
+    minigrid.FAMILY,
+    pettingzoo.FAMILY,
+)
+
+
+def find(name: str) -> tuple[Family, str]:
+    """The family of the environment `name`, and its id there."""
+    if name in native.CLASSES:
+        return native.FAMILY, name
+    for family in FAMILIES:
+        for prefix in family.prefixes:
+            if name.startswith(prefix):
+                return family, name.removeprefix(prefix) if prefix.endswith(":") else name
+    return gymnasium.FAMILY, name
+
+
+def create(name: str, **kwargs: Any) -> Any:
+    """The environment as it is without emulation; raises what `puffer_jax.environments.make` does.
+
+    Args:
+        name: of the environment.
+        kwargs: arguments of its constructor.
+    """
+    family, known = find(name)
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    if family.package:
+        require(family.package, name, family.install)
+    return family.create(name, known, kwargs)
