@@ -524,7 +524,7 @@ def check_mistake(arguments, message, folder, capsys):
 @pytest.mark.needs_gymnax
 def test_a_mistake_in_gymnaxs_name(tmp_path, capsys):
     arguments = [a.format(folder=tmp_path) for a in TINY]
-    message = "(did you mean CartPole-v1?)"
+    message = "did you mean 'gymnax:CartPole-v1'?"
     check_mistake(["train", "--env", "gymnax:CartPol", *arguments], message, tmp_path, capsys)
 
 

@@ -86,7 +86,7 @@ def test_on_the_host(name):
 def test_gymnaxs():
     env = environments.env_creator("gymnax:Breakout-MinAtar")()
     assert env.observation_space.shape == (10, 10, 4)
-    with pytest.raises(ValueError, match=r"Breakot-MinAtar .did you mean Breakout-MinAtar"):
+    with pytest.raises(ValueError, match="did you mean 'gymnax:Breakout-MinAtar'"):
         environments.make("gymnax:Breakot-MinAtar")
     with pytest.raises(TypeError, match="gymnax:CartPole-v1: no such argument: size"):
         environments.make("gymnax:CartPole-v1", size=3)
