@@ -8,7 +8,7 @@ from puffer_jax.kernels.perceptron import gelu as gelu
 from puffer_jax.kernels.pooling import max_pool as max_pool
 from puffer_jax.kernels.recurrence import recurrence as recurrence
 from puffer_jax.nn.images import Conv2d as Conv2d
-from puffer_jax.nn.images import Deferred as Deferred
+from puffer_jax.nn.images import ImageLayers as ImageLayers
 from puffer_jax.nn.images import flatten as flatten
 from puffer_jax.nn.images import flatten_channels_first as flatten_channels_first
 from puffer_jax.nn.initializers import layer_init as layer_init

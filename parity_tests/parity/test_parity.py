@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import gymnasium.spaces as gs
 import jax
@@ -17,6 +18,8 @@ from flax import nnx
 from support.bars import stub_env
 
 import puffer_jax
+from puffer_jax.kernels import OPERATIONS, replace, use
+from puffer_jax.kernels.cpu import library
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.nn.images import flatten_channels_first
 from puffer_jax.nn.lstm import LSTM
@@ -431,6 +434,85 @@ def test_an_exception_says_whose_it_is(side):
     with pytest.raises(RuntimeError, match="out of order") as caught:
         compare(original, policy, normal(4, 5, 3))
     assert caught.value.__notes__[-1] == f"raised by the {side} policy in float64"
+
+
+# --- gradients that are wrong, of every implementation ------------------------------------------
+
+# What no policy's forward pass computes: draws, advantages, the optimizer's step.
+NOT_IN_POLICIES = {"threefry", "categorical", "sample", "recurrence", "adam"}
+
+
+def doubled(function):
+    """The same values, with twice the gradient."""
+
+    def double(x):
+        return 2 * x - jax.lax.stop_gradient(x)
+
+    return lambda *arrays, **options: jax.tree.map(double, function(*arrays, **options))
+
+
+@pytest.fixture(scope="module")
+def operations_of():
+    """The operations that a policy of `PAIRS` computes with these implementations."""
+    found = {}
+
+    def operations(name, implementation):
+        if (name, implementation) in found:
+            return found[name, implementation]
+        ran = found[name, implementation] = set()
+
+        def spy(operation):
+            function = OPERATIONS[operation].implementations[implementation]
+
+            def call(*arrays, **options):
+                ran.add(operation)
+                return function(*arrays, **options)
+
+            return call
+
+        build, inputs = PAIRS[name]
+        policy, inputs = build(), inputs()
+        with ExitStack() as stack:
+            stack.enter_context(use(implementation))
+            for operation in OPERATIONS.values():
+                if implementation in operation.implementations:
+                    stack.enter_context(
+                        replace(operation.name, implementation, spy(operation.name))
+                    )
+            jax.eval_shape(policy.forward, *inputs[:1])
+            first = jax.tree.map(lambda x: x[:, 0], inputs[0]) if "LSTM" in name else inputs[0]
+            jax.eval_shape(policy.forward_eval, first)
+        return ran
+
+    return operations
+
+
+IMPLEMENTATIONS = [
+    (name, implementation)
+    for name, operation in OPERATIONS.items()
+    if name not in NOT_IN_POLICIES
+    for implementation in operation.implementations
+]
+
+
+@pytest.mark.parametrize("operation, implementation", IMPLEMENTATIONS)
+def test_a_wrong_gradient_is_found(operations_of, operation, implementation):
+    if implementation == "cpu" and not library.is_available("float64"):
+        pytest.skip("no CPU kernels here")
+    policies = ("Discrete", "LSTM", "Convolutional", "ProcgenResnet")
+    name = next(n for n in policies if operation in operations_of(n, implementation))
+    build, inputs = PAIRS[name]
+    function = OPERATIONS[operation].implementations[implementation]
+    with use(implementation), replace(operation, implementation, doubled(function)):
+        report = compare(*twins(build()), *inputs())
+    wrong = [row for row in report.of("gradient") if row.float64.relative > 1e-3]
+    assert wrong
+    for row in wrong:
+        assert f"gradient {row.name}: float64 error" in "\n".join(report.failures)
+    # Values and layers are right: what differs is only what the policy itself differentiates.
+    assert report.first_difference is None
+    assert not any(row.failures for row in report.of("output"))
+    assert "So do the outputs. Look at gradients that are written out" in str(report)
 
 
 # --- nothing else changes ------------------------------------------------------------------------

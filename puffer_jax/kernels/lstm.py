@@ -5,14 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from puffer_jax.kernels import cpu
+from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import library
 
 
 def _gates(
-    weight: Array, bias: Array, inputs: Float[Array, "batch input_and_hidden"], dtype: Any
+    weight: Array,
+    bias: Array,
+    inputs: Float[Array, "batch input_and_hidden"],
+    dtype: DTypeLike | None,
 ) -> tuple[Array, Array, Array, Array]:
     """The gates (i, f, g, o) after their non-linearities, each (batch, hidden)."""
     if dtype is None:
@@ -29,7 +34,7 @@ def lstm_cell(
     x: Float[Array, "batch input"],
     h: Float[Array, "batch hidden"],
     c: Float[Array, "batch hidden"],
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """The one LSTM step behind both evaluation and training.
 
@@ -49,38 +54,46 @@ def lstm_step(
     x: Float[Array, "batch input"],
     h: Float[Array, "batch hidden"],
     c: Float[Array, "batch hidden"],
-    dtype: Any = None,
-) -> tuple[Array, Array]:
-    """`lstm_cell` with the weights apart; on a CPU `puffer_jax.kernels.cpu.lstm_step`."""
-    arrays = weight_ih, weight_hh, bias_ih, bias_hh, x, h, c
-    by_xla = partial(_step_by_xla, dtype)
-    if not _kernels_take(dtype, x, *arrays[:4], h, c):
-        return by_xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=_step_on_cpu, default=by_xla)
+    dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "batch hidden"], Float[Array, "batch hidden"]]:
+    """`lstm_cell` with the weights apart: the new h and c."""
+    return _step(weight_ih, weight_hh, bias_ih, bias_hh, x, h, c, dtype=dtype)
 
 
-def _kernels_take(dtype: Any, x: Array, *others: Array) -> bool:
-    """Whether the CPU kernels compute in `dtype`; `x` is cast to that of the others."""
-    return dtype in (None, others[0].dtype) and x.size > 0 and library.serves(*others)
-
-
-def _step_by_xla(dtype: Any, *arrays: Array) -> tuple[Array, Array]:
+def _step_xla(*arrays: Array, dtype: DTypeLike | None) -> tuple[Array, Array]:
     weight_ih, weight_hh, bias_ih, bias_hh, x, h, c = arrays
     weight = jnp.concatenate([weight_ih, weight_hh], axis=1)
     return lstm_cell(weight, bias_ih + bias_hh, x, h, c, dtype)
 
 
+def _step_cpu(*arrays: Array, dtype: DTypeLike | None) -> tuple[Array, Array]:
+    return _step_kernel(*arrays)
+
+
 @jax.custom_vjp
-def _step_on_cpu(*arrays: Array) -> tuple[Array, Array]:
+def _step_kernel(*arrays: Array) -> tuple[Array, Array]:
     *weights, x, h, c = arrays
     return cpu.lstm_step(*weights, x.astype(h.dtype), h, c)
 
 
-_step_on_cpu.defvjp(
-    lambda *arrays: (_step_on_cpu(*arrays), arrays),
+_step_kernel.defvjp(
+    lambda *arrays: (_step_kernel(*arrays), arrays),
     # Steps are for acting: their gradient is rarely asked for.
-    lambda arrays, d_state: jax.vjp(partial(_step_by_xla, None), *arrays)[1](d_state),
+    lambda arrays, d_state: jax.vjp(partial(_step_xla, dtype=None), *arrays)[1](d_state),
 )
+
+
+def _step_cpu_takes(*arrays: Array, dtype: DTypeLike | None) -> bool:
+    *weights, x, h, c = arrays
+    return _kernels_compute_in(dtype, x, *weights, h, c)
+
+
+def _kernels_compute_in(dtype: DTypeLike | None, x: Array, *others: Array) -> bool:
+    # `x` may be of any dtype: it is cast to that of the others.
+    return dtype in (None, others[0].dtype) and x.size > 0 and library.takes(*others)
+
+
+_step = Operation("lstm_step", xla=_step_xla, cpu=Kernel(_step_cpu, takes=_step_cpu_takes))
 
 
 def _join(x: Array, h: Array) -> Array:
@@ -97,32 +110,36 @@ def lstm_scan(
     h: Float[Array, "batch hidden"],
     c: Float[Array, "batch hidden"],
     done: Bool[Array, "batch time"] | None = None,
-    dtype: Any = None,
-) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
-    """`lstm_cell` over time; the state is zeroed before steps where `done` is set.
+    dtype: DTypeLike | None = None,
+) -> tuple[
+    Float[Array, "batch time hidden"], Float[Array, "batch hidden"], Float[Array, "batch hidden"]
+]:
+    """`lstm_cell` over time: all h, the last h and the last c.
 
-    On a CPU it is `puffer_jax.kernels.cpu.lstm`, where that can be built. Elsewhere its gradient is
-    written out (`jax.custom_vjp`): the gates are kept, the backward loop does one matmul a step,
-    and those for weights and inputs follow it; autodiff keeps twice as much. The price: no
-    forward-mode derivatives (`jax.jvp`, `jax.hessian`).
+    The state is zeroed before steps where `done` is set.
+
+    Its gradient is written out (`jax.custom_vjp`): the gates are kept, the backward loop does one
+    matmul a step, and those for weights and inputs follow it; autodiff keeps twice as much. The
+    price: no forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
-    arrays = weight_ih, weight_hh, bias, x, h, c, done
-    by_xla = partial(_scan_by_xla, dtype)
-    if not _kernels_take(dtype, x, *arrays[:3], h, c):
-        return by_xla(*arrays)
-
-    def by_us(*arrays: Any) -> tuple[Array, Array, Array]:
-        *weights, x, h, c, done = arrays
-        done = jnp.zeros(x.shape[:2], bool) if done is None else done
-        return _lstm_by_us(*weights, x.astype(h.dtype), h, c, done)
-
-    return jax.lax.platform_dependent(*arrays, cpu=by_us, default=by_xla)
+    return _scan(weight_ih, weight_hh, bias, x, h, c, done, dtype=dtype)
 
 
-def _scan_by_xla(
-    dtype: Any, weight_ih: Array, weight_hh: Array, *others: Any
+def _scan_xla(
+    weight_ih: Array, weight_hh: Array, *others: Any, dtype: DTypeLike | None
 ) -> tuple[Array, Array, Array]:
     return _lstm_scan(dtype, jnp.concatenate([weight_ih, weight_hh], axis=1), *others)
+
+
+def _scan_cpu(*arrays: Any, dtype: DTypeLike | None) -> tuple[Array, Array, Array]:
+    *weights, x, h, c, done = arrays
+    done = jnp.zeros(x.shape[:2], bool) if done is None else done
+    return _scan_kernel(*weights, x.astype(h.dtype), h, c, done)
+
+
+def _scan_cpu_takes(*arrays: Any, dtype: DTypeLike | None) -> bool:
+    *weights, x, h, c, _ = arrays
+    return _kernels_compute_in(dtype, x, *weights, h, c)
 
 
 def _at(t: Array, sequences: Any) -> Any:
@@ -144,7 +161,13 @@ def _keep(state: tuple[Array, ...], done: Array | None) -> tuple[Array, ...]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lstm_scan(
-    dtype: Any, weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None
+    dtype: DTypeLike | None,
+    weight: Array,
+    bias: Array,
+    x: Array,
+    h: Array,
+    c: Array,
+    done: Array | None,
 ) -> tuple[Array, Array, Array]:
     # The results go where the inputs were if they are of a kind: on CPUs the first touch of fresh
     # memory costs as much as the arithmetic done on it.
@@ -164,7 +187,13 @@ def _lstm_scan(
 
 
 def _lstm_scan_forward(
-    dtype: Any, weight: Array, bias: Array, x: Array, h: Array, c: Array, done: Array | None
+    dtype: DTypeLike | None,
+    weight: Array,
+    bias: Array,
+    x: Array,
+    h: Array,
+    c: Array,
+    done: Array | None,
 ) -> tuple[Any, Any]:
     def step(carry: tuple[Array, ...], t: Array):
         *state, outputs = carry
@@ -182,7 +211,9 @@ def _lstm_scan_forward(
     return (outputs, h_last, c_last), (weight, x, h, c, done, outputs, kept)
 
 
-def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _lstm_scan_backward(
+    dtype: DTypeLike | None, residuals: Any, cotangents: Any
+) -> tuple[Any, ...]:
     weight, x, h, c, done, outputs, (cs, *gates) = residuals
     d_outputs, dh_last, dc_last = cotangents
     inputs, dtype = x.shape[2], weight.dtype if dtype is None else dtype
@@ -225,4 +256,6 @@ def _lstm_scan_backward(dtype: Any, residuals: Any, cotangents: Any) -> tuple[An
 
 _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
 
-_lstm_by_us = cpu.differentiable(cpu.lstm, cpu.lstm_gradient, partial(_scan_by_xla, None))
+_scan_kernel = cpu.differentiable(cpu.lstm, cpu.lstm_gradient, partial(_scan_xla, dtype=None))
+
+_scan = Operation("lstm_scan", xla=_scan_xla, cpu=Kernel(_scan_cpu, takes=_scan_cpu_takes))

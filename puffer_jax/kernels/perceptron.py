@@ -4,9 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from puffer_jax.kernels import cpu
+from puffer_jax.kernels.choice import Kernel, Operation
+from puffer_jax.kernels.cpu import library
 
 
 @jax.custom_jvp
@@ -25,16 +27,50 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     return x * below, (below + x * density) * dx
 
 
-def _perceptron_by_xla(x: Array, w1: Array, b1: Array, *layers: Array) -> tuple[Array, ...]:
-    activations = gelu(x @ w1 + b1)
-    return _linear_by_xla(activations, *layers) if layers else (activations,)
+def linear(x: Float[Array, "batch inputs"], *layers: Array) -> tuple[Float[Array, "batch _"], ...]:
+    """`x @ w + b` for each w (inputs, outputs), b (outputs,) of `layers`, all of one dtype.
+
+    No forward-mode derivatives (`jax.jvp`) on CPUs.
+    """
+    return _linear(x, *layers)
 
 
-_perceptron_by_us = cpu.differentiable(cpu.perceptron, cpu.perceptron_gradient, _perceptron_by_xla)
+def perceptron(
+    x: Float[Array, "batch inputs"],
+    w1: Float[Array, "inputs hidden"],
+    b1: Float[Array, "hidden"],
+    *layers: Array,
+) -> tuple[Float[Array, "batch _"], ...]:
+    """`gelu(x @ w1 + b1) @ w + b` for each w (hidden, outputs), b (outputs,) of `layers`.
+
+    Without any it is the hidden vectors, `(gelu(x @ w1 + b1),)`. All arrays are of one dtype. No
+    forward-mode derivatives (`jax.jvp`) on CPUs.
+    """
+    return _perceptron(x, w1, b1, *layers)
 
 
-def _linear_by_xla(x: Array, *layers: Array) -> tuple[Array, ...]:
+def _linear_xla(x: Array, *layers: Array) -> tuple[Array, ...]:
     return tuple(x @ w + b for w, b in zip(layers[::2], layers[1::2], strict=True))
 
 
-_linear_by_us = cpu.differentiable(cpu.linear, cpu.linear_gradient, _linear_by_xla)
+def _perceptron_xla(x: Array, w1: Array, b1: Array, *layers: Array) -> tuple[Array, ...]:
+    hidden = gelu(x @ w1 + b1)
+    return _linear_xla(hidden, *layers) if layers else (hidden,)
+
+
+_linear = Operation(
+    "linear",
+    xla=_linear_xla,
+    cpu=Kernel(
+        cpu.differentiable(cpu.linear, cpu.linear_gradient, _linear_xla), takes=library.takes
+    ),
+)
+
+_perceptron = Operation(
+    "perceptron",
+    xla=_perceptron_xla,
+    cpu=Kernel(
+        cpu.differentiable(cpu.perceptron, cpu.perceptron_gradient, _perceptron_xla),
+        takes=library.takes,
+    ),
+)

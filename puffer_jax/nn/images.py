@@ -1,7 +1,6 @@
 """Layers of images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from puffer_jax.kernels import cpu
 from puffer_jax.kernels.convolution import convolution
+from puffer_jax.kernels.windows import Windows
 
 
 def flatten(x: Float[Array, "batch _ _ _"]) -> Array:
@@ -23,23 +22,35 @@ def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Ar
     return flatten(x.transpose(0, 3, 1, 2))
 
 
-@dataclass(frozen=True)
-class Deferred:
-    """In the place of a function that the layer after it does itself, as `Conv2d`'s `rectify`.
+class ImageLayers(nnx.Sequential):
+    """An `nnx.Sequential` in which a `Conv2d` also computes the ReLU before it, in one pass.
 
-    Attributes:
-        function: the one that is meant.
+    Only a `jax.nn.relu` right before a layer whose call is `Conv2d`'s; all others are called as
+    they are, also those that were put there later.
     """
 
-    function: Callable[[Array], Array]
-
     def __call__(self, x: Array) -> Array:
-        """`x` as it is."""
+        """The last layer's output."""
+        layers = list(self.layers)
+        while layers:
+            layer, *layers = layers
+            if layer is jax.nn.relu and layers:
+                layer, *layers = layers
+                x = after_relu(layer, x)
+            else:
+                x = layer(x)
         return x
 
 
+def after_relu(layer: Callable[[Array], Array], x: Array) -> Array:
+    """`layer(jax.nn.relu(x))`, in one pass if the layer's call is `Conv2d`'s."""
+    if isinstance(layer, Conv2d) and type(layer).__call__ is Conv2d.__call__:
+        return layer(x, rectify=True)
+    return layer(jax.nn.relu(x))
+
+
 class Conv2d(nnx.Conv):
-    """Torch's `Conv2d` for square windows, images (batch, H, W, channels), fast on CPUs, too.
+    """Torch's `Conv2d` for square windows and images (batch, H, W, channels), fast also on CPUs.
 
     Starts with zeros; `layer_init` and `torch_init` know it.
 
@@ -50,7 +61,6 @@ class Conv2d(nnx.Conv):
         stride: of both.
         padding: rows and columns of zeros on all sides.
         channels_first: images come in as (batch, channels, H, W), as many environments give them.
-        rectify: a ReLU comes first.
         out_channels_first: images go out as (batch, channels, H, W).
         rngs: stream `params`.
         dtype: of the computation (None: that of the parameters).
@@ -66,7 +76,6 @@ class Conv2d(nnx.Conv):
         padding: int = 0,
         *,
         channels_first: bool = False,
-        rectify: bool = False,
         out_channels_first: bool = False,
         rngs: nnx.Rngs,
         dtype: Any = None,
@@ -86,19 +95,30 @@ class Conv2d(nnx.Conv):
         self.stride = stride
         self.pad = padding
         self.channels_first = channels_first
-        self.rectify = rectify
         self.out_channels_first = out_channels_first
 
-    def __call__(self, images: Array, out_sharding: Any = None) -> Float[Array, "batch _ _ _"]:
-        """Images (batch, H', W', channels), or with these first; see `convolution`."""
+    def __call__(
+        self, images: Array, out_sharding: Any = None, *, rectify: bool = False
+    ) -> Float[Array, "batch _ _ _"]:
+        """The convolution of images.
+
+        Args:
+            images: (batch, H, W, channels), or with `channels_first` (batch, channels, H, W). Bytes
+                (uint8) stand for numbers from 0 to 1: they are divided by 255.
+            out_sharding: not used.
+            rectify: a ReLU comes first.
+
+        Returns:
+            Images (batch, H', W', channels), with `out_channels_first` (batch, channels, H', W').
+        """
         dtype = self.param_dtype if self.dtype is None else self.dtype
         assert self.bias is not None
         kernel, bias = (jnp.asarray(p[...], dtype) for p in (self.kernel, self.bias))
-        windows = cpu.Windows(
+        windows = Windows(
             (self.stride, self.stride),
             (self.pad, self.pad),
             self.channels_first,
-            self.rectify,
+            rectify,
             self.out_channels_first,
         )
         return convolution(images, kernel, bias, windows)

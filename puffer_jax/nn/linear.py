@@ -1,51 +1,87 @@
-"""Linear layers and perceptrons of `nnx.Linear`."""
+"""Linear layers and perceptrons of Flax's modules, several in one pass where they are plain.
 
-from collections.abc import Sequence
-from typing import Any
+Plain is an `nnx.Linear` that Flax itself would compute as `x @ kernel + bias`. Layers that were
+replaced, subclassed or hooked are called one by one as they are, so that nothing is passed over.
+"""
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from puffer_jax.kernels.cpu import library
-from puffer_jax.kernels.perceptron import (
-    _linear_by_us,
-    _linear_by_xla,
-    _perceptron_by_us,
-    _perceptron_by_xla,
-)
+from puffer_jax.kernels import perceptron as kernels
+from puffer_jax.kernels.perceptron import gelu
+
+# `nnx.capture` exchanges the methods of these classes for a while, a subclass may have its own.
+_CALLS = {cls: cls.__call__ for cls in (nnx.Linear, nnx.Sequential)}
 
 
 def perceptron(
-    x: Float[Array, "batch inputs"], first: Any, heads: Sequence[Any] = ()
-) -> tuple[Float[Array, "batch outputs_or_hidden"], ...]:
-    """The outputs of each of the heads for `gelu(first(x))`; that itself if there are none.
+    x: Float[Array, "batch inputs"],
+    encoder: Callable[[Array], Array],
+    heads: Sequence[Callable[[Array], Array]] = (),
+) -> tuple[Float[Array, "batch _"], ...]:
+    """The outputs of each head for `encoder(x)`; the hidden vectors if there are no heads.
 
-    All are `nnx.Linear` with bias.
+    One pass if `encoder` is an `nnx.Sequential` of a plain linear layer and `gelu` and the heads
+    are plain, too, all in one dtype; that has no forward-mode derivatives (`jax.jvp`) on CPUs.
 
-    On a CPU, in float32 and float64, it is `puffer_jax.kernels.cpu.perceptron`, where that can be
-    built, and has no forward-mode derivatives (`jax.jvp`). Elsewhere it is XLA's.
+    Args:
+        x: the inputs.
+        encoder: a layer.
+        heads: layers that take the encoder's outputs.
     """
-    dtype = first.param_dtype if first.dtype is None else first.dtype
-    layers = [array for layer in (first, *heads) for array in (layer.kernel[...], layer.bias[...])]
-    arrays = [jnp.asarray(array, dtype) for array in (x, *layers)]
-    if not library.serves(*arrays):
-        return _perceptron_by_xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=_perceptron_by_us, default=_perceptron_by_xla)
+    if isinstance(encoder, nnx.Sequential) and _calls_flax(encoder, nnx.Sequential):
+        first, *others = encoder.layers
+        arrays = _plain_arrays(x, [first, *heads])
+        if others == [gelu] and arrays is not None:
+            return kernels.perceptron(*arrays)
+    hidden = encoder(x)
+    return linear(hidden, heads) if heads else (hidden,)
 
 
-def linear(x: Float[Array, "batch inputs"], layers: Sequence[Any]) -> tuple[Array, ...]:
-    """The outputs of each of some `nnx.Linear` for the same vectors.
+def linear(
+    x: Float[Array, "batch inputs"], layers: Sequence[Callable[[Array], Array]]
+) -> tuple[Float[Array, "batch _"], ...]:
+    """The outputs of each of the layers for the same vectors.
 
-    On a CPU, in float32 and float64, they are `puffer_jax.kernels.cpu.linear`, where that can be
-    built, and have no forward-mode derivatives (`jax.jvp`). Elsewhere they are XLA's.
+    One pass if all are plain, in one dtype; that has no forward-mode derivatives (`jax.jvp`) on
+    CPUs.
     """
-    if not all(type(layer) is nnx.Linear and layer.bias is not None for layer in layers):
-        return tuple(layer(x) for layer in layers)
-    weights = [array for layer in layers for array in (layer.kernel[...], layer.bias[...])]
-    arrays = [jnp.asarray(array) for array in (x, *weights)]
-    dtypes = {layer.dtype or x.dtype for layer in layers}
-    if dtypes != {x.dtype} or not library.serves(*arrays):
-        return tuple(layer(x) for layer in layers)
-    return jax.lax.platform_dependent(*arrays, cpu=_linear_by_us, default=_linear_by_xla)
+    arrays = _plain_arrays(x, layers)
+    return tuple(layer(x) for layer in layers) if arrays is None else kernels.linear(*arrays)
+
+
+def _plain_arrays(x: Array, layers: Sequence[Callable[[Array], Array]]) -> list[Array] | None:
+    """`x` and the kernel and bias of each layer, in the dtype Flax would compute all of them in.
+
+    None if they are not plain, or Flax would compute in several dtypes.
+    """
+    arrays = [x]
+    dtypes = set()
+    for layer in layers:
+        if not isinstance(layer, nnx.Linear) or not _is_plain(layer) or layer.bias is None:
+            return None
+        weights = layer.kernel[...], layer.bias[...]
+        dtypes.add(jnp.dtype(layer.dtype or jnp.result_type(x, *weights)))
+        arrays += weights
+    if len(dtypes) != 1:
+        return None
+    return [jnp.asarray(array, *dtypes) for array in arrays]
+
+
+def _is_plain(layer: nnx.Linear) -> bool:
+    return (
+        _calls_flax(layer, nnx.Linear)
+        and layer.dot_general is jax.lax.dot_general
+        and layer.promote_dtype is promote_dtype
+        and layer.precision is None
+        and layer.preferred_element_type is None
+    )
+
+
+def _calls_flax(layer: nnx.Module, cls: type[nnx.Linear | nnx.Sequential]) -> bool:
+    return type(layer).__call__ is _CALLS[cls]

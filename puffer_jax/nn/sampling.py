@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from puffer_jax.kernels import cpu
+from puffer_jax.kernels.choice import Kernel, Operation
+from puffer_jax.kernels.random import can_draw, words_of
 from puffer_jax.nn import random
 from puffer_jax.nn.distributions import Logits, Normal, _at_least_float32, _pick, entropy
 
@@ -114,31 +116,41 @@ def _draw(
 ) -> tuple[Array, Array, Array]:
     """(action, logprob, entropy) of a random action of one of so many components."""
     logits = _at_least_float32(logits)
+    return _sample(key, logits, component=component, components=components)
 
-    def plain(key: Array, logits: Array) -> tuple[Array, Array, Array]:
-        own = random.split(key, components)[component]
-        # Noise added to large logits would be rounded off, hence the normalised ones.
-        return _score(logits, random.categorical(own, _normalised(logits)[0]))
 
-    if not random.serves(key, logits):
-        return plain(key, logits)
-    by_us = partial(_draw_on_cpu, component)
-    return jax.lax.platform_dependent(
-        key, logits, cpu=lambda key, x: by_us(random.data_of(key), x), default=plain
-    )
+def _sample_xla(
+    key: Array, logits: Array, *, component: int, components: int
+) -> tuple[Array, Array, Array]:
+    own = random.split(key, components)[component]
+    # Noise added to large logits would be rounded off, hence the normalised ones.
+    return _score(logits, random.categorical(own, _normalised(logits)[0]))
+
+
+def _sample_cpu(
+    key: Array, logits: Array, *, component: int, components: int
+) -> tuple[Array, Array, Array]:
+    return _sample_kernel(component, words_of(key), logits)
+
+
+def _sample_cpu_takes(key: Array, logits: Array, *, component: int, components: int) -> bool:
+    return can_draw(key, logits)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _draw_on_cpu(component: int, key: Array, logits: Array) -> tuple[Array, Array, Array]:
+def _sample_kernel(component: int, key: Array, logits: Array) -> tuple[Array, Array, Array]:
     return tuple(cpu.sample(key, logits, component))  # type: ignore[return-value]
 
 
-@_draw_on_cpu.defjvp
-def _draw_jvp(component: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+@_sample_kernel.defjvp
+def _sample_kernel_jvp(component: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (key, logits), (_, d_logits) = primals, tangents
-    results = action, *_ = _draw_on_cpu(component, key, logits)
+    results = action, *_ = _sample_kernel(component, key, logits)
     d_scores = jax.jvp(lambda x: _score(x, action)[1:], (logits,), (d_logits,))[1]
     return results, (np.zeros(action.shape, jax.dtypes.float0), *d_scores)
+
+
+_sample = Operation("sample", xla=_sample_xla, cpu=Kernel(_sample_cpu, takes=_sample_cpu_takes))
 
 
 def _sample_continuous(

@@ -4,8 +4,9 @@
     print(report)
     report.assert_close()
 
-Both run in float64 and in float32. In float64 only another formula makes a visible difference;
-in float32 torch's own rounding error, known from its float64 result, is the yardstick for ours.
+Both run in float64 and in float32. In float64 only another formula makes a visible difference.
+In float32 both are held to torch's float64 result, and torch's own error is the yardstick for
+ours.
 """
 
 from puffer_jax.parity.comparison import compare as compare

@@ -10,24 +10,36 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
-from puffer_jax.nn.images import Deferred
 from puffer_jax.nn.lstm import LSTM
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.torch_layout import torch_modules
 from puffer_jax.parity.shared import (
-    _cast_floats,
-    _decode_encoded,
-    _first_step,
-    _Inputs,
-    _loss_weights,
-    _named,
-    _outputs,
-    _Run,
+    Inputs,
+    Run,
+    cast_floats,
+    decode_encoded,
+    first_step,
+    loss_weights,
+    named,
+    named_outputs,
 )
 from puffer_jax.weights.state_dicts import state_dict
 
 
-def _run_jax(policy: nnx.Module, inputs: _Inputs, precision: str) -> _Run:
+def run_jax(
+    policy: nnx.Module, inputs: Inputs, precision: str, differentiated: frozenset[str]
+) -> Run:
+    """Run the policy, forward and backward, in "float64" or "float32".
+
+    Outputs and gradients are those of the policy as it is, with all the ways it has to compute
+    several layers in one pass. The layers' outputs come from a second pass, with recorders.
+
+    Args:
+        policy: left as it is.
+        inputs: as torch had them.
+        precision: of parameters, inputs and computation.
+        differentiated: the outputs that torch made its loss of.
+    """
     graphdef, params = split(policy)
     dtype = jnp.dtype(precision)
 
@@ -36,35 +48,45 @@ def _run_jax(policy: nnx.Module, inputs: _Inputs, precision: str) -> _Run:
         _set_dtypes(module, dtype)
         return module
 
-    def loss(params: Any, observations: Any, state: Any, done: Any) -> tuple[Any, Any]:
-        module = build(params)
-        layers = _record_jax(module)
+    def train(module: Any, observations: Any, state: Any, done: Any) -> dict[str, Any]:
         if inputs.recurrent:
-            outputs = _outputs(module.forward(observations, state, done))
+            return named_outputs(module.forward(observations, state, done))
+        call = module if callable(module) else decode_encoded(module)
+        return named_outputs(getattr(module, "forward", call)(observations))
+
+    def evaluate(module: Any, observations: Any, state: Any) -> dict[str, Any]:
+        if inputs.recurrent:
+            result = module.forward_eval(first_step(observations), state)
         else:
-            call = module if callable(module) else _decode_encoded(module)
-            outputs = _outputs(getattr(module, "forward", call)(observations))
-        weights = _loss_weights(outputs, inputs.seed)
-        total = sum(jnp.sum(w.astype(dtype) * outputs[name]) for name, w in weights.items())
-        return total, (outputs, layers)
+            result = module.forward_eval(observations)
+        return named({"eval": named_outputs(result)})
+
+    def loss(params: Any, observations: Any, state: Any, done: Any) -> tuple[Any, Any]:
+        outputs = train(build(params), observations, state, done)
+        if inputs.evaluate:
+            outputs |= evaluate(build(params), observations, state)
+        weights = loss_weights(outputs, inputs.seed)
+        terms = (
+            jnp.sum(weight.astype(dtype) * outputs[name])
+            for name, weight in weights.items()
+            if name in differentiated
+        )
+        return sum(terms, jnp.zeros((), dtype)), outputs
 
     @jax.jit
-    def run(params: Any, observations: Any, state: Any, done: Any) -> tuple[Any, Any, Any]:
-        gradients, (outputs, layers) = jax.grad(loss, has_aux=True)(
-            params, observations, state, done
-        )
-        if inputs.evaluate:
-            if inputs.recurrent:
-                result = build(params).forward_eval(_first_step(observations), state)
-            else:
-                result = build(params).forward_eval(observations)
-            outputs |= _named({"eval": _outputs(result)})
-        return gradients, outputs, layers
+    def run_recorded(params: Any, *arrays: Any) -> dict[str, list[Any]]:
+        module = build(params)
+        layers = _record_jax(module)
+        train(module, *arrays)
+        return layers
 
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
-        cast = _cast_floats((params, inputs.observations, inputs.state), dtype)
-        gradients, outputs, layers = jax.device_get(run(*cast, inputs.done))
-    return _Run(outputs, state_dict(merge(graphdef, gradients)), layers)
+        cast = cast_floats((params, inputs.observations, inputs.state), dtype)
+        run = jax.jit(jax.grad(loss, has_aux=True))
+        gradients, outputs = jax.device_get(run(*cast, inputs.done))
+        layers = jax.device_get(run_recorded(*cast, inputs.done))
+    named_gradients = state_dict(merge(graphdef, gradients))
+    return Run(outputs, named_gradients, layers, differentiated & outputs.keys())
 
 
 def _set_dtypes(module: Any, dtype: Any) -> None:
@@ -103,7 +125,7 @@ def _record_jax(module: Any) -> dict[str, list[Any]]:
 def _recording(function: Callable[..., Any], record: Callable[[Any], None]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
-        record(function.function(output) if isinstance(function, Deferred) else output)
+        record(output)
         return output
 
     return call

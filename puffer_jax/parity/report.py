@@ -18,7 +18,7 @@ from puffer_jax.base.packages import require
 
 Kind = Literal["output", "gradient", "layer"]
 
-# Largest error allowed, relative to the largest magnitude of torch's array.
+# Largest error allowed, relative to the largest magnitude of torch's float64 array.
 BARS: dict[Kind, dict[str, float]] = {
     "output": {"float64": 1e-14, "float32": 5e-6},
     "gradient": {"float64": 1e-13, "float32": 2e-5},
@@ -35,13 +35,13 @@ PRECISIONS = ("float64", "float32")
 
 @dataclass(frozen=True)
 class Errors:
-    """How far our array is from torch's, both computed in one precision.
+    """How far our array, of either precision, is from torch's float64 one.
 
     Attributes:
         absolute: the largest difference.
         relative: that, relative to the largest magnitude of torch's array.
-        ulp: the largest difference in units of the last place of torch's number; of numbers
-            that are nothing beside the largest (less than its last place) as if they were that.
+        ulp: the largest difference in units of the last place that torch's number has in our
+            array's precision; numbers below the last place of the largest count as that.
     """
 
     absolute: float
@@ -57,8 +57,8 @@ class Row:
         name: as torch names it.
         kind: what was compared.
         shape: of torch's array.
-        float64: errors in float64.
-        float32: errors in float32.
+        float64: errors of our float64 array against torch's float64 one.
+        float32: errors of our float32 array, also against torch's float64 one.
         torch_rms: root-mean-square error of torch's float32 array against its float64 one,
             relative to the largest magnitude of that.
         jax_rms: the same of our float32 array, also against torch's float64 one.
@@ -210,7 +210,8 @@ class Report:
         failures = self.failures
         lines += [f"DIFFERENT, {len(failures)} failures." if failures else "CLOSE."]
         lines += [self._where(), "", _tables(self)]
-        lines += ["rms: root-mean-square error of float32, torch's and ours, against float64"]
+        lines += ["abs, rel, ulp: our largest error, in either precision, against torch's float64"]
+        lines += ["rms: root-mean-square error of float32, torch's and ours, against the same"]
         lines += [
             f"float32 errors of all {kind}s: {ratio:.2f} times torch's own (bar {MAX_RATIO:g})"
             for kind, ratio in self.ratios.items()
@@ -224,7 +225,12 @@ class Report:
             return f"First layer that differs: {self.first_difference}"
         agree = f"All {len(self.of('layer'))} layers agree."
         if any(row.failures for row in self.of("output")):
-            agree += " Look at what is done between and after them."
+            return agree + " Look at what is done between and after them."
+        if any(row.failures for row in self.of("gradient")):
+            return (
+                f"{agree} So do the outputs. Look at gradients that are written out; with "
+                'puffer_jax.kernels.use("xla") none is a kernel\'s.'
+            )
         return agree
 
 

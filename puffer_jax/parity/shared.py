@@ -11,13 +11,25 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
+    """What a policy computed in one precision.
+
+    Attributes:
+        outputs: of the training call, and of `forward_eval` as "eval.*".
+        gradients: of the loss with respect to every parameter, by torch's names.
+        layers: each layer's outputs, one for each call within the training call.
+        differentiated: the outputs that the loss is made of.
+    """
+
     outputs: Arrays
     gradients: Arrays
     layers: dict[str, list[np.ndarray]]
+    differentiated: frozenset[str]
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
+    """What both policies are given, see `compare`; `evaluate`: to run `forward_eval`, too."""
+
     observations: Any
     state: Mapping[str, np.ndarray] | None
     done: np.ndarray | None
@@ -26,7 +38,7 @@ class _Inputs(NamedTuple):
     seed: int
 
 
-def _named(output: Any, prefix: str = "") -> dict[str, Any]:
+def named(output: Any, prefix: str = "") -> dict[str, Any]:
     """A policy's output as named arrays; of a distribution, its loc and scale."""
     if output is None:
         return {}
@@ -38,24 +50,28 @@ def _named(output: Any, prefix: str = "") -> dict[str, Any]:
         items = {f"{prefix}[{i}]": value for i, value in enumerate(output)}
     else:
         return {prefix: output}
-    return {k: v for name, value in items.items() for k, v in _named(value, name).items()}
+    return {k: v for name, value in items.items() for k, v in named(value, name).items()}
 
 
-def _outputs(result: Any) -> dict[str, Any]:
+def named_outputs(result: Any) -> dict[str, Any]:
+    """What a policy returned as named arrays: logits, values and state, or one output."""
     if isinstance(result, tuple) and len(result) in (2, 3):
-        return _named(dict(zip(("logits", "values", "state"), result, strict=False)))
-    return _named(result, "output")
+        return named(dict(zip(("logits", "values", "state"), result, strict=False)))
+    return named(result, "output")
 
 
-def _decode_encoded(policy: Any) -> Callable[[Any], Any]:
+def decode_encoded(policy: Any) -> Callable[[Any], Any]:
+    """The forward pass of a policy that has only its two halves."""
     return lambda observations: policy.decode_actions(policy.encode_observations(observations))
 
 
-def _first_step(observations: Any) -> Any:
+def first_step(observations: Any) -> Any:
+    """(batch, time, *obs) -> (batch, *obs), of every leaf."""
     return jax.tree.map(lambda x: x[:, 0], observations)
 
 
-def _loss_weights(outputs: dict[str, Any], seed: int) -> Arrays:
+def loss_weights(outputs: dict[str, Any], seed: int) -> Arrays:
+    """What the loss multiplies each output by before it sums them up; states are left out."""
     # A stream for each name: an output missing on one side must not shift the others. And
     # float32 numbers, so that both precisions differentiate the same loss.
     return {
@@ -63,11 +79,13 @@ def _loss_weights(outputs: dict[str, Any], seed: int) -> Arrays:
         .standard_normal(tuple(output.shape))
         .astype(np.float32)
         for name, output in outputs.items()
-        if not name.startswith("state.")
+        if not name.startswith(("state.", "eval.state."))
     }
 
 
-def _cast_floats(tree: Any, dtype: Any) -> Any:
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """NumPy arrays, the floating ones in `dtype`."""
+
     def cast(leaf: Any) -> np.ndarray:
         leaf = np.asarray(leaf)
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

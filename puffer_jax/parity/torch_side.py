@@ -12,23 +12,29 @@ import numpy as np
 from puffer_jax.base.packages import TORCH, require
 from puffer_jax.parity.shared import (
     Arrays,
-    _cast_floats,
-    _decode_encoded,
-    _first_step,
-    _Inputs,
-    _loss_weights,
-    _named,
-    _outputs,
-    _Run,
+    Inputs,
+    Run,
+    cast_floats,
+    decode_encoded,
+    first_step,
+    loss_weights,
+    named,
+    named_outputs,
 )
 
 
-def _import_torch() -> Any:
+def import_torch() -> Any:
+    """The package torch.
+
+    Raises:
+        ImportError: it is missing; says how to install it.
+    """
     return require("torch", "comparing with torch", TORCH)
 
 
-def _run_torch(policy: Any, inputs: _Inputs, precision: str) -> _Run:
-    torch = _import_torch()
+def run_torch(policy: Any, inputs: Inputs, precision: str) -> Run:
+    """Run a copy of the policy, forward and backward, in "float64" or "float32"."""
+    torch = import_torch()
     dtype = getattr(torch, precision)
     policy = copy.deepcopy(policy).to(dtype)
     parameters = {name: p.requires_grad_(True) for name, p in policy.named_parameters()}
@@ -43,40 +49,45 @@ def _run_torch(policy: Any, inputs: _Inputs, precision: str) -> _Run:
     observations = inputs.observations
     # What an emulated environment packs are bytes, even where they are called float32.
     if not any(getattr(module, "is_dict_obs", False) for module in policy.modules()):
-        observations = _cast_floats(observations, precision)
+        observations = cast_floats(observations, precision)
     observations, done = tensors(observations), tensors(inputs.done)
-    state = tensors(_cast_floats(inputs.state, precision))
+    state = tensors(cast_floats(inputs.state, precision))
     state = state or {"lstm_h": None, "lstm_c": None}
     with _torch_computing_in(dtype):
         calls = _record_torch(policy)
         if not inputs.recurrent:
             own_forward = type(policy).forward is not torch.nn.Module.forward
-            outputs = _outputs((policy if own_forward else _decode_encoded(policy))(observations))
+            outputs = named_outputs(
+                (policy if own_forward else decode_encoded(policy))(observations)
+            )
         elif done is None:
             outputs = _torch_segment(policy, observations, state)
         else:
             outputs = _torch_steps(policy, observations, state, done)
             calls = {name: _fold_steps(each, done.shape[1]) for name, each in calls.items()}
-        weights = tensors(_cast_floats(_loss_weights(outputs, inputs.seed), precision))
+        layers = {name: list(each) for name, each in calls.items()}
+        if inputs.evaluate:
+            if inputs.recurrent:
+                result = (*policy.forward_eval(first_step(observations), state), state)
+            else:
+                result = policy.forward_eval(observations)
+            outputs |= named({"eval": named_outputs(result)})
+        weights = tensors(cast_floats(loss_weights(outputs, inputs.seed), precision))
+        # Some decorate `forward_eval` with `torch.no_grad`.
+        weights = {name: w for name, w in weights.items() if outputs[name].requires_grad}
         loss = sum((weight * outputs[name]).sum() for name, weight in weights.items())
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), allow_unused=True, materialize_grads=True
         )
-        layers = {name: list(each) for name, each in calls.items()}
-        if inputs.evaluate:
-            if inputs.recurrent:
-                result = (*policy.forward_eval(_first_step(observations), state), state)
-            else:
-                result = policy.forward_eval(observations)
-            outputs |= _named({"eval": _outputs(result)})
-    return _Run(arrays(outputs), arrays(dict(zip(parameters, gradients, strict=True))), layers)
+    named_gradients = arrays(dict(zip(parameters, gradients, strict=True)))
+    return Run(arrays(outputs), named_gradients, layers, frozenset(weights))
 
 
 def _torch_segment(policy: Any, observations: Any, state: dict[str, Any]) -> dict[str, Any]:
     state = {name: None if x is None else x[None] for name, x in state.items()}
     logits, values = policy(observations, state)
     state |= {name: state[name][0] for name in ("lstm_h", "lstm_c")}
-    return _outputs((logits, values, state))
+    return named_outputs((logits, values, state))
 
 
 def _torch_steps(
@@ -89,8 +100,8 @@ def _torch_steps(
         for name in ("lstm_h", "lstm_c"):
             state[name] = None if state[name] is None else state[name] * going_on
         logits, values = policy.forward_eval(jax.tree.map(lambda x: x[:, t], observations), state)  # noqa: B023
-        steps.append(_named({"logits": logits, "values": values, "state.hidden": state["hidden"]}))
-    stack = _import_torch().stack
+        steps.append(named({"logits": logits, "values": values, "state.hidden": state["hidden"]}))
+    stack = import_torch().stack
     outputs = {name: stack([step[name] for step in steps], 1) for name in steps[0]}
     for name, output in outputs.items():
         if name.startswith("logits"):
@@ -109,7 +120,7 @@ def _fold_steps(calls: list[np.ndarray], steps: int) -> list[np.ndarray]:
 @contextmanager
 def _torch_computing_in(dtype: Any) -> Iterator[None]:
     """Torch computes in `dtype` at full precision, whatever the code inside casts to."""
-    torch = _import_torch()
+    torch = import_torch()
 
     class EverythingDouble(torch.overrides.TorchFunctionMode):
         def __torch_function__(
@@ -144,7 +155,7 @@ def _torch_computing_in(dtype: Any) -> Iterator[None]:
 
 def _record_torch(policy: Any) -> dict[str, list[np.ndarray]]:
     """Have every layer append its outputs; the names come in the order the layers finish."""
-    torch = _import_torch()
+    torch = import_torch()
     calls: dict[str, list[np.ndarray]] = {}
 
     def recording(name: str, module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:

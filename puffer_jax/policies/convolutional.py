@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from puffer_jax.nn.images import Conv2d, Deferred, flatten
+from puffer_jax.nn.images import Conv2d, ImageLayers, flatten
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.linear import linear
 from puffer_jax.policies.base import State, _Policy
@@ -72,12 +72,12 @@ class Convolutional(_Policy):
         self.downsample = downsample
         self._check_image()
 
-        self.network = nnx.Sequential(
+        self.network = ImageLayers(
             self._conv(framestack, 32, 8, 4, channels_first=not channels_last, rngs=rngs),
-            Deferred(jax.nn.relu),
-            self._conv(32, 64, 4, 2, rectify=True, rngs=rngs),
-            Deferred(jax.nn.relu),
-            self._conv(64, 64, 3, 1, rectify=True, out_channels_first=True, rngs=rngs),
+            jax.nn.relu,
+            self._conv(32, 64, 4, 2, rngs=rngs),
+            jax.nn.relu,
+            self._conv(64, 64, 3, 1, out_channels_first=True, rngs=rngs),
             jax.nn.relu,
             flatten,
             self._linear(flat_size, hidden_size, rngs=rngs),

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from puffer_jax.kernels.pooling import max_pool
-from puffer_jax.nn.images import Conv2d, flatten_channels_first
+from puffer_jax.nn.images import Conv2d, after_relu, flatten_channels_first
 from puffer_jax.nn.initializers import torch_init
 from puffer_jax.nn.linear import linear
 from puffer_jax.policies.base import State, _Policy, _zeros
@@ -28,12 +28,12 @@ class ResidualBlock(nnx.Module):
     def __init__(
         self, channels: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     ):
-        self.conv0 = _conv3x3(channels, channels, rngs, dtype, param_dtype, rectify=True)
-        self.conv1 = _conv3x3(channels, channels, rngs, dtype, param_dtype, rectify=True)
+        self.conv0 = _conv3x3(channels, channels, rngs, dtype, param_dtype)
+        self.conv1 = _conv3x3(channels, channels, rngs, dtype, param_dtype)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Images of the same shape."""
-        return self.conv1(self.conv0(x)) + x
+        return after_relu(self.conv1, after_relu(self.conv0, x)) + x
 
 
 class ConvSequence(nnx.Module):
@@ -152,10 +152,6 @@ class ProcgenResnet(_Policy):
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
 
 
-def _conv3x3(
-    inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, rectify: bool = False
-) -> Conv2d:
+def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> Conv2d:
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    return torch_init(
-        Conv2d(inputs, outputs, 3, padding=1, rectify=rectify, rngs=rngs, **dtypes), rngs=rngs
-    )
+    return torch_init(Conv2d(inputs, outputs, 3, padding=1, rngs=rngs, **dtypes), rngs=rngs)

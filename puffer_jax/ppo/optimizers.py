@@ -8,6 +8,7 @@ traced function and go on from the old state. A Python `beta` is the more exact 
 
 import difflib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.kernels import cpu
+from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import library
 
 # Between parameters and tensors in torch's layout, see `puffer_jax.nn.torch_layout`.
@@ -64,14 +66,23 @@ def make(
         ValueError: `name` is neither of them.
     """
     if name == "adam":
-        optimizer = adam(learning_rate, beta1, beta2, eps)
-    elif name == "muon":
+        return _clipped_adam(learning_rate, max_grad_norm, beta1, beta2, eps)
+    if name == "muon":
         optimizer = muon(learning_rate, beta1, to_torch, from_torch)
-    else:
-        near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}{hint}")
-    return optax.chain(clip_by_global_norm(max_grad_norm), optimizer)
+        return optax.chain(clip_by_global_norm(max_grad_norm), optimizer)
+    near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}{hint}")
+
+
+def _clipped_adam(
+    learning_rate: ArrayLike,
+    max_grad_norm: ArrayLike,
+    beta1: ArrayLike,
+    beta2: ArrayLike,
+    eps: ArrayLike,
+) -> optax.GradientTransformation:
+    return optax.chain(clip_by_global_norm(max_grad_norm), adam(learning_rate, beta1, beta2, eps))
 
 
 def make_step(
@@ -89,40 +100,61 @@ def make_step(
         (params, opt_state, gradients, skip) -> (params, opt_state), with opt_state as the `init` of
         `make(...)` gives it; where `skip`, a bool, is True, they stay as they are.
     """
-    transformation = make(name, to_torch, from_torch, **numbers)
+    if name == "adam":
+        return partial(_adam_step, **numbers)
+    return partial(_optax_step, make(name, to_torch, from_torch, **numbers))
 
-    def by_optax(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
-        change, new_state = transformation.update(gradients, state, params)
-        new = optax.apply_updates(params, change), new_state
-        return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (params, state))
 
-    def by_us(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
-        scale = _clip_scale(gradients, numbers["max_grad_norm"])
-        empty, moments = state
-        leaves, treedef = jax.tree.flatten(params)
-        others = (treedef.flatten_up_to(x) for x in (moments.mu, moments.nu, gradients))
-        beta1, beta2 = numbers["beta1"], numbers["beta2"]
-        rate, root = _adam_scalars(moments.count + 1, numbers["learning_rate"], beta1, beta2)
-        given = (scale, beta1, 1 - beta1, beta2, 1 - beta2, rate, 1 / root, numbers["eps"], skip)
+def _optax_step(
+    transformation: optax.GradientTransformation, params: Any, state: Any, gradients: Any, skip: Any
+) -> tuple[Any, Any]:
+    change, new_state = transformation.update(gradients, state, params)
+    new = optax.apply_updates(params, change), new_state
+    return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (params, state))
 
-        def step(p: Array, m: Array, v: Array, g: Array) -> tuple[Array, ...]:
-            array = jnp.stack([jnp.asarray(x, p.dtype) for x in given])
-            return cpu.adam(array, g, p, m, v)
 
-        new = [step(*arrays) for arrays in zip(leaves, *others, strict=True)]
-        params, mu, nu = (treedef.unflatten(x) for x in zip(*new, strict=True))
-        count = jnp.where(skip, moments.count, moments.count + 1)
-        return params, (empty, optax.ScaleByAdamState(count, mu, nu))
+def _adam_step_xla(*arrays: Any, **numbers: Any) -> tuple[Any, Any]:
+    return _optax_step(_clipped_adam(**numbers), *arrays)
 
-    def step(params: Any, state: Any, gradients: Any, skip: Any) -> tuple[Any, Any]:
-        arrays = jax.tree.leaves((params, gradients))
-        if name != "adam" or not library.serves(*arrays):
-            return by_optax(params, state, gradients, skip)
-        return jax.lax.platform_dependent(
-            params, state, gradients, skip, cpu=by_us, default=by_optax
-        )
 
-    return step
+def _adam_step_cpu(
+    params: Any,
+    state: Any,
+    gradients: Any,
+    skip: Any,
+    *,
+    learning_rate: ArrayLike,
+    max_grad_norm: ArrayLike,
+    beta1: ArrayLike,
+    beta2: ArrayLike,
+    eps: ArrayLike,
+) -> tuple[Any, Any]:
+    scale = _clip_scale(gradients, max_grad_norm)
+    empty, moments = state
+    leaves, treedef = jax.tree.flatten(params)
+    others = (treedef.flatten_up_to(x) for x in (moments.mu, moments.nu, gradients))
+    rate, root = _adam_scalars(moments.count + 1, learning_rate, beta1, beta2)
+    scalars = (scale, beta1, 1 - beta1, beta2, 1 - beta2, rate, 1 / root, eps, skip)
+
+    def step(p: Array, m: Array, v: Array, g: Array) -> tuple[Array, ...]:
+        numbers = jnp.stack([jnp.asarray(x, p.dtype) for x in scalars])
+        return cpu.adam(numbers, g, p, m, v)
+
+    new = [step(*arrays) for arrays in zip(leaves, *others, strict=True)]
+    params, mu, nu = (treedef.unflatten(x) for x in zip(*new, strict=True))
+    count = jnp.where(skip, moments.count, moments.count + 1)
+    return params, (empty, optax.ScaleByAdamState(count, mu, nu))
+
+
+def _adam_step_cpu_takes(
+    params: Any, state: Any, gradients: Any, skip: Any, **numbers: Any
+) -> bool:
+    return library.takes(*jax.tree.leaves((params, gradients)))
+
+
+_adam_step = Operation(
+    "adam", xla=_adam_step_xla, cpu=Kernel(_adam_step_cpu, takes=_adam_step_cpu_takes)
+)
 
 
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:

@@ -1,17 +1,16 @@
 """LSTM, convolutions, pooling, perceptrons, random numbers: our own CPU kernels (XLA custom calls).
 
-A compiler that is at hand builds them where they run, for the processor they run on, once: the
-library is kept in the user's cache. Without a compiler, or with PUFFER_JAX_NATIVE=0 in the
-environment, everything runs on XLA's own operations and nothing is missing but speed.
+They are built where they run, for the processor they run on, once: the library is kept in the
+user's cache. Without a C++ compiler, or with PUFFER_JAX_NATIVE=0 in the environment, everything
+runs on XLA's own operations and nothing is missing but speed.
 
-The functions here are the same functions, in float32 and float64, with gradients written out
-(`jax.custom_vjp`): no forward-mode derivatives. Gradients of gradients are those of XLA's
-operations. Under `jax.vmap` calls run one after the other.
+They compute in float32 and float64, with gradients written out (`jax.custom_vjp`): no
+forward-mode derivatives. Gradients of gradients are those of XLA's operations. Under `jax.vmap`
+most calls run one after the other.
 """
 
 from puffer_jax.kernels.cpu.adam import adam as adam
 from puffer_jax.kernels.cpu.derivatives import differentiable as differentiable
-from puffer_jax.kernels.cpu.images import Windows as Windows
 from puffer_jax.kernels.cpu.images import convolution as convolution
 from puffer_jax.kernels.cpu.images import convolution_gradient as convolution_gradient
 from puffer_jax.kernels.cpu.images import max_pool as max_pool

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import _call, _like
+from puffer_jax.kernels.cpu.library import call, like
 
 
 def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
@@ -19,4 +19,4 @@ def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
         The new ones.
     """
     options: Any = {"vmap_method": "broadcast_all", "aliases": {2: 0, 3: 1, 4: 2}}
-    return tuple(_call("puffer_jax_adam", _like(*arrays), numbers, gradient, *arrays, **options))
+    return tuple(call("puffer_jax_adam", like(*arrays), numbers, gradient, *arrays, **options))

@@ -1,48 +1,64 @@
 """Functions by kernels whose gradients are by kernels, too."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import _is_number
+from puffer_jax.kernels.cpu.library import is_floating
+
+Function = Callable[..., Any]
 
 
-def differentiable(
-    forward: Callable[..., Any], backward: Callable[..., Any], plain: Callable[..., Any]
-) -> Callable[..., Any]:
+def differentiable(forward: Function, backward: Function, plain: Function) -> Function:
     """A function by kernels whose gradient is by kernels, too.
 
     Args:
-        forward: (keep, *arrays) -> (results, kept): with `keep`, what `backward` wants to know.
-        backward: (arrays, kept, cotangents) -> the gradients of those arrays that are floating.
-        plain: the same function of XLA's operations, for the derivatives beyond the first.
+        forward: (keep, *arrays, **options) -> (results, kept): with `keep`, what `backward` needs
+            beside the arrays.
+        backward: (arrays, kept, cotangents, **options) -> the gradients of the floating arrays.
+        plain: the same function by XLA's operations, for the derivatives beyond the first.
+
+    Returns:
+        (*arrays, **options) -> results; options are hashable.
     """
 
+    @cache
+    def bound(**options: Any) -> Function:
+        functions = (partial(function, **options) for function in (forward, backward, plain))
+        return _differentiable(*functions)
+
+    def function(*arrays: Array, **options: Any) -> Any:
+        return bound(**options)(*arrays)
+
+    return function
+
+
+def _differentiable(forward: Function, backward: Function, plain: Function) -> Function:
     @jax.custom_vjp
     def gradient(arrays: Any, kept: Any, cotangents: Any) -> Any:
         return backward(arrays, kept, cotangents)
 
-    def gradient_forward(*given: Any) -> tuple[Any, Any]:
-        return gradient(*given), given
+    def gradient_forward(*operands: Any) -> tuple[Any, Any]:
+        return gradient(*operands), operands
 
-    def gradient_backward(given: Any, d_gradients: Any) -> tuple[Any, ...]:
-        arrays, _, cotangents = given
-        which = [_is_number(array) for array in arrays]
+    def gradient_backward(operands: Any, d_gradients: Any) -> tuple[Any, ...]:
+        arrays, _, cotangents = operands
+        floating = [is_floating(array) for array in arrays]
 
-        def function(*numbers: Array) -> Any:
-            left = iter(numbers)
-            return plain(*(next(left) if i else a for i, a in zip(which, arrays, strict=True)))
+        def plain_of_floating(*some: Array) -> Any:
+            rest = iter(some)
+            return plain(*(next(rest) if f else a for f, a in zip(floating, arrays, strict=True)))
 
-        def again(numbers: Any, cotangents: Any) -> Any:
-            return jax.vjp(function, *numbers)[1](cotangents)
+        def plain_gradient(some: Any, cotangents: Any) -> Any:
+            return jax.vjp(plain_of_floating, *some)[1](cotangents)
 
-        numbers = tuple(filter(_is_number, arrays))
-        d_numbers, d_cotangents = jax.vjp(again, numbers, cotangents)[1](d_gradients)
-        left = iter(d_numbers)
-        return tuple(next(left) if i else None for i in which), None, d_cotangents
+        some = tuple(filter(is_floating, arrays))
+        d_some, d_cotangents = jax.vjp(plain_gradient, some, cotangents)[1](d_gradients)
+        rest = iter(d_some)
+        return tuple(next(rest) if f else None for f in floating), None, d_cotangents
 
     gradient.defvjp(gradient_forward, gradient_backward)
 
@@ -63,8 +79,8 @@ def differentiable(
 
     def function_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         arrays, kept = residuals
-        left = iter(gradient(arrays, kept, cotangents))
-        return tuple(next(left) if _is_number(array) else None for array in arrays)
+        rest = iter(gradient(arrays, kept, cotangents))
+        return tuple(next(rest) if is_floating(array) else None for array in arrays)
 
     function.defvjp(function_forward, function_backward)
     return function

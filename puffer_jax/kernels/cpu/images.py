@@ -1,50 +1,24 @@
 """Kernels of convolutions and pooling."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import _call, _is_number, _like
-
-Pair = tuple[int, int]  # of the rows and of the columns
-
-
-class Windows(NamedTuple):
-    """How the windows of a convolution lie on its images."""
-
-    strides: Pair = (1, 1)
-    pads: Pair = (0, 0)
-    """Zeros before and after the rows, before and after the columns."""
-    channels_first: bool = False
-    """Of images of bytes: they are (batch, inputs, height, width)."""
-    rectify: bool = False
-    """Of other images: a ReLU comes first."""
-    out_channels_first: bool = False
-    """The result is (batch, outputs, height, width)."""
-
-    def attributes(self) -> dict[str, Any]:
-        """What all kernels are told."""
-        return {
-            "channels_first": self.channels_first,
-            "rectify": self.rectify,
-            "stride_rows": np.int64(self.strides[0]),
-            "stride_columns": np.int64(self.strides[1]),
-            "pad_rows": np.int64(self.pads[0]),
-            "pad_columns": np.int64(self.pads[1]),
-        }
+from puffer_jax.kernels.cpu.library import call, is_floating, like
+from puffer_jax.kernels.windows import Windows
 
 
-def convolution(windows: Windows, keep: bool, *arrays: Array) -> tuple[Array, None]:
+def convolution(keep: bool, *arrays: Array, windows: Windows) -> tuple[Array, None]:
     """Forward of x, kernel, bias: a convolution of images.
 
     Args:
-        windows: where they lie; they must fit into the images with their borders.
         keep: not used.
         arrays: x, the images (batch, height, width, inputs); bytes stand for numbers from 0 to
             1, each is divided by 255. kernel, the weights (window_height, window_width, inputs,
-            outputs). bias (outputs,), is added.
+            outputs). bias (outputs,).
+        windows: how they lie on the images, whose borders included they must fit into.
     """
     x, kernel, _ = arrays
     shape = (x.shape[0], *x.shape[2:]) if windows.channels_first else x.shape
@@ -53,34 +27,46 @@ def convolution(windows: Windows, keep: bool, *arrays: Array) -> tuple[Array, No
     first, outputs = windows.out_channels_first, kernel.shape[3]
     image = (outputs, height, width) if first else (height, width, outputs)
     result = jax.ShapeDtypeStruct((x.shape[0], *image), kernel.dtype)
-    given = windows.attributes()
-    return _call("puffer_jax_convolve", result, *arrays, **given, out_channels_first=first), None
+    attributes = {**_attributes(windows), "out_channels_first": first}
+    return call("puffer_jax_convolve", result, *arrays, **attributes), None
 
 
 def convolution_gradient(
-    windows: Windows, arrays: Any, kept: None, d_out: Array
+    arrays: Any, kept: None, d_out: Array, *, windows: Windows
 ) -> tuple[Array, ...]:
-    """Backward of `convolution`."""
+    """Backward of `convolution`: the gradients of x, unless it is of bytes, kernel and bias."""
     d_out = d_out.transpose(0, 2, 3, 1) if windows.out_channels_first else d_out
     x, *weights = arrays
     name = "puffer_jax_convolve_weights_gradient"
-    gradients = _call(name, _like(*weights), x, d_out, **windows.attributes())
-    if not _is_number(x):
+    gradients = call(name, like(*weights), x, d_out, **_attributes(windows))
+    if not is_floating(x):
         return tuple(gradients)
     # A call of its own: the images' gradient is not computed where nobody asks for it.
     name = "puffer_jax_convolve_images_gradient"
-    (dx,) = _call(name, _like(x), x, weights[0], d_out, **windows.attributes())
+    (dx,) = call(name, like(x), x, weights[0], d_out, **_attributes(windows))
     return dx, *gradients
 
 
+def _attributes(windows: Windows) -> dict[str, Any]:
+    """The attributes that all of the convolution's kernels take."""
+    return {
+        "channels_first": windows.channels_first,
+        "rectify": windows.rectify,
+        "stride_rows": np.int64(windows.strides[0]),
+        "stride_columns": np.int64(windows.strides[1]),
+        "pad_rows": np.int64(windows.pads[0]),
+        "pad_columns": np.int64(windows.pads[1]),
+    }
+
+
 def max_pool(keep: bool, x: Array) -> tuple[Array, Array]:
-    """Forward of `puffer_jax.layers.max_pool`."""
+    """Forward of `puffer_jax.layers.max_pool`; kept is which pixel of each window was taken."""
     batch, height, width, channels = x.shape
     shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
     taken = jax.ShapeDtypeStruct(shape if keep else (0,), np.int8)
-    return _call("puffer_jax_max_pool", (jax.ShapeDtypeStruct(shape, x.dtype), taken), x)
+    return call("puffer_jax_max_pool", (jax.ShapeDtypeStruct(shape, x.dtype), taken), x)
 
 
 def max_pool_gradient(arrays: tuple[Array], taken: Array, d_out: Array) -> tuple[Array]:
     """Backward of `max_pool`."""
-    return (_call("puffer_jax_max_pool_gradient", _like(*arrays)[0], taken, d_out),)
+    return (call("puffer_jax_max_pool_gradient", like(*arrays)[0], taken, d_out),)

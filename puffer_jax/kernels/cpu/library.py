@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,24 +50,27 @@ _NAMES = (
 )
 
 
-def serves(*arrays: Array) -> bool:
+_lock = threading.Lock()
+
+
+def takes(*arrays: Array) -> bool:
     """Whether there are kernels for these arrays: all float32 or all float64, none empty."""
     dtypes = {array.dtype.name for array in arrays}
     return (
         len(dtypes) == 1
         and dtypes <= _TYPES.keys()
         and all(array.size for array in arrays)
-        and at_hand(*dtypes)
+        and is_available(*dtypes)
     )
 
 
-_lock = threading.Lock()
-
-
-def at_hand(dtype: str) -> bool:
+def is_available(dtype: str) -> bool:
     """Whether there are kernels for "float32" or "float64".
 
-    The first call that needs them compiles them, which takes some ten seconds.
+    The first call that needs them compiles them, which takes some ten seconds. Flags for the
+    compiler, in PUFFER_JAX_CXXFLAGS in the environment, come after our own: they make another
+    library, beside the usual one. For tests: with -DVECTOR_BYTES=16 (or 32, 64) vectors are as
+    long as another processor's.
     """
     if jax.default_backend() != "cpu":  # not worth the build where the work is done elsewhere
         return False
@@ -79,13 +83,13 @@ def _load(dtype: str) -> bool:
     """Registers the kernels with XLA, built if need be; False where that is not possible."""
     if os.environ.get("PUFFER_JAX_NATIVE") == "0":
         return False
-    given = os.environ.get("CXX")
-    compiler = shutil.which(given) if given else shutil.which("c++") or shutil.which("g++")
+    cxx = os.environ.get("CXX")
+    compiler = shutil.which(cxx) if cxx else shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         _logger.warning(
             "no C++ compiler%s, so LSTMs, convolutions and perceptrons run on XLA's own, slower "
             "operations (PUFFER_JAX_NATIVE=0 hides this)",
-            f" {given}" if given else "",
+            f" {cxx}" if cxx else "",
         )
         return False
     try:
@@ -114,7 +118,8 @@ def _key(sources: Traversable, *parts: bytes) -> str:
 def _built(compiler: str, dtype: str) -> Path:
     """The shared library, from the cache or compiled now."""
     sources = files("puffer_jax.kernels") / "cc"
-    flags = [*_FLAGS, f"-DNUMBER={_TYPES[dtype]}"]
+    extra = shlex.split(os.environ.get("PUFFER_JAX_CXXFLAGS", ""))
+    flags = [*_FLAGS, *extra, f"-DNUMBER={_TYPES[dtype]}"]
     # What the compiler predefines tells its version and the processor's instructions.
     asked = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     target = subprocess.run(asked, capture_output=True, check=True).stdout
@@ -136,7 +141,7 @@ def _built(compiler: str, dtype: str) -> Path:
     return library
 
 
-def _call(
+def call(
     name: str,
     results: Any,
     *arrays: Array,
@@ -144,20 +149,32 @@ def _call(
     aliases: dict[int, int] | None = None,
     **attributes: Any,
 ) -> Any:
-    """`aliases`: from an array to the result in its place, since fresh memory is slow to touch.
+    """Call the kernel `name` of the library for the dtype of the first floating array.
 
-    Where the array is needed on, XLA copies it.
+    Args:
+        name: one of `_NAMES`.
+        results: shape and dtype of each result, a pytree of `jax.ShapeDtypeStruct`.
+        arrays: the operands.
+        vmap_method: as in `jax.ffi.ffi_call`.
+        aliases: index of an operand -> index of the result that is written in its place, since
+            fresh memory is slow to touch. XLA copies an operand that is needed afterwards.
+        attributes: the kernel's.
+
+    Returns:
+        Arrays in the structure of `results`.
     """
     dtype = next(array.dtype.name for array in arrays if array.dtype.name in _TYPES)
-    call = jax.ffi.ffi_call(
+    kernel = jax.ffi.ffi_call(
         f"{name}_{dtype}", results, vmap_method=vmap_method, input_output_aliases=aliases
     )
-    return call(*arrays, **attributes)
+    return kernel(*arrays, **attributes)
 
 
-def _like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+def like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shape and dtype of each array."""
     return tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
 
 
-def _is_number(array: Array) -> bool:
+def is_floating(array: Array) -> bool:
+    """Whether the array has a floating dtype, and so a gradient."""
     return jnp.issubdtype(array.dtype, jnp.floating)

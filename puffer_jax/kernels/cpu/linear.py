@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import _call, _like
+from puffer_jax.kernels.cpu.library import call, like
 
 
 def linear(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
     """Forward of x and any number of w, b: `x @ w + b` for each of these."""
     x, *layers = arrays
-    return _call("puffer_jax_linear", _outputs(x, layers), *arrays), None
+    return call("puffer_jax_linear", _outputs(x, layers), *arrays), None
 
 
 def linear_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -21,7 +21,7 @@ def linear_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tu
     x, *layers = arrays
     weights, bias, d_result = _joined(layers, d_results)
     given = x, weights, d_result
-    dx, *d_joined = _call("puffer_jax_linear_gradient", _like(x, weights, bias), *given)
+    dx, *d_joined = call("puffer_jax_linear_gradient", like(x, weights, bias), *given)
     return dx, *_apart(layers, d_joined)
 
 
@@ -46,7 +46,7 @@ def perceptron(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
     """
     x, *layers = arrays
     results = _outputs(x, layers[2:] or layers)
-    return _call("puffer_jax_perceptron", results, *arrays), None
+    return call("puffer_jax_perceptron", results, *arrays), None
 
 
 def _outputs(x: Array, layers: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -58,8 +58,8 @@ def perceptron_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -
     x, w1, b1, *layers = arrays
     # No outputs: the gradient is that of the hidden vectors.
     w2, b2, d_result = _joined(layers or (w1[:0].T, b1[:0]), d_results)
-    given = _like(w1, b1, w2, b2)
-    d_w1, d_b1, *d_joined = _call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
+    given = like(w1, b1, w2, b2)
+    d_w1, d_b1, *d_joined = call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
     # Where x are observations nobody asks for this, and it is not computed.
     z = x @ w1 + b1
     slope = jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import _call, _like
+from puffer_jax.kernels.cpu.library import call, like
 
 
 def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
@@ -15,9 +15,9 @@ def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
     rows = _rows(x)
     outputs = jax.ShapeDtypeStruct((batch * time, hidden), x.dtype)
     gates = jax.ShapeDtypeStruct((time, batch, 5, hidden) if keep else (0,), x.dtype)
-    *results, gates = _call(
+    *results, gates = call(
         "puffer_jax_lstm_forward",
-        (outputs, *_like(h, c), gates),
+        (outputs, *like(h, c), gates),
         *(*weights, rows, h, c, done),
         # A step's input is read before its output is written.
         aliases={3: 0} if not keep and rows.shape == outputs.shape else None,
@@ -32,9 +32,9 @@ def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
     (outputs, gates), (d_outputs, *d_states) = kept, cotangents
     rows, d_rows = _rows(x), _rows(d_outputs)
     given = (weight_ih, weight_hh, rows, h, c, done, _rows(outputs), gates, d_rows, *d_states)
-    d_ih, d_hh, d_bias, dx, *d_start = _call(
+    d_ih, d_hh, d_bias, dx, *d_start = call(
         "puffer_jax_lstm_backward",
-        _like(weight_ih, weight_hh, bias, rows, h, c),
+        like(weight_ih, weight_hh, bias, rows, h, c),
         *given,
         # As in `lstm`; and XLA would copy what is reshaped, did not the kernel take rows.
         aliases={8: 3} if rows.shape == d_rows.shape else None,
@@ -48,4 +48,4 @@ def _rows(x: Array) -> Array:
 
 def lstm_step(*arrays: Array) -> tuple[Array, Array]:
     """`puffer_jax.layers.lstm_step` of its arrays, of one dtype; without derivatives."""
-    return _call("puffer_jax_lstm_step", _like(*arrays[-2:]), *arrays)
+    return call("puffer_jax_lstm_step", like(*arrays[-2:]), *arrays)

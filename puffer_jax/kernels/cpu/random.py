@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
-from puffer_jax.kernels.cpu.library import _call
+from puffer_jax.kernels.cpu.library import call
 
 
 def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:
@@ -19,7 +19,7 @@ def categorical(
 ) -> Int32[Array, "*batch rows"]:
     """`jax.random.categorical(key, logits, mode="high")` for threefry keys."""
     result = jax.ShapeDtypeStruct(logits.shape[:-1], np.int32)
-    return _call("puffer_jax_categorical", result, keys, logits, vmap_method="broadcast_all")
+    return call("puffer_jax_categorical", result, keys, logits, vmap_method="broadcast_all")
 
 
 def sample(
@@ -35,4 +35,4 @@ def sample(
     of_rows = [jax.ShapeDtypeStruct(logits.shape[:-1], dtype) for dtype in (np.int32, logits.dtype)]
     results = (*of_rows, of_rows[1])
     given = {"vmap_method": "broadcast_all", "component": np.int64(component)}
-    return _call("puffer_jax_sample", results, key, logits, **given)
+    return call("puffer_jax_sample", results, key, logits, **given)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from puffer_jax.kernels.cpu.library import _call, _like
+from puffer_jax.kernels.cpu.library import call, like
 
 
 @jax.custom_vjp
@@ -12,7 +12,7 @@ def recurrence(
     a: Float[Array, "rows time"], b: Float[Array, "rows time"]
 ) -> Float[Array, "rows time"]:
     """The y with y[:, t] = a[:, t] + b[:, t] * y[:, t + 1], from the last on."""
-    return _call("puffer_jax_recur", _like(a)[0], a, b)
+    return call("puffer_jax_recur", like(a)[0], a, b)
 
 
 def _recurrence_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
