@@ -18,8 +18,8 @@ from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax.kernels.perceptron import gelu
+from puffer_jax.nn.cores.lstm import LSTM
 from puffer_jax.nn.images import flatten_channels_first
-from puffer_jax.nn.lstm import LSTM
 from puffer_jax.nn.torch_layout import torch_parameters
 from puffer_jax.parity import comparison
 from puffer_jax.parity.comparison import compare

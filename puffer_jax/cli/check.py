@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from puffer_jax import policies
 from puffer_jax.base.spaces import emulated_dtypes, kind_of
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.weights.files import policy_from_checkpoint
 from puffer_jax.weights.state_dicts import state_dict
 
@@ -38,7 +38,7 @@ class _PolicyOptions:
             "downsample": self.downsample,
         }
         policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
-        shape = None if env is not None or self.image_shape else _image_shape(policy)
+        shape = None if env is not None or self.image_shape else policy.example_shape()
         return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy
 
 
@@ -75,12 +75,14 @@ class Check(_PolicyOptions):
         _load_reference(reference, self.model, policy)
 
         lead, state = (self.batch,), None
-        if isinstance(policy, policies.LSTMWrapper):
+        if is_recurrent(policy):
             lead = (self.batch, self.time)
-            # Not zero, so that h and c cannot change places without being noticed.
+            # Not zero, so that its parts cannot change places without being noticed.
             rng = np.random.default_rng(self.seed)
-            h, c = rng.standard_normal((2, self.batch, policy.hidden_size)).astype(np.float32)
-            state = {"lstm_h": np.tanh(h), "lstm_c": c}
+            state = {
+                name: np.tanh(rng.standard_normal(part.shape)).astype(np.float32)
+                for name, part in policy.initial_state(self.batch).items()
+            }
         observations = _sample(
             reference_env(policy) if env is None else env, math.prod(lead), self.seed
         )
@@ -118,21 +120,6 @@ def _make(name: str) -> Any:
         emulated=emulated,
         env=SimpleNamespace(observation_space=space),
     )
-
-
-def _image_shape(policy: Any) -> tuple[int, int, int] | None:
-    """An image that fits a Convolutional, whose weights do not depend on the sides."""
-    policy = getattr(policy, "policy", policy)
-    if (
-        not isinstance(policy, policies.Convolutional)
-        or policy.env_spec.single_observation_space.shape
-    ):
-        return None
-    area = policy.flat_size // 64
-    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
-    height, width = (policy.downsample * (8 * side + 28) for side in (rows, area // rows))
-    shape = (height, width, policy.framestack)
-    return shape if policy.channels_last else (shape[2], *shape[:2])
 
 
 def _load_reference(reference: Any, path: Path, policy: Any) -> None:

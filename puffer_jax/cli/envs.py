@@ -114,7 +114,7 @@ def make_policy(
     Args:
         env: gives the spaces, see `puffer_jax.spaces.env_spec`.
         options: what is not given comes from the observation space or is the policy's default.
-        rnn: wrap it in `LSTMWrapper`.
+        rnn: put an LSTM between its encoder and its heads.
         precision: "float32" or "bfloat16", of matmuls.
         seed: of the weights.
 
@@ -124,13 +124,13 @@ def make_policy(
     import jax.numpy as jnp
     from flax import nnx
 
-    from puffer_jax.policies.recurrent import LSTMWrapper
+    from puffer_jax.policies.recurrent import with_core
 
     given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    core = given.pop("core", "lstm" if rnn else None)
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
     rngs = nnx.Rngs(seed)
     policy = environments.Policy(env, **given, rngs=rngs, dtype=dtype)
-    if not rnn:
+    if core is None:
         return policy
-    size = policy.hidden_size
-    return LSTMWrapper(env, policy, size, size, rngs=rngs, dtype=dtype)
+    return with_core(core, env, policy, rngs=rngs, dtype=dtype)

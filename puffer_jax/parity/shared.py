@@ -21,9 +21,13 @@ class _Inputs(NamedTuple):
     observations: Any
     state: Mapping[str, np.ndarray] | None
     done: np.ndarray | None
-    recurrent: bool
+    state_names: tuple[str, ...]  # none: the policies are not recurrent
     evaluate: bool
     seed: int
+
+    @property
+    def recurrent(self) -> bool:
+        return bool(self.state_names)
 
 
 def _named(output: Any, prefix: str = "") -> dict[str, Any]:

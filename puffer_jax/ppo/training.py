@@ -10,9 +10,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.nn.params import split
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.ppo import jax_rollout
 from puffer_jax.ppo.config import PuffeRLConfig
-from puffer_jax.ppo.objective import is_recurrent
 from puffer_jax.ppo.update import make_learner
 
 
