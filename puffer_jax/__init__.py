@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import random as random
     from puffer_jax import vector as vector
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
+    from puffer_jax.nn.cores.gru import GRU as GRU
+    from puffer_jax.nn.cores.lstm import LSTM as LSTM
     from puffer_jax.nn.distributions import Normal as Normal
     from puffer_jax.nn.distributions import TanhNormal as TanhNormal
     from puffer_jax.nn.distributions import entropy as entropy
@@ -26,7 +28,6 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.nn.distributions import mask_logits as mask_logits
     from puffer_jax.nn.initializers import layer_init as layer_init
     from puffer_jax.nn.initializers import torch_init as torch_init
-    from puffer_jax.nn.lstm import LSTM as LSTM
     from puffer_jax.nn.params import merge as merge
     from puffer_jax.nn.params import split as split
     from puffer_jax.nn.sampling import sample_logits as sample_logits
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.procgen import ProcgenResnet as ProcgenResnet
     from puffer_jax.policies.procgen import ResidualBlock as ResidualBlock
     from puffer_jax.policies.recurrent import LSTMWrapper as LSTMWrapper
+    from puffer_jax.policies.recurrent import Recurrent as Recurrent
     from puffer_jax.ppo.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.ppo.training import make_train as make_train
     from puffer_jax.run.loggers import JSONLLogger as JSONLLogger
@@ -61,6 +63,8 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
 
 _EXPORTS = {
     "environments.jax_native": ("as_jax_env",),
+    "nn.cores.gru": ("GRU",),
+    "nn.cores.lstm": ("LSTM",),
     "nn.distributions": (
         "Normal",
         "TanhNormal",
@@ -73,7 +77,6 @@ _EXPORTS = {
         "layer_init",
         "torch_init",
     ),
-    "nn.lstm": ("LSTM",),
     "nn.params": (
         "merge",
         "split",
@@ -98,7 +101,10 @@ _EXPORTS = {
         "ProcgenResnet",
         "ResidualBlock",
     ),
-    "policies.recurrent": ("LSTMWrapper",),
+    "policies.recurrent": (
+        "LSTMWrapper",
+        "Recurrent",
+    ),
     "ppo.config": ("PuffeRLConfig",),
     "ppo.training": ("make_train",),
     "run.loggers": (

@@ -7,6 +7,8 @@ from puffer_jax.kernels.lstm import lstm_step as lstm_step
 from puffer_jax.kernels.perceptron import gelu as gelu
 from puffer_jax.kernels.pooling import max_pool as max_pool
 from puffer_jax.kernels.recurrence import recurrence as recurrence
+from puffer_jax.nn.cores.gru import GRU as GRU
+from puffer_jax.nn.cores.lstm import LSTM as LSTM
 from puffer_jax.nn.images import Conv2d as Conv2d
 from puffer_jax.nn.images import ImageLayers as ImageLayers
 from puffer_jax.nn.images import flatten as flatten
@@ -16,4 +18,3 @@ from puffer_jax.nn.initializers import reset_orthogonal as reset_orthogonal
 from puffer_jax.nn.initializers import torch_init as torch_init
 from puffer_jax.nn.linear import linear as linear
 from puffer_jax.nn.linear import perceptron as perceptron
-from puffer_jax.nn.lstm import LSTM as LSTM

@@ -18,7 +18,6 @@ from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax import environments
-from puffer_jax.cli import checkpoint
 from puffer_jax.cli.command import main
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -100,7 +99,7 @@ def test_any_image_that_fits_the_convolutions_will_do(save, channels_last, downs
     options = {"channels_last": channels_last, "downsample": downsample}
     env = stub_env(None, Discrete(3))
     path = save(reference.Convolutional(env, **sizes, **options))
-    shape = checkpoint.fitting_image(puffer_jax.policy_from_checkpoint(path, **options))
+    shape = puffer_jax.policy_from_checkpoint(path, **options).example_shape()
     # The constructor refuses an image that does not fit.
     puffer_jax.policy_from_checkpoint(path, image_shape=shape, **options)
     images = torch.zeros(1, *shape)

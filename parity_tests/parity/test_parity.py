@@ -21,8 +21,8 @@ import puffer_jax
 from puffer_jax.kernels import OPERATIONS, replace, use
 from puffer_jax.kernels.cpu import library
 from puffer_jax.kernels.perceptron import gelu
+from puffer_jax.nn.cores.lstm import LSTM
 from puffer_jax.nn.images import flatten_channels_first
-from puffer_jax.nn.lstm import LSTM
 from puffer_jax.nn.torch_layout import torch_parameters
 from puffer_jax.parity import comparison
 from puffer_jax.parity.comparison import compare

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from puffer_jax import policies
 from puffer_jax.cli.checkpoint import CheckpointOptions
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.weights.state_dicts import state_dict
 
 
@@ -47,12 +47,14 @@ class Check(CheckpointOptions):
         _load_reference(reference, self.model, policy)
 
         lead, state = (self.batch,), None
-        if isinstance(policy, policies.LSTMWrapper):
+        if is_recurrent(policy):
             lead = (self.batch, self.time)
-            # Not zero, so that an exchange of h and c would be noticed.
+            # Not zero, so that an exchange of its parts would be noticed.
             rng = np.random.default_rng(self.seed)
-            h, c = rng.standard_normal((2, self.batch, policy.hidden_size)).astype(np.float32)
-            state = {"lstm_h": np.tanh(h), "lstm_c": c}
+            state = {
+                name: np.tanh(rng.standard_normal(part.shape)).astype(np.float32)
+                for name, part in policy.initial_state(self.batch).items()
+            }
         observations = _sample(
             reference_env(policy) if env is None else env, math.prod(lead), self.seed
         )

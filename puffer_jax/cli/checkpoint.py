@@ -1,12 +1,11 @@
 """What the commands that read a checkpoint have in common."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from puffer_jax import environments, policies
+from puffer_jax import environments
 from puffer_jax.base.packages import require
 from puffer_jax.base.spaces import Box, emulated_dtypes, kind_of
 from puffer_jax.cli.envs import naming_the_flag
@@ -38,7 +37,7 @@ class CheckpointOptions:
             "downsample": self.downsample,
         }
         policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
-        shape = None if env is not None or self.image_shape else fitting_image(policy)
+        shape = None if env is not None or self.image_shape else policy.example_shape()
         return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy
 
     def make_env(self) -> SimpleNamespace | None:
@@ -73,18 +72,3 @@ def _spaces(name: str) -> tuple[Any, Any]:
     if family.multi_agent:
         return env.env.observation_space(env.possible_agents[0]), env.single_action_space
     return env.env.observation_space, env.single_action_space
-
-
-def fitting_image(policy: Any) -> tuple[int, int, int] | None:
-    """The shape of an image for a Convolutional, whose weights leave the sides open."""
-    policy = getattr(policy, "policy", policy)
-    if (
-        not isinstance(policy, policies.Convolutional)
-        or policy.env_spec.single_observation_space.shape
-    ):
-        return None
-    area = policy.flat_size // 64
-    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
-    height, width = (policy.downsample * (8 * side + 28) for side in (rows, area // rows))
-    shape = (height, width, policy.framestack)
-    return shape if policy.channels_last else (shape[2], *shape[:2])

@@ -111,7 +111,7 @@ def make_policy(
         env: gives the spaces, see `puffer_jax.spaces.env_spec`.
         options: an option that is None comes from the observation space, or has the policy's
             default.
-        rnn: whether to wrap it in `LSTMWrapper`.
+        rnn: whether to put an LSTM between the encoder and the heads.
         precision: precision of matmuls, "float32" or "bfloat16".
         seed: seed of the weights.
 
@@ -121,13 +121,13 @@ def make_policy(
     import jax.numpy as jnp
     from flax import nnx
 
-    from puffer_jax.policies.recurrent import LSTMWrapper
+    from puffer_jax.policies.recurrent import with_core
 
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    core = chosen.pop("core", "lstm" if rnn else None)
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
     rngs = nnx.Rngs(seed)
     policy = environments.Policy(env, **chosen, rngs=rngs, dtype=dtype)
-    if not rnn:
+    if core is None:
         return policy
-    size = policy.hidden_size
-    return LSTMWrapper(env, policy, size, size, rngs=rngs, dtype=dtype)
+    return with_core(core, env, policy, rngs=rngs, dtype=dtype)

@@ -143,7 +143,7 @@ def play(
 
     from puffer_jax.nn.params import merge, split
     from puffer_jax.nn.sampling import sample_logits
-    from puffer_jax.ppo.objective import is_recurrent
+    from puffer_jax.policies.protocol import is_recurrent
 
     graphdef, params = split(policy)
     recurrent = is_recurrent(policy)

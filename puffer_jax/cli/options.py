@@ -50,8 +50,10 @@ class PolicyOptions:
     name: Literal["auto", "Default", "Convolutional", "ProcgenResnet"] = "auto"
     """auto: Convolutional for uint8 images of 84x84 with 1 or 4 channels, ProcgenResnet for
     those of (64, 64, 3), Default for all else."""
+    core: str | None = None
+    """Put a recurrent core between the encoder and the heads: lstm (which is --rnn) or gru."""
     hidden_size: int | None = None
-    """Width of the encoding, and of the LSTM."""
+    """Width of the encoding, and of the core."""
     cnn_width: int | None = None
     """ProcgenResnet: channels of the first convolutions."""
     framestack: int | None = None

@@ -90,11 +90,12 @@ def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
     weight, *bias = _affine(layer, "torch_init")
     bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
     for parameter in (weight, *bias):
-        _set(parameter, _uniform(rngs, parameter.shape, bound, parameter.variables[0].dtype))
+        _set(parameter, uniform(rngs, parameter.shape, bound, parameter.variables[0].dtype))
     return layer
 
 
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: Any) -> Array:
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: Any) -> Array:
+    """U(-bound, +), drawn with one key of the stream `params`."""
     return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
 
 

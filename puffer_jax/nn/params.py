@@ -91,6 +91,14 @@ def mismatches(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> lis
     return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
 
 
+def shape_of(shapes: Mapping[str, Shape], name: str, dimensions: int) -> Shape:
+    """The shape under `name`; a ValueError unless it has that many dimensions."""
+    shape = shapes[name]
+    if len(shape) != dimensions:
+        raise ValueError(f"{name} has shape {shape}; expected {dimensions} dimensions")
+    return shape
+
+
 def _shapes(params: Mapping[str, Any]) -> dict[Path, Shape]:
     flat: dict[Path, Any] = dict(traverse_util.flatten_dict(params))
     return {path: tuple(np.shape(x)) for path, x in flat.items()}

@@ -151,7 +151,7 @@ def torch_aliases(module: nnx.Module) -> dict[str, str]:
     return {
         f"{prefix}{alias}": f"{prefix}{name}"
         for prefix, below in torch_modules(module)
-        for alias, name in getattr(type(below), "torch_aliases", {}).items()
+        for alias, name in getattr(below, "torch_aliases", {}).items()
     }
 
 

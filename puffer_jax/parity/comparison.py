@@ -23,6 +23,7 @@ from puffer_jax.parity.jax_side import run_jax
 from puffer_jax.parity.report import PRECISIONS, Errors, Kind, Report, Row
 from puffer_jax.parity.shared import Arrays, Inputs, Run
 from puffer_jax.parity.torch_side import import_torch, run_torch
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.weights.state_dicts import state_dict
 
 
@@ -57,7 +58,7 @@ def compare(
         observations: an array, or a dict or tuple of arrays, (batch, *obs). For recurrent
             policies (batch, time, *obs), or (batch, *obs) if `torch_policy.obs_shape` says so;
             `forward_eval` gets the first step.
-        state: {"lstm_h", "lstm_c"} (batch, hidden) of a recurrent policy; None is zero.
+        state: of a recurrent policy, {"lstm_h", "lstm_c"} of an LSTMWrapper; None is zero.
         done: (batch, time), where an episode begins. PufferLib cannot reset within a segment,
             so the torch side then runs step by step.
         seed: of the loss.
@@ -68,16 +69,19 @@ def compare(
         Exception: whatever a policy raises, with a note saying which one and in what precision.
     """
     import_torch()
-    recurrent = hasattr(jax_policy, "initial_state")
+    state_names = ()
+    if is_recurrent(jax_policy):
+        zero = jax.eval_shape(lambda: jax_policy.initial_state(1))  # type: ignore[attr-defined]
+        state_names = tuple(name for name in zero if name != "hidden")
     evaluate = hasattr(jax_policy, "forward_eval") and hasattr(torch_policy, "forward_eval")
     observations = jax.tree.map(np.asarray, observations)
     obs_shape = getattr(torch_policy, "obs_shape", None)
-    if recurrent and obs_shape is not None and np.ndim(observations) == len(obs_shape) + 1:
+    if state_names and obs_shape is not None and np.ndim(observations) == len(obs_shape) + 1:
         observations = observations[:, None]
     if state is not None:
-        state = {name: np.asarray(state[name]) for name in ("lstm_h", "lstm_c")}
+        state = {name: np.asarray(state[name]) for name in state_names}
     done = None if done is None else np.asarray(done, bool)
-    inputs = Inputs(observations, state, done, recurrent, evaluate, seed)
+    inputs = Inputs(observations, state, done, state_names, evaluate, seed)
 
     weights_differ = tuple(_differing_weights(torch_policy, jax_policy))
     theirs, ours = [], []

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
-from puffer_jax.nn.lstm import LSTM
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.torch_layout import torch_modules
 from puffer_jax.parity.shared import (
@@ -146,6 +145,6 @@ def _recording_class(cls: type) -> type:
     methods = {}
     if any("__call__" in vars(base) for base in cls.__mro__):
         methods["__call__"] = recording(cls.__call__)
-    if issubclass(cls, LSTM):
+    if hasattr(cls, "step") and hasattr(cls, "scan"):  # a recurrent core
         methods |= {"step": recording(cls.step), "scan": recording(cls.scan)}
     return type(cls.__name__, (cls,), methods)

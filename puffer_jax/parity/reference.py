@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from puffer_jax import policies
 from puffer_jax.base import spaces
 from puffer_jax.base.packages import PUFFERLIB, require
+from puffer_jax.policies.base import reference_of
 
 
 def reference_policy(jax_policy: nnx.Module) -> Any:
@@ -18,31 +18,9 @@ def reference_policy(jax_policy: nnx.Module) -> Any:
         ImportError: pufferlib or torch is missing.
         ValueError: a custom class, or a space that PufferLib's policy cannot take.
     """
-    reference = require("pufferlib.models", "the comparison", f"torch==2.13.0 {PUFFERLIB}")
+    models = require("pufferlib.models", "the comparison", f"torch==2.13.0 {PUFFERLIB}")
 
-    class ProcgenResnet(reference.ProcgenResnet):
-        # PufferLib's lacks what its LSTMWrapper asks of a policy.
-        is_continuous = False
-
-        def encode_observations(self, x: Any, state: Any = None) -> Any:
-            return super().encode_observations(x)
-
-    def twin(policy: Any, env: Any) -> Any:
-        match policy:
-            case policies.LSTMWrapper():
-                inner = twin(policy.policy, env)
-                return reference.LSTMWrapper(env, inner, policy.input_size, policy.hidden_size)
-            case policies.Default():
-                return reference.Default(env, policy.hidden_size)
-            case policies.Convolutional():
-                sizes = ("framestack", "flat_size", "hidden_size", "output_size")
-                options = (*sizes, "channels_last", "downsample")
-                return reference.Convolutional(env, **{n: getattr(policy, n) for n in options})
-            case policies.ProcgenResnet():
-                return ProcgenResnet(env, policy.cnn_width, policy.mlp_width)
-        raise ValueError(f"PufferLib has no policy of the class {type(policy).__name__}")
-
-    return twin(jax_policy, reference_env(jax_policy))
+    return reference_of(jax_policy, models, reference_env(jax_policy))
 
 
 def reference_env(jax_policy: Any) -> SimpleNamespace:
@@ -74,7 +52,7 @@ def reference_env(jax_policy: Any) -> SimpleNamespace:
             action = Box(-1, 1, other.shape)
     layout = jax_policy.env_spec.single_observation_space
     extra = {}
-    inner = getattr(jax_policy, "policy", jax_policy)
+    takes_images = getattr(getattr(jax_policy, "policy", jax_policy), "takes_images", False)
     if layout.sample_dtype is not None:
         fields = layout.structured
         if any(fields[name].names for name in fields.names):
@@ -92,10 +70,10 @@ def reference_env(jax_policy: Any) -> SimpleNamespace:
         raise ValueError(
             f"PufferLib's policies take arrays; the shape of the observations is {layout.shape}"
         )
-    elif isinstance(inner, policies.Default):
-        observation = box(np.dtype(np.float32), layout.shape)
-    else:
+    elif takes_images:
         observation = Box(0, 255, layout.shape, np.uint8)
+    else:
+        observation = box(np.dtype(np.float32), layout.shape)
     return SimpleNamespace(
         single_observation_space=observation,
         observation_space=observation,

@@ -33,9 +33,14 @@ class Inputs(NamedTuple):
     observations: Any
     state: Mapping[str, np.ndarray] | None
     done: np.ndarray | None
-    recurrent: bool
+    state_names: tuple[str, ...]  # none: the policies are not recurrent
     evaluate: bool
     seed: int
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the policies carry a state from step to step."""
+        return bool(self.state_names)
 
 
 def named(output: Any, prefix: str = "") -> dict[str, Any]:

@@ -52,7 +52,7 @@ def run_torch(policy: Any, inputs: Inputs, precision: str) -> Run:
         observations = cast_floats(observations, precision)
     observations, done = tensors(observations), tensors(inputs.done)
     state = tensors(cast_floats(inputs.state, precision))
-    state = state or {"lstm_h": None, "lstm_c": None}
+    state = state or dict.fromkeys(inputs.state_names)
     with _torch_computing_in(dtype):
         calls = _record_torch(policy)
         if not inputs.recurrent:
@@ -84,9 +84,10 @@ def run_torch(policy: Any, inputs: Inputs, precision: str) -> Run:
 
 
 def _torch_segment(policy: Any, observations: Any, state: dict[str, Any]) -> dict[str, Any]:
+    names = tuple(state)
     state = {name: None if x is None else x[None] for name, x in state.items()}
     logits, values = policy(observations, state)
-    state |= {name: state[name][0] for name in ("lstm_h", "lstm_c")}
+    state |= {name: state[name][0] for name in names}
     return named_outputs((logits, values, state))
 
 
@@ -94,10 +95,10 @@ def _torch_steps(
     policy: Any, observations: Any, state: dict[str, Any], done: Any
 ) -> dict[str, Any]:
     steps = []
-    state = dict(state)
+    names, state = tuple(state), dict(state)
     for t in range(done.shape[1]):
         going_on = ~done[:, t, None]
-        for name in ("lstm_h", "lstm_c"):
+        for name in names:
             state[name] = None if state[name] is None else state[name] * going_on
         logits, values = policy.forward_eval(jax.tree.map(lambda x: x[:, t], observations), state)  # noqa: B023
         steps.append(named({"logits": logits, "values": values, "state.hidden": state["hidden"]}))
@@ -107,7 +108,7 @@ def _torch_steps(
         if name.startswith("logits"):
             outputs[name] = output.flatten(0, 1)
     outputs["values"] = outputs["values"].flatten(1)
-    return outputs | {f"state.{name}": state[name] for name in ("lstm_h", "lstm_c")}
+    return outputs | {f"state.{name}": state[name] for name in names}
 
 
 def _fold_steps(calls: list[np.ndarray], steps: int) -> list[np.ndarray]:

@@ -1,33 +1,54 @@
 """What the feed-forward policies share."""
 
+import inspect
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from puffer_jax.base import spaces
-from puffer_jax.nn.distributions import Normal
+from puffer_jax.base.text import near
 from puffer_jax.nn.initializers import layer_init
+from puffer_jax.nn.params import Shape
+from puffer_jax.policies.protocol import Logits, State
 
 # Flax's own initial kernels would be drawn only to be overwritten.
-_zeros = jax.nn.initializers.zeros
-
-Logits = Array | tuple[Array, ...] | Normal
-
-State = dict[str, Any]  # arrays
+zeros = jax.nn.initializers.zeros
 
 
-class _Policy(nnx.Module):
-    """What the feed-forward policies share: the spaces they were built for, and forward."""
+class Hints(NamedTuple):
+    """What the shapes in a checkpoint cannot tell, see `puffer_jax.policy_from_checkpoint`."""
 
+    env: Any = None
+    nvec: tuple[int, ...] | int | None = None
+    image_shape: tuple[int, ...] | None = None
+    channels_last: bool = False
+    downsample: int = 1
+
+
+class FeedForward(nnx.Module):
+    """What the feed-forward policies share: the spaces they were built for, and forward.
+
+    A subclass also says what others need to know of it: the sizes that describe it, how they
+    follow from an environment or a checkpoint, and which of PufferLib's policies is its twin.
+
+    Attributes:
+        sizes: the constructor's arguments that a checkpoint has to name, with their types.
+        takes_images: whether observations are images of bytes.
+    """
+
+    sizes: ClassVar[Mapping[str, type]]
+    takes_images: ClassVar[bool] = False
+    torch_names: ClassVar[dict[str, str]] = {}
     hidden_size: int
     is_continuous = False
     is_multidiscrete = False
     is_dict_obs = False
-    torch_names: ClassVar[dict[str, str]] = {}
 
     def __init__(self, env: Any, dtype: Any, param_dtype: Any):
         self.env_spec = spaces.env_spec(env)
@@ -35,9 +56,11 @@ class _Policy(nnx.Module):
         self.param_dtype = param_dtype
 
     def encode_observations(self, observations: Any, state: State | None = None) -> Array:
+        """Hidden vectors (batch, hidden_size); `state` is not used."""
         raise NotImplementedError
 
     def decode_actions(self, hidden: Array) -> tuple[Logits, Array]:
+        """Logits, and values (batch, 1)."""
         raise NotImplementedError
 
     def forward_eval(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
@@ -49,7 +72,69 @@ class _Policy(nnx.Module):
         return self.forward_eval(observations, state)
 
     def __call__(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
+        """`forward`."""
         return self.forward(observations, state)
+
+    @classmethod
+    def suits(cls, image: tuple[int, ...] | None) -> bool:
+        """Whether it is the policy of choice for images of that shape; None: for all else."""
+        return False
+
+    @classmethod
+    def for_env(
+        cls,
+        env: Any,
+        *,
+        hidden_size: int | None = None,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The policy for an environment, see `puffer_jax.environments.Policy`."""
+        sizes = cls._sizes_for(image_of(env), hidden_size, options)
+        known = inspect.signature(cls.__init__).parameters
+        wrong = near([option for option in options if option not in known], known)
+        if wrong:
+            raise ValueError(f"no such option of {cls.__name__}: {', '.join(wrong)}")
+        return cls(env, **sizes | options, rngs=rngs, dtype=dtype)  # type: ignore[call-arg]
+
+    @classmethod
+    def _sizes_for(
+        cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the width and the environment's images say of the constructor's arguments."""
+        return {} if hidden_size is None else {"hidden_size": hidden_size}
+
+    def described(self) -> dict[str, Any]:
+        """The sizes."""
+        return {"sizes": {name: getattr(self, name) for name in self.sizes}}
+
+    @classmethod
+    def rebuild(cls, env: Any, description: Mapping[str, Any], **options: Any) -> Any:
+        """A policy of the described sizes; a ValueError if they are none."""
+        return cls(env, **read_sizes(description, cls.sizes), **options)
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+        """The description of a policy from its state_dict; None if the keys are not of this class.
+
+        Raises:
+            ValueError: the shapes cannot tell enough.
+        """
+        raise NotImplementedError
+
+    def example_shape(self) -> tuple[int, int, int] | None:
+        """The shape of an observation that fits, where the policy was built without knowing one."""
+        return None
+
+    def reference(self, models: Any, env: Any) -> Any:
+        """PufferLib's policy of the same class and sizes.
+
+        Args:
+            models: the module `pufferlib.models`.
+            env: what PufferLib reads of an environment.
+        """
+        raise NotImplementedError
 
     @property
     def _compute_dtype(self) -> Any:
@@ -61,7 +146,7 @@ class _Policy(nnx.Module):
     def _linear(
         self, inputs: int, outputs: int, std: float = math.sqrt(2), *, rngs: nnx.Rngs
     ) -> nnx.Linear:
-        layer = nnx.Linear(inputs, outputs, kernel_init=_zeros, rngs=rngs, **self._dtypes())
+        layer = nnx.Linear(inputs, outputs, kernel_init=zeros, rngs=rngs, **self._dtypes())
         return layer_init(layer, std, rngs=rngs)
 
     def _discrete_actions(self) -> int:
@@ -88,3 +173,51 @@ class _Policy(nnx.Module):
         if images.dtype == jnp.uint8:
             return images
         return images.astype(self._compute_dtype) / 255.0
+
+
+def read_sizes(description: Mapping[str, Any], sizes: Mapping[str, type]) -> dict[str, Any]:
+    """The sizes in a description, which may say anything.
+
+    Raises:
+        ValueError: a size of another type or below 1.
+        KeyError: a size is missing.
+    """
+    given = {name: description["sizes"][name] for name in sizes}
+    for name, size in given.items():
+        if type(size) is not sizes[name] or not (sizes[name] is bool or size > 0):
+            raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
+    return given
+
+
+def reference_of(policy: Any, models: Any, env: Any) -> Any:
+    """PufferLib's twin of `policy`, see `FeedForward.reference`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not hasattr(policy, "reference"):
+        raise ValueError(f"PufferLib has no policy of the class {type(policy).__name__}")
+    return policy.reference(models, env)
+
+
+def image_of(env: Any) -> tuple[int, ...] | None:
+    """The shape of image observations, where a policy for images can act."""
+    space = getattr(env, "single_observation_space", None) or env.observation_space
+    action = spaces.env_spec(env).single_action_space
+    if spaces.kind_of(space) != "box" or not isinstance(action, spaces.Discrete):
+        return None
+    is_image = len(space.shape) == 3 and np.dtype(space.dtype) == np.uint8
+    return tuple(space.shape) if is_image else None
+
+
+def described_array(shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """The observation space of a description: an array, not a Dict or Tuple."""
+    return {"shape": shape, "structured": None, "sample_dtype": None}
+
+
+def is_flat(observations: Any, layout: spaces.Observation) -> bool:
+    """Whether these are concatenated leaves, not the bytes of an emulated environment."""
+    if layout.sample_dtype is None:
+        return True
+    fits = np.shape(observations)[-1:] == (layout.features,)
+    return fits and jnp.issubdtype(observations.dtype, jnp.floating)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.nn.sampling import sample_logits
+from puffer_jax.policies.protocol import is_recurrent
 
 State = dict[str, Array]
 
@@ -29,7 +30,7 @@ class Policy(nnx.Module):
     """
 
     def __init__(self, policy: Any):
-        if hasattr(policy, "initial_state"):
+        if is_recurrent(policy):
             raise TypeError(f"{type(policy).__name__} is recurrent; use RecurrentPolicy")
         self.policy = policy
         self.is_continuous = policy.is_continuous
@@ -82,7 +83,7 @@ class RecurrentPolicy(nnx.Module):
     """
 
     def __init__(self, policy: Any):
-        if not hasattr(policy, "initial_state"):
+        if not is_recurrent(policy):
             raise TypeError(
                 f"{type(policy).__name__} has no initial_state; use Policy, or an LSTMWrapper"
             )

@@ -1,5 +1,7 @@
 """`Convolutional`: NatureCNN."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,10 +12,12 @@ from jaxtyping import Array, Float
 from puffer_jax.nn.images import Conv2d, ImageLayers, flatten
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.linear import linear
-from puffer_jax.policies.base import State, _Policy
+from puffer_jax.nn.params import Shape, shape_of
+from puffer_jax.policies.base import FeedForward, Hints, described_array
+from puffer_jax.policies.protocol import State
 
 
-class Convolutional(_Policy):
+class Convolutional(FeedForward):
     """NatureCNN: three convolutions and a Linear, for Atari-like images.
 
     Observations are (batch, framestack, H, W), or (batch, H, W, framestack) with
@@ -40,6 +44,16 @@ class Convolutional(_Policy):
     Reference: `pufferlib.models.Convolutional`; Mnih et al. 2015.
     """
 
+    sizes: ClassVar = {
+        "framestack": int,
+        "flat_size": int,
+        "input_size": int,
+        "hidden_size": int,
+        "output_size": int,
+        "channels_last": bool,
+        "downsample": int,
+    }
+    takes_images: ClassVar = True
     torch_names: ClassVar = {name: name for name in ("network", "actor", "value_fn")}
 
     def __init__(
@@ -100,9 +114,7 @@ class Convolutional(_Policy):
                 f"framestack is {self.framestack} but the observation space {shape} has {channels} "
                 f"channels, read as {order}; pass framestack={channels} or another channels_last"
             )
-        sides = [-(-side // self.downsample) for side in (height, width)]
-        for window, stride in ((8, 4), (4, 2), (3, 1)):
-            sides = [(side - window) // stride + 1 for side in sides]
+        sides = _output_sides(height, width, self.downsample)
         if min(sides) < 1:
             raise ValueError(
                 f"images of {height}x{width} with downsample={self.downsample} are too small for "
@@ -127,3 +139,69 @@ class Convolutional(_Policy):
         """Logits (batch, n) and values (batch, 1)."""
         logits, values = linear(hidden, (self.actor, self.value_fn))
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
+
+    @classmethod
+    def suits(cls, image: tuple[int, ...] | None) -> bool:
+        """Atari's frames: 84x84 with 1 or 4 channels, first or last."""
+        if image is None:
+            return False
+        first = image[0] in (1, 4) and image[1:] == (84, 84)
+        return first or (image[2] in (1, 4) and image[:2] == (84, 84))
+
+    @classmethod
+    def _sizes_for(
+        cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        sizes = super()._sizes_for(image, hidden_size, options)
+        if image is None:
+            return sizes
+        last = options.get("channels_last", image[2] in (1, 4) and image[0] not in (1, 4))
+        height, width, channels = image if last else (*image[1:], image[0])
+        rows, columns = _output_sides(height, width, options.get("downsample", 1))
+        sizes |= {} if hidden_size is None else {"output_size": hidden_size}
+        flat_size = 64 * rows * columns
+        return sizes | {"framestack": channels, "flat_size": flat_size, "channels_last": last}
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+        """See `FeedForward.from_keys`."""
+        if not {"network.0.weight", "network.7.weight", "actor.weight"} <= shapes.keys():
+            return None
+        hidden, flat_size = shape_of(shapes, "network.7.weight", 2)
+        return {
+            "class": cls.__name__,
+            "sizes": {
+                "framestack": shape_of(shapes, "network.0.weight", 4)[1],
+                "flat_size": flat_size,
+                "input_size": hidden,
+                "hidden_size": hidden,
+                "output_size": hidden,
+                "channels_last": hints.channels_last,
+                "downsample": hints.downsample,
+            },
+            "observation": described_array(hints.image_shape),
+            "action": {"class": "Discrete", "n": shape_of(shapes, "actor.weight", 2)[0]},
+        }
+
+    def example_shape(self) -> tuple[int, int, int] | None:
+        """See `FeedForward.example_shape`; the weights do not depend on the sides of the image."""
+        if self.env_spec.single_observation_space.shape:
+            return None
+        area = self.flat_size // 64
+        rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+        height, width = (self.downsample * (8 * side + 28) for side in (rows, area // rows))
+        shape = (height, width, self.framestack)
+        return shape if self.channels_last else (shape[2], *shape[:2])
+
+    def reference(self, models: Any, env: Any) -> Any:
+        """PufferLib's `Convolutional`."""
+        names = [name for name in self.sizes if name != "input_size"]
+        return models.Convolutional(env, **{name: getattr(self, name) for name in names})
+
+
+def _output_sides(height: int, width: int, downsample: int) -> tuple[int, int]:
+    """Height and width of what leaves the convolutions."""
+    sides = [-(-side // downsample) for side in (height, width)]
+    for window, stride in ((8, 4), (4, 2), (3, 1)):
+        sides = [(side - window) // stride + 1 for side in sides]
+    return sides[0], sides[1]

@@ -1,5 +1,6 @@
 """`Default`: one linear layer and GELU for flat observations."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ from puffer_jax.base import spaces
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.linear import linear, perceptron
-from puffer_jax.policies.base import Logits, State, _Policy
+from puffer_jax.nn.params import Shape, shape_of
+from puffer_jax.policies.base import FeedForward, Hints, described_array, is_flat
 from puffer_jax.policies.nativize import flatten_observations, nativize_dtype, nativize_tensor
+from puffer_jax.policies.protocol import Logits, State
 
 
-class Default(_Policy):
+class Default(FeedForward):
     """Flattens the observation, one Linear + GELU encoder, linear actor and value heads.
 
     Observations are arrays (batch, *shape). Dict and Tuple observations come as the flat
@@ -42,6 +45,7 @@ class Default(_Policy):
     Reference: `pufferlib.models.Default`.
     """
 
+    sizes: ClassVar = {"hidden_size": int}
     torch_names: ClassVar = {
         name: name for name in ("decoder_logstd", "encoder", "decoder", "decoder_mean", "value")
     }
@@ -106,7 +110,7 @@ class Default(_Policy):
         if layout.structured is not None:
             if isinstance(observations, dict | tuple):
                 return flatten_observations(observations, layout.structured, dtype=dtype)
-            if not _is_flat(observations, layout):
+            if not is_flat(observations, layout):
                 emulated = {
                     "observation_dtype": layout.sample_dtype,
                     "emulated_observation_dtype": layout.structured,
@@ -142,10 +146,41 @@ class Default(_Policy):
             case _:
                 return outputs
 
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+        """See `FeedForward.from_keys`."""
+        if not {"encoder.0.weight", "value.weight"} <= shapes.keys():
+            return None
+        hidden, features = shape_of(shapes, "encoder.0.weight", 2)
+        return {
+            "class": cls.__name__,
+            "sizes": {"hidden_size": hidden},
+            "observation": described_array(hints.image_shape or (features,)),
+            "action": _action_from_keys(shapes, hints),
+        }
 
-def _is_flat(observations: Any, layout: spaces.Observation) -> bool:
-    """Whether these are concatenated leaves, not the bytes of an emulated environment."""
-    if layout.sample_dtype is None:
-        return True
-    fits = np.shape(observations)[-1:] == (layout.features,)
-    return fits and jnp.issubdtype(observations.dtype, jnp.floating)
+    def reference(self, models: Any, env: Any) -> Any:
+        """PufferLib's `Default`."""
+        return models.Default(env, self.hidden_size)
+
+
+def _action_from_keys(shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any]:
+    if "decoder_mean.weight" in shapes:
+        return {"class": "Continuous", "shape": shape_of(shapes, "decoder_mean.weight", 2)[:1]}
+    if "decoder.weight" not in shapes:
+        raise ValueError("the state_dict has neither decoder.weight nor decoder_mean.weight")
+    rows, nvec = shape_of(shapes, "decoder.weight", 2)[0], hints.nvec
+    if nvec is None and hints.env is None and rows >= 4:
+        raise ValueError(
+            f"decoder.weight has {rows} rows: Discrete({rows}) or a MultiDiscrete split? Shapes "
+            f"cannot tell; pass env, nvec={rows} or nvec=(...) with sum {rows}"
+        )
+    if isinstance(nvec, tuple | list):
+        if sum(nvec) != rows:
+            raise ValueError(
+                f"nvec={tuple(nvec)} sums to {sum(nvec)}, decoder.weight has {rows} rows"
+            )
+        return {"class": "MultiDiscrete", "nvec": tuple(nvec)}
+    if nvec not in (None, rows):
+        raise ValueError(f"nvec={nvec}, but decoder.weight has {rows} rows")
+    return {"class": "Discrete", "n": rows}

@@ -1,6 +1,7 @@
 """`ProcgenResnet`: the IMPALA ResNet."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +13,9 @@ from puffer_jax.kernels.pooling import max_pool
 from puffer_jax.nn.images import Conv2d, after_relu, flatten_channels_first
 from puffer_jax.nn.initializers import torch_init
 from puffer_jax.nn.linear import linear
-from puffer_jax.policies.base import State, _Policy, _zeros
+from puffer_jax.nn.params import Shape, shape_of
+from puffer_jax.policies.base import FeedForward, Hints, described_array, zeros
+from puffer_jax.policies.protocol import State
 
 
 class ResidualBlock(nnx.Module):
@@ -79,7 +82,7 @@ class ConvSequence(nnx.Module):
         return (height + 1) // 2, (width + 1) // 2, self._out_channels
 
 
-class ProcgenResnet(_Policy):
+class ProcgenResnet(FeedForward):
     """The IMPALA ResNet as used for Procgen: three `ConvSequence`s and a Linear.
 
     Observations are (batch, H, W, C), valued 0..255. Unlike the reference's it has
@@ -103,6 +106,8 @@ class ProcgenResnet(_Policy):
     Reference: `pufferlib.models.ProcgenResnet`; Espeholt et al. 2018 (IMPALA).
     """
 
+    sizes: ClassVar = {"cnn_width": int, "mlp_width": int}
+    takes_images: ClassVar = True
     torch_names: ClassVar = {name: name for name in ("network", "actor", "value")}
 
     def __init__(
@@ -128,7 +133,7 @@ class ProcgenResnet(_Policy):
             shape = sequences[-1].get_output_shape()
 
         linear = nnx.Linear(
-            math.prod(shape), mlp_width, kernel_init=_zeros, rngs=rngs, **self._dtypes()
+            math.prod(shape), mlp_width, kernel_init=zeros, rngs=rngs, **self._dtypes()
         )
         self.network = nnx.Sequential(
             *sequences,
@@ -150,6 +155,48 @@ class ProcgenResnet(_Policy):
         """Logits (batch, n) and values (batch, 1)."""
         logits, values = linear(hidden, (self.actor, self.value))
         return logits.astype(self.param_dtype), values.astype(self.param_dtype)
+
+    @classmethod
+    def suits(cls, image: tuple[int, ...] | None) -> bool:
+        """Procgen's images, (64, 64, 3)."""
+        return image == (64, 64, 3)
+
+    @classmethod
+    def _sizes_for(
+        cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {} if hidden_size is None else {"mlp_width": hidden_size}
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+        """See `FeedForward.from_keys`."""
+        if not {"network.0.conv.weight", "network.5.weight", "actor.weight"} <= shapes.keys():
+            return None
+        if hints.env is None and hints.image_shape is None:
+            raise ValueError(
+                "these are the keys of a ProcgenResnet, whose weights do not tell the image size; "
+                "pass env or image_shape=(H, W, C)"
+            )
+        return {
+            "class": cls.__name__,
+            "sizes": {
+                "cnn_width": shape_of(shapes, "network.0.conv.weight", 4)[0],
+                "mlp_width": shape_of(shapes, "network.5.weight", 2)[0],
+            },
+            "observation": described_array(hints.image_shape),
+            "action": {"class": "Discrete", "n": shape_of(shapes, "actor.weight", 2)[0]},
+        }
+
+    def reference(self, models: Any, env: Any) -> Any:
+        """PufferLib's `ProcgenResnet`, with what PufferLib's own LSTMWrapper asks of a policy."""
+
+        class ProcgenResnet(models.ProcgenResnet):
+            is_continuous = False
+
+            def encode_observations(self, x: Any, state: Any = None) -> Any:
+                return super().encode_observations(x)
+
+        return ProcgenResnet(env, self.cnn_width, self.mlp_width)
 
 
 def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> Conv2d:

@@ -1,5 +1,6 @@
-"""`LSTMWrapper`: an LSTM between a policy's encoder and its heads."""
+"""`Recurrent`: a recurrent core between a policy's encoder and its heads."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,79 +11,82 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from puffer_jax.base import spaces
+from puffer_jax.base.text import near
+from puffer_jax.nn.cores import CORES, Core
+from puffer_jax.nn.cores.lstm import LSTM
 from puffer_jax.nn.initializers import reset_orthogonal
-from puffer_jax.nn.lstm import LSTM
-from puffer_jax.policies.base import Logits, State, _Policy
-from puffer_jax.policies.default import _is_flat
+from puffer_jax.nn.params import Shape
+from puffer_jax.policies.base import FeedForward, Hints, is_flat, read_sizes, reference_of
+from puffer_jax.policies.protocol import Logits, Policy, State
 
 
-class LSTMWrapper(nnx.Module):
-    """Puts an LSTM between a policy's encoder and its heads.
+class Recurrent(nnx.Module):
+    """Puts a recurrent core between a policy's encoder and its heads.
 
     `forward_eval` is one step for acting, `forward` a scan over time for training; both use
-    one cell and return the new state where the reference writes into the given one. A state
-    is a dict of "lstm_h" and "lstm_c" (batch, hidden_size) and "hidden", the LSTM's output.
+    one core and return the new state where the reference writes into the given one. A state
+    is a dict of the core's arrays (batch, ...) and "hidden", the core's output.
     `initial_state` and `forward_eval` have the same structure, so a state can be the carry of
     `jax.lax.scan` and never causes a retrace; "hidden" is ignored on the way in.
 
-    Quirk kept: building the wrapper re-initialises the wrapped policy, its heads included:
-    every weight orthogonal with gain 1 and every bias zero (the gains sqrt(2) and 0.01 are
-    lost), while the LSTM keeps torch's uniform initialisation with non-zero biases.
+    The core is the attribute of its own name, `policy.lstm` or `policy.gru`, as in torch's keys.
+
+    Quirk kept: building it re-initialises the wrapped policy, its heads included: every weight
+    orthogonal with gain 1 and every bias zero (the gains sqrt(2) and 0.01 are lost), while the
+    core keeps its own initialisation.
 
     Args:
         env: gives the observation space.
         policy: any module with `encode_observations`, `decode_actions`, `is_continuous`.
-        input_size: width of the policy's encoding.
-        hidden_size: width of the LSTM and of what the policy's heads read.
-        rngs: stream `params`.
-        dtype: of the LSTM's matmuls.
-        param_dtype: of the LSTM's parameters and states.
+        core: a `puffer_jax.GRU`, say; see `puffer_jax.nn.cores.Core`. Its `input_size` is the
+            width of the policy's encoding, its `hidden_size` of what the policy's heads read.
+        rngs: stream `params`, of the policy's new weights; None keeps those it has.
 
     Raises:
-        ValueError: `input_size` or `hidden_size` is not the wrapped policy's `hidden_size`.
-
-    Reference: `pufferlib.models.LSTMWrapper`.
+        ValueError: the core's `input_size` or `hidden_size` is not the policy's `hidden_size`.
     """
 
-    torch_names: ClassVar = {"policy": "policy", "lstm": "lstm"}
-    torch_aliases: ClassVar = {
-        f"cell.{name}": f"lstm.{name}_l0"
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    }
+    torch_names: ClassVar = {"policy": "policy"}
 
-    def __init__(
-        self,
-        env: Any,
-        policy: Any,
-        input_size: int = 128,
-        hidden_size: int = 128,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-    ):
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            # A custom policy may encode to one width and decode from another.
-            if isinstance(policy, _Policy) and policy.hidden_size != size:
-                raise ValueError(
-                    f"LSTMWrapper's {name} is {size} but {type(policy).__name__}'s hidden_size is "
-                    f"{policy.hidden_size}; pass {name}={policy.hidden_size}"
-                )
-        reset_orthogonal(policy, rngs=rngs)
+    def __init__(self, env: Any, policy: Policy, core: Core, *, rngs: nnx.Rngs | None):
+        self._check_sizes(policy, core.input_size, core.hidden_size)
+        if rngs is not None:
+            reset_orthogonal(policy, rngs=rngs)  # type: ignore[arg-type]
         self.env_spec = spaces.env_spec(env)
         self.policy = policy
-        self.input_size = input_size
-        self.hidden_size = hidden_size
+        self.input_size = core.input_size
+        self.hidden_size = core.hidden_size
         self.is_continuous = policy.is_continuous
         self.is_multidiscrete = getattr(policy, "is_multidiscrete", False)
         self.is_dict_obs = getattr(policy, "is_dict_obs", False)
-        self.lstm = LSTM(input_size, hidden_size, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.core_name = core.name
+        setattr(self, core.name, core)
+
+    @property
+    def core(self) -> Core:
+        """The core, which is the attribute of its name."""
+        return getattr(self, self.core_name)
+
+    @property
+    def torch_aliases(self) -> dict[str, str]:
+        """PufferLib's wrapper lists the core's parameters twice, for whole segments and steps."""
+        names = self.core.cell_names.items()
+        return {f"cell.{alias}": f"{self.core_name}.{name}" for alias, name in names}
+
+    @classmethod
+    def _check_sizes(cls, policy: Any, input_size: int, hidden_size: int) -> None:
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            # A custom policy may encode to one width and decode from another.
+            if isinstance(policy, FeedForward) and policy.hidden_size != size:
+                raise ValueError(
+                    f"{cls.__name__}'s {name} is {size} but {type(policy).__name__}'s hidden_size "
+                    f"is {policy.hidden_size}; pass {name}={policy.hidden_size}"
+                )
 
     def initial_state(self, batch_size: int) -> State:
         """The zero state of a new episode for `batch_size` agents."""
-        shape, dtype = (batch_size, self.hidden_size), self.lstm.param_dtype
-        # Three arrays: donating one buffer twice is an error.
-        return {name: jnp.zeros(shape, dtype) for name in ("hidden", "lstm_c", "lstm_h")}
+        hidden = jnp.zeros((batch_size, self.hidden_size), self.core.param_dtype)
+        return {"hidden": hidden, **self.core.initial_state(batch_size)}
 
     def forward_eval(
         self, observations: Any, state: State | None = None
@@ -100,10 +104,9 @@ class LSTMWrapper(nnx.Module):
             ValueError: a state of another batch size or width.
         """
         encoded = self._encode(observations, state)
-        h, c = self._carry(state, encoded.shape[0])
-        h, c = self.lstm.step(encoded, h, c)
-        logits, values = self.policy.decode_actions(h)
-        return logits, values, {"hidden": h, "lstm_c": c, "lstm_h": h}
+        hidden, state = self.core.step(encoded, self._carried(state, encoded.shape[0]))
+        logits, values = self.policy.decode_actions(hidden)
+        return logits, values, {"hidden": hidden, **state}
 
     def forward(
         self, observations: Any, state: State | None = None, done: ArrayLike | None = None
@@ -131,11 +134,10 @@ class LSTMWrapper(nnx.Module):
                     f"done has shape {jnp.shape(done)}; expected (batch, time) = {(batch, time)}"
                 )
             done = jnp.asarray(done).reshape(batch, time).astype(bool)
-        h, c = self._carry(state, batch)
-        hidden, h, c = self.lstm.scan(encoded.reshape(batch, time, -1), h, c, done)
+        sequence = encoded.reshape(batch, time, -1)
+        hidden, state = self.core.scan(sequence, self._carried(state, batch), done)
         logits, values = self.policy.decode_actions(hidden.reshape(batch * time, -1))
-        state = {"hidden": hidden, "lstm_c": c, "lstm_h": h}
-        return logits, values.reshape(batch, time), state
+        return logits, values.reshape(batch, time), {"hidden": hidden, **state}
 
     def __call__(
         self, observations: Any, state: State | None = None, done: ArrayLike | None = None
@@ -147,22 +149,24 @@ class LSTMWrapper(nnx.Module):
         encoded = self.policy.encode_observations(observations, state=state)
         if encoded.ndim != 2 or encoded.shape[1] != self.input_size:
             raise ValueError(
-                f"{type(self.policy).__name__} encodes to shape {encoded.shape}, but LSTMWrapper's "
-                f"input_size is {self.input_size}; build it with input_size={encoded.shape[-1]}"
+                f"{type(self.policy).__name__} encodes to shape {encoded.shape}, but "
+                f"{type(self).__name__}'s input_size is {self.input_size}; build it with "
+                f"input_size={encoded.shape[-1]}"
             )
         return encoded
 
-    def _carry(self, state: State | None, batch: int) -> tuple[Array, Array]:
+    def _carried(self, state: State | None, batch: int) -> State:
+        """The core's part of a state, checked."""
+        zero = self.core.initial_state(batch)
         if state is None:
-            state = self.initial_state(batch)
-        for name in ("lstm_h", "lstm_c"):
-            if jnp.shape(state[name]) != (batch, self.hidden_size):
+            return zero
+        for name, part in zero.items():
+            if jnp.shape(state[name]) != part.shape:
                 raise ValueError(
-                    f"state[{name!r}] has shape {jnp.shape(state[name])}; expected (batch, "
-                    f"hidden_size) = {(batch, self.hidden_size)}"
+                    f"state[{name!r}] has shape {jnp.shape(state[name])}; expected (batch, ...) = "
+                    f"{part.shape}"
                 )
-        dtype = self.lstm.weight_hh_l0.dtype
-        return jnp.asarray(state["lstm_h"], dtype), jnp.asarray(state["lstm_c"], dtype)
+        return {name: state[name] for name in zero}
 
     def _fold_time(self, observations: Any) -> tuple[int, int, Any]:
         layout = self.env_spec.single_observation_space
@@ -170,10 +174,10 @@ class LSTMWrapper(nnx.Module):
             leaf, shape = _first_leaf(observations, layout.structured)
         else:
             leaf = observations
-            is_flat = layout.structured is not None and _is_flat(leaf, layout)
+            flat = layout.structured is not None and is_flat(leaf, layout)
             # Only an image policy built without an environment does not know its shape.
             shape = np.shape(leaf)[-3:] if layout.shape is None else layout.shape
-            shape = (layout.features,) if is_flat else shape
+            shape = (layout.features,) if flat else shape
         extra = np.ndim(leaf) - len(shape)
         if extra not in (1, 2) or np.shape(leaf)[extra:] != shape:
             raise ValueError(
@@ -183,6 +187,134 @@ class LSTMWrapper(nnx.Module):
         batch, time = (*np.shape(leaf), 1)[:2] if extra == 2 else (np.shape(leaf)[0], 1)
         fold = lambda x: jnp.reshape(x, (batch * time, *np.shape(x)[extra:]))  # noqa: E731
         return batch, time, jax.tree.map(fold, observations)
+
+    def described(self) -> dict[str, Any]:
+        """The core and its sizes; a custom core gives its full name only."""
+        cls = type(self.core)
+        if CORES.get(self.core_name) is not cls:
+            return {"core": f"{cls.__module__}.{cls.__qualname__}"}
+        sizes = {name: getattr(self.core, name) for name in cls.sizes}
+        return {"core": self.core_name, "sizes": sizes}
+
+    @classmethod
+    def rebuild(
+        cls, env: Any, description: Mapping[str, Any], policy: Any, *, rngs: nnx.Rngs, **dtypes: Any
+    ) -> Any:
+        """The described core around `policy`.
+
+        Raises:
+            ValueError: a custom core, or a size that cannot be one.
+        """
+        core = CORES.get(description["core"])
+        if core is None:
+            raise ValueError(
+                f"the checkpoint is of a custom core, {description['core']}; build it yourself "
+                "and use load_weights"
+            )
+        sizes = read_sizes(description, core.sizes)
+        return cls(env, policy, core(**sizes, rngs=rngs, **dtypes), rngs=None)
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+        """The core in a checkpoint and its sizes, None if it has no known core."""
+        for name, core in CORES.items():
+            sizes = core.from_keys(shapes)
+            if sizes is not None:
+                return {"class": cls.__name__, "core": name, "sizes": sizes}
+        return None
+
+    def example_shape(self) -> tuple[int, int, int] | None:
+        """See `FeedForward.example_shape`."""
+        return self.policy.example_shape()  # type: ignore[attr-defined]
+
+    def reference(self, models: Any, env: Any) -> Any:
+        """PufferLib has no such policy."""
+        raise ValueError(f"PufferLib has no policy with the core {self.core_name}")
+
+
+class LSTMWrapper(Recurrent):
+    """`Recurrent` with torch's LSTM, whose states are "lstm_h" and "lstm_c" (batch, hidden_size).
+
+    Quirk kept: while every bias of the wrapped policy is zeroed, the LSTM keeps torch's uniform
+    initialisation with non-zero biases.
+
+    Args:
+        env: gives the observation space.
+        policy: see `Recurrent`.
+        input_size: width of the policy's encoding.
+        hidden_size: width of the LSTM and of what the policy's heads read.
+        rngs: stream `params`.
+        dtype: of the LSTM's matmuls.
+        param_dtype: of the LSTM's parameters and states.
+
+    Raises:
+        ValueError: `input_size` or `hidden_size` is not the wrapped policy's `hidden_size`.
+
+    Reference: `pufferlib.models.LSTMWrapper`.
+    """
+
+    lstm: LSTM
+
+    def __init__(
+        self,
+        env: Any,
+        policy: Policy,
+        input_size: int = 128,
+        hidden_size: int = 128,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        self._check_sizes(policy, input_size, hidden_size)
+        # Before the LSTM draws its weights, so that a seed gives what it always gave.
+        reset_orthogonal(policy, rngs=rngs)  # type: ignore[arg-type]
+        lstm = LSTM(input_size, hidden_size, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        super().__init__(env, policy, lstm, rngs=None)
+
+    def described(self) -> dict[str, Any]:
+        """The sizes."""
+        return {"sizes": {name: getattr(self, name) for name in LSTM.sizes}}
+
+    @classmethod
+    def rebuild(
+        cls, env: Any, description: Mapping[str, Any], policy: Any, *, rngs: nnx.Rngs, **dtypes: Any
+    ) -> Any:
+        """An LSTM of the described sizes around `policy`; a ValueError if they are none."""
+        return cls(env, policy, **read_sizes(description, LSTM.sizes), rngs=rngs, **dtypes)
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+        """The sizes of the LSTM in a checkpoint, None if it has none."""
+        sizes = LSTM.from_keys(shapes)
+        return None if sizes is None else {"class": cls.__name__, "sizes": sizes}
+
+    def reference(self, models: Any, env: Any) -> Any:
+        """PufferLib's, around its twin of the wrapped policy."""
+        inner = reference_of(self.policy, models, env)
+        return models.LSTMWrapper(env, inner, self.input_size, self.hidden_size)
+
+
+def with_core(
+    name: str,
+    env: Any,
+    policy: Policy,
+    *,
+    rngs: nnx.Rngs,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> Recurrent:
+    """`policy` around the core of that name in `puffer_jax.nn.cores.CORES`, as wide as it is.
+
+    Raises:
+        ValueError: there is no such core.
+    """
+    if name not in CORES:
+        raise ValueError(f"no such core: {near([name], CORES)[0]}; there are {', '.join(CORES)}")
+    sizes, dtypes = [policy.hidden_size] * 2, {"dtype": dtype, "param_dtype": param_dtype}
+    if name == "lstm":
+        return LSTMWrapper(env, policy, *sizes, rngs=rngs, **dtypes)
+    return Recurrent(env, policy, CORES[name](*sizes, rngs=rngs, **dtypes), rngs=rngs)
 
 
 def _first_leaf(tree: Any, structured: np.dtype | None) -> tuple[Any, tuple[int, ...]]:

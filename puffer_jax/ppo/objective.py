@@ -8,13 +8,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.nn.sampling import sample_logits
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.ppo.advantage import advantage_of
 from puffer_jax.ppo.experience import Experience, Hypers, Metrics
-
-
-def is_recurrent(policy: Any) -> bool:
-    """Whether the policy carries a state from step to step (`LSTMWrapper` and its like)."""
-    return hasattr(policy, "initial_state")
 
 
 def evaluate_segments(

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from puffer_jax.base import spaces
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Last, Params, RecurrentState
-from puffer_jax.ppo.objective import is_recurrent
 
 
 class Arrival(NamedTuple):

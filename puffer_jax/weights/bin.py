@@ -14,15 +14,17 @@ from puffer_jax.base.text import from_json, to_json
 from puffer_jax.nn.params import mismatches
 from puffer_jax.weights.description import describe
 from puffer_jax.weights.pt import Contents
-from puffer_jax.weights.state_dicts import _parameters
+from puffer_jax.weights.state_dicts import named_parameters
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_path(path: Path) -> Path:
+    """The file beside a `.bin` that names its parameters."""
     return path.with_name(path.name + ".json")
 
 
-def _save_bin(policy: nnx.Module, path: Path) -> None:
-    tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
+def save_bin(policy: nnx.Module, path: Path) -> None:
+    """Write the file and its sidecar."""
+    tensors = {name: p.to_torch() for name, p in named_parameters(policy)[0].items()}
     data = b"".join(tensor.astype("<f4").tobytes() for tensor in tensors.values())
     sidecar = {
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -31,10 +33,10 @@ def _save_bin(policy: nnx.Module, path: Path) -> None:
     }
     # Two files cannot be replaced in one step. Without a sidecar the weights still load, so
     # the old one goes first: a crash leaves a file that lacks its check, never a false one.
-    _sidecar(path).unlink(missing_ok=True)
+    sidecar_path(path).unlink(missing_ok=True)
     write_atomically(path, lambda file: file.write(data))
     text = to_json(sidecar, indent=1).encode()
-    write_atomically(_sidecar(path), lambda file: file.write(text))
+    write_atomically(sidecar_path(path), lambda file: file.write(text))
 
 
 class _Sidecar(NamedTuple):
@@ -44,7 +46,7 @@ class _Sidecar(NamedTuple):
 
 
 def _read_sidecar(path: Path) -> _Sidecar | None:
-    sidecar = _sidecar(path)
+    sidecar = sidecar_path(path)
     try:
         content = from_json(sidecar.read_bytes())
         shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
@@ -57,10 +59,15 @@ def _read_sidecar(path: Path) -> _Sidecar | None:
         raise ValueError(f"{sidecar.name} is not a sidecar of weights: {error!r}") from error
 
 
-def _read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+def read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    """Read the file; `shapes` are those to expect, None: as the sidecar says.
+
+    Raises:
+        ValueError: the file or its sidecar is damaged or does not fit.
+    """
     data = path.read_bytes()
     sidecar = _read_sidecar(path)
-    name = _sidecar(path).name
+    name = sidecar_path(path).name
     if shapes is None:
         if sidecar is None:
             raise ValueError(

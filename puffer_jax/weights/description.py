@@ -11,26 +11,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from puffer_jax import policies
 from puffer_jax.base import spaces
 from puffer_jax.nn.params import merge, split
-
-_SIZES: dict[type, tuple[str, ...]] = {
-    policies.Default: ("hidden_size",),
-    policies.Convolutional: (
-        "framestack",
-        "flat_size",
-        "input_size",
-        "hidden_size",
-        "output_size",
-        "channels_last",
-        "downsample",
-    ),
-    policies.ProcgenResnet: ("cnn_width", "mlp_width"),
-    policies.LSTMWrapper: ("input_size", "hidden_size"),
-}
-
-_CLASSES = {cls.__name__: cls for cls in _SIZES}
+from puffer_jax.policies.protocol import is_recurrent
+from puffer_jax.policies.registry import POLICIES
 
 _ACTIONS = {cls.__name__: cls for cls in (spaces.Discrete, spaces.MultiDiscrete, spaces.Continuous)}
 
@@ -38,11 +22,9 @@ _ACTIONS = {cls.__name__: cls for cls in (spaces.Discrete, spaces.MultiDiscrete,
 def describe(policy: Any) -> dict[str, Any]:
     """Class, sizes and spaces as JSON values; a custom class gives its full name only."""
     cls = type(policy)
-    sizes = _SIZES.get(cls)
-    if sizes is None:
+    if POLICIES.get(cls.__name__) is not cls:
         return {"class": f"{cls.__module__}.{cls.__qualname__}"}
-    description: dict[str, Any] = {"class": cls.__name__}
-    description["sizes"] = {name: getattr(policy, name) for name in sizes}
+    description = {"class": cls.__name__, **policy.described()}
     spec = policy.env_spec
     observation, action = spec.single_observation_space, spec.single_action_space
     description["observation"] = {
@@ -51,7 +33,7 @@ def describe(policy: Any) -> dict[str, Any]:
         "sample_dtype": observation.sample_dtype and observation.sample_dtype.str,
     }
     description["action"] = {"class": type(action).__name__, **asdict(action)}
-    if isinstance(policy, policies.LSTMWrapper):
+    if is_recurrent(policy):
         description["policy"] = describe(policy.policy)
     return description
 
@@ -89,28 +71,22 @@ def build(description: Any, env: Any, dtypes: dict[str, Any]) -> Any:
 
 
 def _construct(description: Any, spec: spaces.EnvSpec | None, dtypes: dict[str, Any]) -> Any:
-    cls = _CLASSES.get(description["class"])
+    cls = POLICIES.get(description["class"])
     if cls is None:
         raise ValueError(
             f"the checkpoint is of a custom policy, {description['class']}; build it yourself "
             "and use load_weights"
         )
-    sizes = {name: description["sizes"][name] for name in _SIZES[cls]}
-    for name, size in sizes.items():
-        is_flag = name == "channels_last"
-        if type(size) is not (bool if is_flag else int) or not (is_flag or size > 0):
-            raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
-    env = _spec_from(description) if spec is None else spec
-    rngs = nnx.Rngs(0)
-    if cls is policies.LSTMWrapper:
+    options = {"rngs": nnx.Rngs(0), **dtypes}
+    if "policy" in description:
         inner = description["policy"]
-        if inner["class"] == "LSTMWrapper":
+        if "policy" in inner:
             raise ValueError(
-                "the description of the policy is damaged: LSTMWrappers are not nested"
+                "the description of the policy is damaged: recurrent policies are not nested"
             )
-        policy = _construct(inner, spec, dtypes)
-        return cls(env, policy, **sizes, rngs=rngs, **dtypes)
-    return cls(env, **sizes, rngs=rngs, **dtypes)
+        options["policy"] = _construct(inner, spec, dtypes)
+    env = _spec_from(description) if spec is None else spec
+    return cls.rebuild(env, description, **options)
 
 
 def _spec_from(description: dict[str, Any]) -> spaces.EnvSpec:

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from puffer_jax.weights.bin import _read_bin, _save_bin, _sidecar
+from puffer_jax.policies.base import Hints
+from puffer_jax.weights.bin import read_bin, save_bin, sidecar_path
 from puffer_jax.weights.description import build
 from puffer_jax.weights.inference import infer
-from puffer_jax.weights.pt import Contents, _read_pt, _save_pt
-from puffer_jax.weights.safetensors import _read_safetensors, _save_safetensors
-from puffer_jax.weights.state_dicts import LoadResult, _parameters, _strip_prefixes, load_state_dict
+from puffer_jax.weights.pt import Contents, read_pt, save_pt
+from puffer_jax.weights.safetensors import read_safetensors, save_safetensors
+from puffer_jax.weights.state_dicts import (
+    LoadResult,
+    load_state_dict,
+    named_parameters,
+    strip_prefixes,
+)
 
 
 def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
@@ -56,7 +62,7 @@ def load_weights(
     """
     path = Path(path)
     read = _READERS[_suffix(path)]
-    shapes = {name: parameter.shape for name, parameter in _parameters(policy)[0].items()}
+    shapes = {name: parameter.shape for name, parameter in named_parameters(policy)[0].items()}
     with _naming(path):
         tensors, _ = read(path, shapes)
         return load_state_dict(policy, tensors, strict, allow_non_finite=allow_non_finite)
@@ -79,16 +85,16 @@ def _suffix(path: Path) -> str:
 
 
 _SAVERS: dict[str, Callable[[nnx.Module, Path], None]] = {
-    ".pt": _save_pt,
-    ".safetensors": _save_safetensors,
-    ".bin": _save_bin,
+    ".pt": save_pt,
+    ".safetensors": save_safetensors,
+    ".bin": save_bin,
 }
 
 # Readers are told the shapes to expect, where a policy is there to tell; .bin has no other.
 _READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Contents]] = {
-    ".pt": _read_pt,
-    ".safetensors": _read_safetensors,
-    ".bin": _read_bin,
+    ".pt": read_pt,
+    ".safetensors": read_safetensors,
+    ".bin": read_bin,
 }
 
 
@@ -129,10 +135,10 @@ def policy_from_checkpoint(
 
     def restore(tensors: Mapping[str, Any], description: Any) -> Any:
         if description is None:
-            named = _strip_prefixes(tensors, set())
+            named = strip_prefixes(tensors, set())
             shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
-            options = {"channels_last": channels_last, "downsample": downsample}
-            description = infer(shapes, env, nvec, image_shape, options)
+            hints = Hints(env, nvec, image_shape, channels_last, downsample)
+            description = infer(shapes, hints)
         policy = build(description, env, {"dtype": dtype, "param_dtype": param_dtype})
         load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
         return policy
@@ -144,8 +150,10 @@ def policy_from_checkpoint(
     with _naming(path):
         tensors, description = read(path, None)
         policy = restore(tensors, description)
-        order = list(_parameters(policy)[0])
+        order = list(named_parameters(policy)[0])
         # Only the sidecar said which numbers are whose; a permutation may fit as well.
         if path.suffix == ".bin" and list(tensors) != order:
-            raise ValueError(f"{_sidecar(path).name} has the order {list(tensors)}, not {order}")
+            raise ValueError(
+                f"{sidecar_path(path).name} has the order {list(tensors)}, not {order}"
+            )
     return policy

@@ -11,24 +11,30 @@ from flax import nnx
 
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import TORCH, require
-from puffer_jax.weights.state_dicts import _parameters
+from puffer_jax.weights.state_dicts import named_parameters
 
 
-def _import_torch() -> Any:
+def import_torch() -> Any:
+    """The package torch, if its loader is safe.
+
+    Raises:
+        ImportError: torch is missing, or older than 2.10; says how to install it.
+    """
     # From this version on, torch's loader is safe against hostile files.
     note = " (.safetensors needs nothing more)"
     return require("torch", "a .pt file", TORCH, oldest=(2, 10), note=note)
 
 
-def _save_pt(policy: nnx.Module, path: Path) -> None:
-    torch = _import_torch()
+def save_pt(policy: nnx.Module, path: Path) -> None:
+    """Write the file."""
+    torch = import_torch()
 
     def to_tensor(array: np.ndarray) -> Any:
         if array.dtype == jnp.bfloat16:
             return torch.from_numpy(array.astype(np.float32)).bfloat16()
         return torch.from_numpy(array)
 
-    parameters, aliases = _parameters(policy)
+    parameters, aliases = named_parameters(policy)
     tensors = OrderedDict((name, to_tensor(p.to_torch())) for name, p in parameters.items())
     # The same tensor under both names: torch then stores it once, as the reference does.
     tensors.update((alias, tensors[name]) for alias, name in aliases.items())
@@ -39,8 +45,13 @@ def _save_pt(policy: nnx.Module, path: Path) -> None:
 Contents = tuple[dict[str, Any], Any]
 
 
-def _read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
-    torch = _import_torch()
+def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    """Read the file; it names its shapes itself.
+
+    Raises:
+        ValueError: it holds anything but tensors under names.
+    """
+    torch = import_torch()
     with open(path, "rb") as file:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)

@@ -9,22 +9,24 @@ from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import from_json, to_json
 from puffer_jax.weights.description import describe
 from puffer_jax.weights.pt import Contents
-from puffer_jax.weights.state_dicts import _parameters
+from puffer_jax.weights.state_dicts import named_parameters
 
 _METADATA_KEY = "puffer_jax"
 
 
-def _save_safetensors(policy: nnx.Module, path: Path) -> None:
+def save_safetensors(policy: nnx.Module, path: Path) -> None:
+    """Write the file."""
     from safetensors.numpy import save
 
     # Tied keys are left out: the format has no tied tensors, and loading restores them.
-    tensors = {name: p.to_torch() for name, p in _parameters(policy)[0].items()}
+    tensors = {name: p.to_torch() for name, p in named_parameters(policy)[0].items()}
     metadata = {"format": "pt", _METADATA_KEY: to_json(describe(policy))}
     data = save(tensors, metadata)
     write_atomically(path, lambda file: file.write(data))
 
 
-def _read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    """Read the file; it names its shapes itself. A ValueError: it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb"):  # its errors name the path; those of safe_open may not

@@ -22,12 +22,12 @@ def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
     Raises:
         TypeError: the policy has a layer with no torch counterpart.
     """
-    parameters, aliases = _parameters(policy)
+    parameters, aliases = named_parameters(policy)
     tensors = {name: parameter.to_torch() for name, parameter in parameters.items()}
     return tensors | {alias: tensors[name] for alias, name in aliases.items()}
 
 
-def _parameters(policy: nnx.Module) -> tuple[dict[str, TorchParameter], dict[str, str]]:
+def named_parameters(policy: nnx.Module) -> tuple[dict[str, TorchParameter], dict[str, str]]:
     """Torch's name of every parameter, and the tied keys: alias -> the name it is tied to."""
     parameters, aliases = {}, {}
     names: dict[tuple[int, ...], str] = {}
@@ -83,10 +83,10 @@ def load_state_dict(
             floating-point tensor or not finite; all are named at once.
         TypeError: the policy has a layer with no torch counterpart.
     """
-    parameters, aliases = _parameters(policy)
+    parameters, aliases = named_parameters(policy)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     expected = shapes | {alias: shapes[name] for alias, name in aliases.items()}
-    tensors = _strip_prefixes(state_dict, expected.keys())
+    tensors = strip_prefixes(state_dict, expected.keys())
     for alias, name in aliases.items():  # of tied keys one is enough
         if alias not in tensors:
             expected.pop(alias)
@@ -134,7 +134,13 @@ def load_state_dict(
     )
 
 
-def _strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
+def strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
+    """The tensors without the prefixes of DDP and torch.compile where `expected` has none.
+
+    Raises:
+        ValueError: two keys become one.
+    """
+
     def strip(name: str) -> str:
         if name not in expected:
             name = ".".join(part for part in name.split(".") if part != "_orig_mod")

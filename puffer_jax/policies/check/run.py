@@ -13,6 +13,7 @@ import numpy as np
 from puffer_jax.base import spaces
 from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.params import merge, split
+from puffer_jax.policies.protocol import is_recurrent
 
 # A bound beyond this counts as none: CartPole's are 3e38, where any network overflows.
 _LARGE = 1e6
@@ -99,7 +100,7 @@ class _Run:
         self.space = getattr(env, "single_observation_space", None)
         self.space = env.observation_space if self.space is None else self.space
         self.policy, self.batch, self.rng = policy, batch, np.random.default_rng(seed)
-        self.recurrent = hasattr(policy, "initial_state")
+        self.recurrent = is_recurrent(policy)
         self.observations = {kind: self.draw(kind, batch) for kind in _KINDS}
         self.outputs: dict[str, dict[str, np.ndarray]] = {}
         self.traces = 0
@@ -141,7 +142,7 @@ def _step(policy: Any, observations: Any, state: Any) -> tuple[dict[str, Any], A
     if state is not None:
         logits, values, state = policy.forward_eval(observations, state)
     else:
-        # LSTMWrapper passes the state by keyword.
+        # Recurrent passes the state by keyword.
         hidden = policy.encode_observations(observations, state=None)
         logits, values = policy.decode_actions(hidden)
     return _named(logits, values), state

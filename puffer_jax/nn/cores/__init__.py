@@ -1,0 +1,11 @@
+"""Recurrent cores: what a policy has between its encoder and its heads to remember with.
+
+A new core is a file in this folder and a line in `CORES`.
+"""
+
+from puffer_jax.nn.cores.core import Core as Core
+from puffer_jax.nn.cores.core import State as State
+from puffer_jax.nn.cores.gru import GRU
+from puffer_jax.nn.cores.lstm import LSTM
+
+CORES: dict[str, type[Core]] = {core.name: core for core in (LSTM, GRU)}

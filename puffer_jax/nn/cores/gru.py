@@ -1,0 +1,93 @@
+"""Torch's GRU."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from puffer_jax.nn.cores.core import State
+from puffer_jax.nn.cores.gated import GatedCore
+
+
+class GRU(GatedCore):
+    """One GRU layer with torch's parameters, gate order (r, z, n) and initialisation.
+
+    A state has "gru_h" (batch, hidden), which is the output. With p = W_ih x + b_ih and
+    q = W_hh h + b_hh, each cut into three:
+
+        r = sigmoid(p_r + q_r)    z = sigmoid(p_z + q_z)    n = tanh(p_n + r * q_n)
+        h' = (1 - z) * n + z * h
+
+    Reference: `torch.nn.GRU` and `torch.nn.GRUCell`, where r gates W_hh h + b_hh, not h
+    itself as in the paper; Cho et al. 2014, arXiv:1406.1078.
+    """
+
+    name: ClassVar = "gru"
+    gates: ClassVar = 3
+
+    def initial_state(self, batch_size: int) -> State:
+        """The zero state of a new episode."""
+        return {"gru_h": self._zeros(batch_size)}
+
+    def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
+        """One step: its output and the new state."""
+        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
+        projected = _affine(x, weight_ih, bias_ih, self.dtype)
+        h = _cell(projected, self._cast(state["gru_h"]), weight_hh, bias_hh, self.dtype)
+        return h, {"gru_h": h}
+
+    def scan(
+        self,
+        x: Float[Array, "batch time input"],
+        state: State,
+        done: Bool[Array, "batch time"] | None = None,
+    ) -> tuple[Float[Array, "batch time hidden"], State]:
+        """All steps: their outputs and the last state, see `Core.scan`."""
+        outputs, h = _scan(*self._weights(), x, self._cast(state["gru_h"]), done, self.dtype)
+        return outputs, {"gru_h": h}
+
+
+def _affine(x: Array, weight: Array, bias: Array, dtype: Any) -> Array:
+    dtype = weight.dtype if dtype is None else dtype
+    return (x.astype(dtype) @ weight.astype(dtype).T).astype(bias.dtype) + bias
+
+
+def _cell(
+    projected: Float[Array, "batch gates"],
+    h: Float[Array, "batch hidden"],
+    weight: Float[Array, "gates hidden"],
+    bias: Float[Array, "gates"],
+    dtype: Any,
+) -> Float[Array, "batch hidden"]:
+    p_r, p_z, p_n = jnp.split(projected, 3, axis=1)
+    q_r, q_z, q_n = jnp.split(_affine(h, weight, bias, dtype), 3, axis=1)
+    r, z = jax.nn.sigmoid(p_r + q_r), jax.nn.sigmoid(p_z + q_z)
+    n = jnp.tanh(p_n + r * q_n)
+    return n + z * (h - n)
+
+
+# Jitted here so that eager calls do not trace and compile the loop anew each time.
+@partial(jax.jit, static_argnames="dtype")
+def _scan(
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
+    bias_ih: Float[Array, "gates"],
+    bias_hh: Float[Array, "gates"],
+    x: Float[Array, "batch time input"],
+    h: Float[Array, "batch hidden"],
+    done: Bool[Array, "batch time"] | None,
+    dtype: Any,
+) -> tuple[Float[Array, "batch time hidden"], Float[Array, "batch hidden"]]:
+    def step(h: Array, row: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        projected, done_t = row
+        if done_t is not None:
+            h = jnp.where(done_t[:, None], 0, h)
+        h = _cell(projected, h, weight_hh, bias_hh, dtype)
+        return h, h
+
+    # Of the inputs all products at once, with time first.
+    projected = _affine(jnp.swapaxes(x, 0, 1), weight_ih, bias_ih, dtype)
+    h, outputs = jax.lax.scan(step, h, (projected, None if done is None else done.T))
+    return jnp.swapaxes(outputs, 0, 1), h

@@ -1,0 +1,65 @@
+"""What the trainer, the weight exchange and `Recurrent` ask of a policy."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from puffer_jax.nn.distributions import Normal
+
+Logits = Array | tuple[Array, ...] | Normal
+
+State = dict[str, Any]  # arrays (batch, ...)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A policy without memory. Any `nnx.Module` with these attributes is one.
+
+    Attributes:
+        hidden_size: width of the encoding.
+        is_continuous: whether actions are a Box.
+    """
+
+    hidden_size: int
+    is_continuous: bool
+
+    def encode_observations(self, observations: Any, state: State | None = None) -> Array:
+        """Hidden vectors (batch, hidden_size)."""
+        ...
+
+    def decode_actions(self, hidden: Array) -> tuple[Logits, Array]:
+        """Logits, and values (batch, 1)."""
+        ...
+
+
+@runtime_checkable
+class RecurrentPolicy(Protocol):
+    """A policy that carries a state from step to step; `Recurrent` is one.
+
+    Attributes:
+        is_continuous: whether actions are a Box.
+    """
+
+    is_continuous: bool
+
+    def initial_state(self, batch_size: int) -> State:
+        """The zero state of a new episode."""
+        ...
+
+    def forward_eval(
+        self, observations: Any, state: State | None = None
+    ) -> tuple[Logits, Array, State]:
+        """One step: logits, values (batch, 1) and the new state."""
+        ...
+
+    def forward(
+        self, observations: Any, state: State | None = None, done: ArrayLike | None = None
+    ) -> tuple[Logits, Array, State]:
+        """Segments (batch, time, *obs): logits (batch * time, ...), values (batch, time), state."""
+        ...
+
+
+def is_recurrent(policy: Any) -> bool:
+    """Whether the policy carries a state from step to step, that is, has `initial_state`."""
+    return hasattr(policy, "initial_state")

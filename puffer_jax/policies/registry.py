@@ -1,0 +1,16 @@
+"""The policies that checkpoints, the command line and comparisons know by name."""
+
+from puffer_jax.policies.base import FeedForward
+from puffer_jax.policies.convolutional import Convolutional
+from puffer_jax.policies.default import Default
+from puffer_jax.policies.procgen import ProcgenResnet
+from puffer_jax.policies.recurrent import LSTMWrapper, Recurrent
+
+FEED_FORWARD: dict[str, type[FeedForward]] = {
+    cls.__name__: cls for cls in (Default, Convolutional, ProcgenResnet)
+}
+
+# Those of PufferLib first: where several fit a checkpoint, the first is taken.
+RECURRENT: dict[str, type[Recurrent]] = {cls.__name__: cls for cls in (LSTMWrapper, Recurrent)}
+
+POLICIES: dict[str, type[FeedForward] | type[Recurrent]] = {**FEED_FORWARD, **RECURRENT}
