@@ -11,10 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+Space = Any
+"""A space of gymnasium, gymnax, PufferLib or this module, recognised by its attributes."""
+
 Kind = Literal["dict", "tuple", "multidiscrete", "multibinary", "discrete", "box"]
 
 
-def kind_of(space: Any) -> Kind:
+def kind_of(space: Space) -> Kind:
     """Which kind of space this is, by its attributes `spaces`, `nvec`, `n`, `low`/`shape`.
 
     Raises:
@@ -37,7 +40,7 @@ def kind_of(space: Any) -> Kind:
     )
 
 
-def children_of(space: Any) -> dict[str, Any] | None:
+def children_of(space: Space) -> dict[str, Space] | None:
     """The subspaces of a Dict or Tuple space by field name (f0, f1, ...), None for a leaf.
 
     Raises:
@@ -52,7 +55,7 @@ def children_of(space: Any) -> dict[str, Any] | None:
     return dict(spaces)
 
 
-def structured_dtype(space: Any) -> np.dtype:
+def structured_dtype(space: Space) -> np.dtype:
     """The NumPy dtype of one observation of `space` (`pufferlib.emulation.dtype_from_space`).
 
     Returns:
@@ -75,14 +78,14 @@ def structured_dtype(space: Any) -> np.dtype:
             return np.dtype((np.dtype(space.dtype), tuple(space.shape)))
 
 
-def _leaf_spaces(space: Any) -> list[Any]:
+def _leaf_spaces(space: Space) -> list[Space]:
     children = children_of(space)
     if children is None:
         return [space]
     return [leaf for subspace in children.values() for leaf in _leaf_spaces(subspace)]
 
 
-def emulated_dtypes(space: Any) -> tuple[np.dtype, np.dtype]:
+def emulated_dtypes(space: Space) -> tuple[np.dtype, np.dtype]:
     """Dtype of the flat rows, and of one observation (`emulation.emulate_observation_space`).
 
     The rows have the dtype that all leaves declare if there is one, else uint8. The reference also
@@ -187,7 +190,7 @@ def env_spec(env: Any) -> EnvSpec:
     return EnvSpec(_observation(env), _action(_space(env, "action_space")))
 
 
-def _space(env: Any, name: str) -> Any:
+def _space(env: Any, name: str) -> Space:
     for attribute in (f"single_{name}", name):
         space = getattr(env, attribute, None)
         if space is not None:
@@ -229,7 +232,7 @@ def _is_tuple(structured: np.dtype) -> bool:
     return names is not None and names == tuple(f"f{i}" for i in range(len(names)))
 
 
-def _action(space: Any) -> Action:
+def _action(space: Space) -> Action:
     if isinstance(space, Action):
         return space
     kind = kind_of(space)
@@ -259,4 +262,4 @@ class Box:
 class Dict:
     """A space of dicts of arrays."""
 
-    spaces: Mapping[str, Any]
+    spaces: Mapping[str, Space]

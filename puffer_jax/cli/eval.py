@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tyro
@@ -13,12 +13,43 @@ import tyro
 from puffer_jax.base import spaces
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import require
+from puffer_jax.base.spaces import Space
 from puffer_jax.cli.envs import make_jax_env, make_policy, naming_the_flag
 from puffer_jax.cli.train import SETTINGS, Train, parse_arguments, read_settings
 from puffer_jax.environments import registry
 from puffer_jax.environments.families.gymnasium import errors
 from puffer_jax.run import checkpoint
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
+
+
+class Game(Protocol):
+    """One environment to play; it serves as `env` of a policy.
+
+    Attributes:
+        observation_space: space of the observations.
+        action_space: space of the actions.
+        fps: frames per second.
+    """
+
+    observation_space: Space
+    action_space: Space
+    fps: float
+
+    def reset(self) -> Any:
+        """Begin an episode; returns its first observation."""
+        ...
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool]:
+        """Act; returns the observation, the reward and whether the episode is over."""
+        ...
+
+    def render(self) -> Any:
+        """Draw; returns a text or an image."""
+        ...
+
+    def close(self) -> None:
+        """Close the environment."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +118,7 @@ class Eval:
             print(f"{name:8}{x.mean():12.2f}{x.std():12.2f}{x.min():12.2f}{x.max():12.2f}")
         return 0
 
-    def _load(self, path: Path, game: Any, settings: Train | None) -> Any:
+    def _load(self, path: Path, game: Game, settings: Train | None) -> Any:
         if settings is None:
             options: dict[str, Any] = {"channels_last": self.channels_last}
             return policy_from_checkpoint(path, game, downsample=self.downsample, **options)
@@ -120,7 +151,7 @@ def _find_model(path: Path) -> tuple[Path, Train | None]:
 
 def play(
     policy: Any,
-    game: Any,
+    game: Game,
     episodes: int,
     seed: int = 0,
     deterministic: bool = False,
@@ -130,7 +161,7 @@ def play(
 
     Args:
         policy: recurrent ones start each episode from the zero state.
-        game: `action_space`; `reset() -> obs`; `step(action) -> (obs, reward, done)`.
+        game: the environment.
         episodes: number of episodes.
         seed: seed of the actions.
         deterministic: whether to take the most likely action.
@@ -258,9 +289,7 @@ class _HostGame:
         self._env.close()
 
 
-def make_game(
-    name: str, arguments: dict[str, Any], render: str | None, seed: int
-) -> _NativeGame | _HostGame:
+def make_game(name: str, arguments: dict[str, Any], render: str | None, seed: int) -> Game:
     """One environment to play, by its name.
 
     Args:

@@ -1,16 +1,19 @@
 """Environments of gymnax and brax as JAX-native ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base.spaces import Box, Dict, kind_of
+
+Tree = Any
+"""An array, or a dict, tuple or dataclass of trees: an observation, an action, a state."""
 
 BRAX_MAX_STEPS = 1000
 
@@ -33,10 +36,10 @@ def from_gymnax(env: Any, params: Any) -> SimpleNamespace:
         )
     params = env.default_params if params is None else params
 
-    def reset(key: Any) -> tuple[Any, Any]:
+    def reset(key: PRNGKeyArray) -> tuple[Tree, Tree]:
         return env.reset(key, params)
 
-    def step(key: Any, state: Any, action: Any) -> tuple[Any, ...]:
+    def step(key: PRNGKeyArray, state: Tree, action: Tree) -> tuple[Tree, ...]:
         values = env.step_env(key, state, action, params)
         if len(values) != 5:
             return values
@@ -78,18 +81,18 @@ def from_brax(env: Any) -> tuple[SimpleNamespace, bool]:
             "last observation of an episode; pass the environment without that wrapper"
         )
 
-    def reset(key: Any) -> tuple[Any, Any]:
+    def reset(key: PRNGKeyArray) -> tuple[Tree, Tree]:
         state = env.reset(key)
         return state.obs, state
 
-    def step(key: Any, state: Any, action: Any) -> tuple[Any, ...]:
+    def step(key: PRNGKeyArray, state: Tree, action: Tree) -> tuple[Tree, ...]:
         del key  # brax keeps its keys in state.info
         # Many environments write into the dict state.info; the copy keeps the caller's as it was.
         state = env.step(jax.tree.map(lambda x: x, state), action)
         terminated, truncated = split_end(state.done, state.info.get("truncation", False))
         return state.obs, state, state.reward, terminated, truncated, dict(state.metrics)
 
-    def box(size: Any) -> Box:
+    def box(size: int | Sequence[int]) -> Box:
         return Box(-np.inf, np.inf, (size,) if isinstance(size, int) else tuple(size))
 
     size = env.observation_size
@@ -105,7 +108,7 @@ def split_end(done: ArrayLike, truncated: ArrayLike) -> tuple[Array, Array]:
     return jnp.asarray(done, bool) & ~truncated, truncated
 
 
-def casts(actual: DTypeLike, declared: DTypeLike) -> bool:
+def casts(actual: Any, declared: Any) -> bool:
     """Whether an array of one dtype will do for another that a space declares."""
     # x64 mode widens what an environment leaves open, so a difference in width is not an error.
     return np.can_cast(actual, declared, "same_kind")

@@ -14,9 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax.base.spaces import Continuous, MultiDiscrete, env_spec, kind_of, structured_dtype
+from puffer_jax.base.spaces import (
+    Continuous,
+    MultiDiscrete,
+    Space,
+    env_spec,
+    kind_of,
+    structured_dtype,
+)
 from puffer_jax.environments.jax_adapters import (
     BRAX_MAX_STEPS,
+    Tree,
     casts,
     from_brax,
     from_gymnax,
@@ -41,16 +49,16 @@ class JaxEnv(Protocol):
     """
 
     @property
-    def observation_space(self) -> Any: ...  # noqa: D102
+    def observation_space(self) -> Space: ...  # noqa: D102
 
     @property
-    def action_space(self) -> Any: ...  # noqa: D102
+    def action_space(self) -> Space: ...  # noqa: D102
 
-    def reset(self, key: Any, /) -> tuple[Any, Any]:
+    def reset(self, key: PRNGKeyArray, /) -> tuple[Tree, Tree]:
         """`(obs, state)` of a new episode; obs is an array, or a dict or tuple of arrays."""
         ...
 
-    def step(self, key: Any, state: Any, action: Any, /) -> tuple[Any, ...]:
+    def step(self, key: PRNGKeyArray, state: Tree, action: Tree, /) -> tuple[Tree, ...]:
         """`(obs, state, reward, terminated, truncated, info)`; never resets.
 
         reward, terminated and truncated are scalars; both of the latter may be set at once, as
@@ -72,19 +80,19 @@ class Step(NamedTuple):
         info: what the environment told, before any reset.
     """
 
-    obs: Any
-    state: Any
+    obs: Tree
+    state: Tree
     reward: Array
     terminated: Array
     truncated: Array
-    final_obs: Any
-    info: dict[str, Any]
+    final_obs: Tree
+    info: dict[str, Tree]
 
 
 class TimeLimited(NamedTuple):
     """State of an environment with `max_steps`: its own state, and the steps taken so far."""
 
-    state: Any
+    state: Tree
     steps: Array
 
 
@@ -101,10 +109,10 @@ class AdaptedEnv:
         unwrapped: the environment that was adapted.
     """
 
-    observation_space: Any
-    action_space: Any
-    reset: Callable[..., Any]
-    step: Callable[..., Any]
+    observation_space: Space
+    action_space: Space
+    reset: Callable[..., Tree]
+    step: Callable[..., Tree]
     unwrapped: Any
 
 
@@ -159,7 +167,7 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
     return _fix(env, name, inner, max_steps)
 
 
-def autoreset(env: Any) -> Callable[[Any, Any, Any], Step]:
+def autoreset(env: Any) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
     """The step of an environment whose next episode begins where one ends.
 
     The reset is computed in every step, as both sides of a condition are under `vmap`, with a
@@ -177,7 +185,7 @@ def autoreset(env: Any) -> Callable[[Any, Any, Any], Step]:
     """
     env = as_jax_env(env)
 
-    def step(key: PRNGKeyArray, state: Any, action: Any) -> Step:
+    def step(key: PRNGKeyArray, state: Tree, action: Tree) -> Step:
         step_key, reset_key = random.split(key)
         final_obs, state, reward, terminated, truncated, info = env.step(step_key, state, action)
         done = terminated | truncated
@@ -207,7 +215,7 @@ def _check_protocol(env: Any) -> None:
         )
 
 
-def _takes(function: Callable[..., Any], count: int) -> bool:
+def _takes(function: Callable[..., Tree], count: int) -> bool:
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:
@@ -217,7 +225,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def _signature(function: Callable[..., Any]) -> str:
+def _signature(function: Callable[..., Tree]) -> str:
     names = inspect.signature(function).parameters
     return f"({', '.join(names)})"
 
@@ -247,11 +255,11 @@ def _fix(env: Any, name: str, inner: Any, max_steps: int | None) -> AdaptedEnv:
     else:
         raise ValueError(f"{name}: the dtypes of the state change with every step")
 
-    def fixed_reset(key: Any) -> tuple[Any, Any]:
+    def fixed_reset(key: PRNGKeyArray) -> tuple[Tree, Tree]:
         obs, state = reset(key)
         return _cast(obs, declared), _cast(state, specs)
 
-    def fixed_step(key: Any, state: Any, action: Any) -> tuple[Any, ...]:
+    def fixed_step(key: PRNGKeyArray, state: Tree, action: Tree) -> tuple[Tree, ...]:
         obs, state, reward, terminated, truncated, info = step(key, state, action)
         return (
             _cast(obs, declared),
@@ -268,8 +276,8 @@ def _fix(env: Any, name: str, inner: Any, max_steps: int | None) -> AdaptedEnv:
     )
 
 
-def _six_values(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-    def six(key: Any, state: Any, action: Any) -> tuple[Any, ...]:
+def _six_values(name: str, step: Callable[..., Tree]) -> Callable[..., Tree]:
+    def six(key: PRNGKeyArray, state: Tree, action: Tree) -> tuple[Tree, ...]:
         values = step(key, state, action)
         if not isinstance(values, tuple) or len(values) not in (5, 6):
             got = len(values) if isinstance(values, tuple) else type(values).__name__
@@ -289,13 +297,13 @@ def _six_values(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_limit(
-    reset: Callable[..., Any], step: Callable[..., Any], max_steps: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def limited_reset(key: Any) -> tuple[Any, TimeLimited]:
+    reset: Callable[..., Tree], step: Callable[..., Tree], max_steps: int
+) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
+    def limited_reset(key: PRNGKeyArray) -> tuple[Tree, TimeLimited]:
         obs, state = reset(key)
         return obs, TimeLimited(state, jnp.int32(0))
 
-    def limited_step(key: Any, limited: TimeLimited, action: Any) -> tuple[Any, ...]:
+    def limited_step(key: PRNGKeyArray, limited: TimeLimited, action: Tree) -> tuple[Tree, ...]:
         obs, state, reward, terminated, truncated, info = step(key, limited.state, action)
         steps = limited.steps + 1
         truncated = jnp.logical_or(truncated, steps >= max_steps)
@@ -314,7 +322,7 @@ def _action_spec(env: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def _observation_spec(space: Any) -> Any:
+def _observation_spec(space: Space) -> Tree:
     match kind_of(space):
         case "dict":
             return {key: _observation_spec(sub) for key, sub in space.spaces.items()}
@@ -325,7 +333,7 @@ def _observation_spec(space: Any) -> Any:
             return jax.ShapeDtypeStruct(dtype.shape, dtype.base)
 
 
-def _check_observation(name: str, where: str, declared: Any, actual: Any) -> None:
+def _check_observation(name: str, where: str, declared: Tree, actual: Tree) -> None:
     fits = jax.tree.structure(declared) == jax.tree.structure(actual) and all(
         want.shape == got.shape and casts(got.dtype, want.dtype)
         for want, got in zip(jax.tree.leaves(declared), jax.tree.leaves(actual), strict=True)
@@ -336,7 +344,7 @@ def _check_observation(name: str, where: str, declared: Any, actual: Any) -> Non
         )
 
 
-def _text(specs: Any) -> str:
+def _text(specs: Tree) -> str:
     if isinstance(specs, jax.ShapeDtypeStruct):
         return f"{specs.dtype} {specs.shape}"
     return str(jax.tree.map(lambda x: f"{x.dtype} {x.shape}", specs)).replace("'", "")
@@ -346,14 +354,14 @@ def _is_key(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _join(name: str, before: Any, after: Any) -> Any:
+def _join(name: str, before: Tree, after: Tree) -> Tree:
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise ValueError(
             f"{name}: a step changes the structure of the state from "
             f"{jax.tree.structure(before)} to {jax.tree.structure(after)}"
         )
 
-    def join(path: Any, old: Any, new: Any) -> jax.ShapeDtypeStruct:
+    def join(path: tuple[Any, ...], old: Tree, new: Tree) -> jax.ShapeDtypeStruct:
         keys = _is_key(old.dtype), _is_key(new.dtype)
         if old.shape != new.shape or keys[0] != keys[1]:
             raise ValueError(
@@ -366,8 +374,8 @@ def _join(name: str, before: Any, after: Any) -> Any:
     return jax.tree_util.tree_map_with_path(join, before, after)
 
 
-def _cast(tree: Any, specs: Any) -> Any:
-    def cast(spec: Any, x: Any) -> Any:
+def _cast(tree: Tree, specs: Tree) -> Tree:
+    def cast(spec: Any, x: Tree) -> Tree:
         # A key may be a typed key or an array of the old kind: it stays what it is.
         return x if _is_key(spec.dtype) else jax.lax.convert_element_type(x, spec.dtype)
 

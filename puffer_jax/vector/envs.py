@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from puffer_jax.base.spaces import structured_dtype
+from puffer_jax.base.spaces import Space, structured_dtype
 
 Info = dict[str, Any]
 
@@ -128,8 +128,8 @@ class AgentLayout(NamedTuple):
             does so itself, in the same step.
     """
 
-    observation_space: Any
-    action_space: Any
+    observation_space: Space
+    action_space: Space
     num_agents: int
     emulated: bool
 

@@ -43,7 +43,7 @@ class Multiprocessing(Pool):
     Options = MultiprocessingOptions
 
     def __init__(self, *args: Any, seed: int = 0, **options: Any):
-        self._has_local = self.Options(**options).local_worker
+        self._has_local = MultiprocessingOptions(**options).local_worker
         if self._has_local:  # shares differ in size, so a batch is of those that make one
             options["zero_copy"] = True
         super().__init__(*args, seed=seed, **options)

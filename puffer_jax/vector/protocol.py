@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.base.spaces import structured_dtype
+from puffer_jax.base.spaces import Space, structured_dtype
 from puffer_jax.environments.emulation.spaces import joint_space
 from puffer_jax.vector.envs import AgentLayout, Info
 
@@ -64,12 +64,12 @@ class VecEnv(ABC):
         return self.agents_per_batch
 
     @functools.cached_property
-    def observation_space(self) -> Any:
+    def observation_space(self) -> Space:
         """Observation space of a batch, a Box."""
         return joint_space(self.single_observation_space, self.agents_per_batch)
 
     @functools.cached_property
-    def action_space(self) -> Any:
+    def action_space(self) -> Space:
         """Action space of a batch: MultiDiscrete for Discrete, otherwise a Box."""
         return joint_space(self.single_action_space, self.agents_per_batch)
 

@@ -5,13 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.base.spaces import children_of, kind_of
+from puffer_jax.base.spaces import Space, children_of, kind_of
+from puffer_jax.environments.emulation.spaces import Build
+
+Sample = Any
+"""An observation or action as an environment has it: a number, an array, or a dict or tuple."""
 
 
 class _Leaf:
     """A space without parts, and whether NumPy can store a value there as it is."""
 
-    def __init__(self, space: Any):
+    def __init__(self, space: Space):
         self.space = space
         self.dtype = np.dtype(getattr(space, "dtype", None) or np.int32)
         self._start, self._size = getattr(space, "start", 0), None
@@ -27,7 +31,7 @@ class _Leaf:
         if self._size is not None and np.any(self._start + self._size > 2**31):
             raise ValueError(f"{space} does not fit in int32, as which it is stored")
 
-    def takes(self, value: Any, first: bool) -> bool:
+    def takes(self, value: Sample, first: bool) -> bool:
         """Whether `value` has the shape and a dtype of the space and, if discrete, its range.
 
         Args:
@@ -57,11 +61,11 @@ class Writer:
     The outermost container is a tuple around the observation, so that a leaf is found as any other.
     """
 
-    def __init__(self, env: Any, space: Any, observations: np.ndarray, structured: np.dtype):
+    def __init__(self, env: Any, space: Space, observations: np.ndarray, structured: np.dtype):
         self._env, self._space = env, space
-        self._containers: list[tuple[int, Any, int]] = []
+        self._containers: list[tuple[int, str | int, int]] = []
         self._unseen = set(range(len(observations)))  # rows not yet written to
-        found: list[tuple[int, Any, np.ndarray, _Leaf]] = []
+        found: list[tuple[int, str | int, np.ndarray, _Leaf]] = []
         if kind_of(space) == "box":
             rows = observations
         else:
@@ -77,7 +81,9 @@ class Writer:
         # Of an observation without parts: dtype, shape, and where each row lies.
         self._only = [leaves[0][2:5] for leaves in self._leaves] if not self._containers else []
 
-    def _find(self, space: Any, parent: int, key: Any, field: np.ndarray, found: list) -> None:
+    def _find(
+        self, space: Space, parent: int, key: str | int, field: np.ndarray, found: list
+    ) -> None:
         children = children_of(space)
         if children is None:
             found.append((parent, key, field, _Leaf(space)))
@@ -87,7 +93,7 @@ class Writer:
         for i, (name, child) in enumerate(children.items()):
             self._find(child, here, name if is_dict else i, field[name], found)
 
-    def write(self, row: int, observation: Any) -> None:
+    def write(self, row: int, observation: Sample) -> None:
         """Copy the observation to its row.
 
         Raises:
@@ -103,7 +109,7 @@ class Writer:
             ):
                 target[()] = observation
                 return
-        parts: list[Any] = [(observation,)]
+        parts: list[Sample] = [(observation,)]
         first = bool(self._unseen) and row in self._unseen
         try:
             for parent, key, size in self._containers:
@@ -133,7 +139,7 @@ class Reader:
     two dimensions, and hands out views of a buffer that the vecenv writes to again.
     """
 
-    def __init__(self, env: Any, flat: Any, build: Callable[[list[int]], Any] | None):
+    def __init__(self, env: Any, flat: Space, build: Build | None):
         self._env, self._space, self._kind = env, flat, kind_of(flat)
         self._shape = shape = tuple(flat.shape)
         self._shapes = ((1, *shape), shape)
@@ -142,7 +148,7 @@ class Reader:
         # An array found in order: vecenvs hand out the same one again and again.
         self._known, self._is_one = np.empty(0), False
         self._scalar = self._kind == "discrete" and build is None
-        self._own: Callable[[Any], Any]  # of an array that is in order
+        self._own: Callable[[np.ndarray], Sample]  # of an array that is in order
         if build is not None:
             self._own = lambda array: build(array.ravel().tolist())
         elif self._scalar:
@@ -150,7 +156,7 @@ class Reader:
         else:
             self._own = lambda array: array.reshape(shape).astype(dtype)
 
-    def read(self, action: Any) -> Any:
+    def read(self, action: Sample) -> Sample:
         """The action of one agent, which is the environment's to keep.
 
         Args:
@@ -171,7 +177,7 @@ class Reader:
             self._known, self._is_one = array, self._scalar and array.ndim == 1
         return self._own(array)
 
-    def read_all(self, actions: np.ndarray) -> list[Any]:
+    def read_all(self, actions: np.ndarray) -> list[Sample]:
         """The same of several agents, (agents, *shape)."""
         if actions.shape[1:] != self._shape:
             raise self._outside(actions)
@@ -179,7 +185,7 @@ class Reader:
             self._check(actions, actions)
         return list(actions) if self._scalar else [self._own(action) for action in actions]
 
-    def _check(self, array: np.ndarray, action: Any) -> None:
+    def _check(self, array: np.ndarray, action: Sample) -> None:
         if not np.can_cast(array.dtype, self._dtype, "same_kind"):
             raise self._outside(action)
         if not self._checked:
@@ -194,11 +200,11 @@ class Reader:
                 raise self._outside(action)
             self._checked = True
 
-    def _outside(self, action: Any) -> ValueError:
+    def _outside(self, action: Sample) -> ValueError:
         return ValueError(f"{self._env}: an action is not in {self._space}: {_describe(action)}")
 
 
-def _form(value: Any) -> str:
+def _form(value: Sample) -> str:
     """The shapes and dtypes in a value."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_form(part)}" for key, part in value.items()) + "}"
@@ -209,6 +215,6 @@ def _form(value: Any) -> str:
     return type(value).__name__
 
 
-def _describe(value: Any) -> str:
+def _describe(value: Sample) -> str:
     """Its form, and its beginning."""
     return f"{_form(value)}, {value!r:.200}"

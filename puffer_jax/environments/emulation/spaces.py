@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.packages import require
-from puffer_jax.base.spaces import children_of, emulated_dtypes, kind_of
+from puffer_jax.base.spaces import Space, children_of, emulated_dtypes, kind_of
+
+Build = Callable[[list[int]], Any]
+"""Builds an environment's own action from the components of a flat one."""
 
 
 def import_gymnasium() -> Any:
@@ -19,7 +22,7 @@ def import_gymnasium() -> Any:
     return require("gymnasium", "emulation", "'puffer_jax[vector]'")
 
 
-def gymnasium_space(space: Any) -> Any:
+def gymnasium_space(space: Space) -> Space:
     """The space of gymnasium that any space stands for; its parts are in the same order.
 
     Raises:
@@ -46,7 +49,7 @@ def gymnasium_space(space: Any) -> Any:
             return spaces.Box(low, high, dtype=np.dtype(space.dtype).type)
 
 
-def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
+def emulate_observation_space(space: Space) -> tuple[Space, np.dtype]:
     """The Box of the rows that stand for observations of `space`, and the struct in a row.
 
     Returns:
@@ -71,7 +74,7 @@ def emulate_observation_space(space: Any) -> tuple[Any, np.dtype]:
     return import_gymnasium().spaces.Box(low, high, shape, sample), structured
 
 
-def emulate_action_space(space: Any) -> tuple[Any, Callable[[list[int]], Any] | None]:
+def emulate_action_space(space: Space) -> tuple[Space, Build | None]:
     """The flat space of actions that stand for those of `space`, and how to build the latter.
 
     Unlike the reference, parts may be MultiDiscrete and MultiBinary, and a Discrete or
@@ -96,7 +99,7 @@ def emulate_action_space(space: Any) -> tuple[Any, Callable[[list[int]], Any] | 
     return spaces.Discrete(sizes[0]) if kind == "discrete" else spaces.MultiDiscrete(sizes), build
 
 
-def _builder(space: Any, sizes: list[int]) -> Callable[[list[int]], Any]:
+def _builder(space: Space, sizes: list[int]) -> Build:
     """How to build an action of `space` from components, whose sizes are appended to `sizes`."""
     children = children_of(space)
     if children is not None:
@@ -121,7 +124,7 @@ def _builder(space: Any, sizes: list[int]) -> Callable[[list[int]], Any]:
     return lambda flat: np.array(flat[first:last], dtype).reshape(shape) + start
 
 
-def joint_space(space: Any, n: int) -> Any:
+def joint_space(space: Space, n: int) -> Space:
     """The space of `n` agents side by side (`pufferlib.spaces.joint_space`).
 
     Raises:

@@ -1,13 +1,14 @@
 """Environments of gymnasium and PettingZoo behind flat arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from puffer_jax.base.spaces import Space
 from puffer_jax.environments.emulation.buffers import Buffers, set_buffers
-from puffer_jax.environments.emulation.rows import Reader, Writer
+from puffer_jax.environments.emulation.rows import Reader, Sample, Writer
 from puffer_jax.environments.emulation.spaces import (
     emulate_action_space,
     emulate_observation_space,
@@ -18,8 +19,8 @@ from puffer_jax.environments.emulation.spaces import (
 class _Emulated:
     """What the environments of one and of several agents have in common."""
 
-    single_observation_space: Any
-    single_action_space: Any
+    single_observation_space: Space
+    single_action_space: Space
     observations: np.ndarray
     rewards: np.ndarray
     terminals: np.ndarray
@@ -29,7 +30,12 @@ class _Emulated:
     teacher_actions: np.ndarray
 
     def __init__(
-        self, env: Any, spaces: tuple[Any, Any], agents: int, buf: Buffers | None, seed: int | None
+        self,
+        env: Any,
+        spaces: tuple[Space, Space],
+        agents: int,
+        buf: Buffers | None,
+        seed: int | None,
     ):
         self.env = env
         self.num_agents = agents
@@ -155,7 +161,7 @@ class GymnasiumPufferEnv(_Emulated):
         self.masks[0] = True
         return self.observations, info
 
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, Any]:
+    def step(self, action: Sample) -> tuple[np.ndarray, float, bool, bool, Any]:
         """Act.
 
         Args:
@@ -242,7 +248,7 @@ class PettingZooPufferEnv(_Emulated):
         self._over = True
 
     @property
-    def agents(self) -> list[Any]:
+    def agents(self) -> list[Hashable]:
         """The agents that are present."""
         return self.env.agents
 
@@ -251,19 +257,19 @@ class PettingZooPufferEnv(_Emulated):
         """Whether `reset` is due."""
         return self._over or not self.env.agents
 
-    def observation_space(self, agent: Any) -> Any:
+    def observation_space(self, agent: Hashable) -> Space:
         """`single_observation_space`; raises ValueError if there is no such agent."""
         self._check_agents((agent,))
         return self.single_observation_space
 
-    def action_space(self, agent: Any) -> Any:
+    def action_space(self, agent: Hashable) -> Space:
         """`single_action_space`; raises ValueError if there is no such agent."""
         self._check_agents((agent,))
         return self.single_action_space
 
     def reset(
         self, seed: int | None = None, options: Any = None
-    ) -> tuple[dict[Any, np.ndarray], Any]:
+    ) -> tuple[dict[Hashable, np.ndarray], Any]:
         """Begin an episode.
 
         Returns:
@@ -279,7 +285,9 @@ class PettingZooPufferEnv(_Emulated):
         self._over = False
         return self._rows, infos
 
-    def step(self, actions: Mapping[Any, Any] | np.ndarray) -> tuple[Mapping[Any, Any], ...]:
+    def step(
+        self, actions: Mapping[Hashable, Any] | np.ndarray
+    ) -> tuple[Mapping[Hashable, Any], ...]:
         """Act.
 
         Args:
@@ -311,17 +319,17 @@ class PettingZooPufferEnv(_Emulated):
         padded = self._pad(rewards, 0), self._pad(terminated, True), self._pad(truncated, False)
         return self._rows, *padded, infos
 
-    def _pad(self, values: Mapping[Any, Any], absent: Any) -> Mapping[Any, Any]:
+    def _pad(self, values: Mapping[Hashable, Any], absent: Any) -> Mapping[Hashable, Any]:
         if values.keys() == self.mask.keys():
             return values
         return {agent: values.get(agent, absent) for agent in self.possible_agents}
 
     def _receive(
         self,
-        observations: Mapping[Any, Any],
-        rewards: Mapping[Any, Any],
-        terminated: Mapping[Any, Any],
-        truncated: Mapping[Any, Any],
+        observations: Mapping[Hashable, Any],
+        rewards: Mapping[Hashable, Any],
+        terminated: Mapping[Hashable, Any],
+        truncated: Mapping[Hashable, Any],
     ) -> None:
         """Write the rows of the agents that are observed, and zeros for those that are not."""
         count, mask, write = 0, self.mask, self._write
@@ -340,7 +348,7 @@ class PettingZooPufferEnv(_Emulated):
         if count != len(observations):
             self._check_agents(observations)
 
-    def _check_agents(self, agents: Any) -> None:
+    def _check_agents(self, agents: Iterable[Hashable]) -> None:
         unknown = [agent for agent in agents if agent not in self.mask]
         if unknown:
             raise ValueError(f"{self.env}: no agents {unknown}; there are {self.possible_agents}")
