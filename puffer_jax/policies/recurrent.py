@@ -70,7 +70,7 @@ class Recurrent(nnx.Module):
     @property
     def torch_aliases(self) -> dict[str, str]:
         """PufferLib's wrapper lists the core's parameters twice, for whole segments and steps."""
-        names = self.core.cell_names.items()
+        names = getattr(self.core, "cell_names", {}).items()
         return {f"cell.{alias}": f"{self.core_name}.{name}" for alias, name in names}
 
     @classmethod
@@ -193,7 +193,7 @@ class Recurrent(nnx.Module):
         cls = type(self.core)
         if CORES.get(self.core_name) is not cls:
             return {"core": f"{cls.__module__}.{cls.__qualname__}"}
-        sizes = {name: getattr(self.core, name) for name in cls.sizes}
+        sizes = {name: getattr(self.core, name) for name in CORES[self.core_name].sizes}
         return {"core": self.core_name, "sizes": sizes}
 
     @classmethod

@@ -4,8 +4,9 @@ A new core is a file in this folder and a line in `CORES`.
 """
 
 from puffer_jax.nn.cores.core import Core as Core
+from puffer_jax.nn.cores.core import KnownCore as KnownCore
 from puffer_jax.nn.cores.core import State as State
 from puffer_jax.nn.cores.gru import GRU
 from puffer_jax.nn.cores.lstm import LSTM
 
-CORES: dict[str, type[Core]] = {core.name: core for core in (LSTM, GRU)}
+CORES: dict[str, type[KnownCore]] = {core.name: core for core in (LSTM, GRU)}

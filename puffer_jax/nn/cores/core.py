@@ -19,22 +19,15 @@ class Core(Protocol):
 
     Attributes:
         name: the attribute of the policy that holds the core, and so the prefix of its keys.
-        sizes: the constructor's arguments that a checkpoint has to name, with their types.
-        cell_names: parameters that torch lists a second time, under `cell.`: that name -> ours.
         input_size: width of what it reads.
         hidden_size: width of what it gives.
         param_dtype: of states and outputs.
     """
 
     name: ClassVar[str]
-    sizes: ClassVar[Mapping[str, type]]
-    cell_names: ClassVar[Mapping[str, str]]
     input_size: int
     hidden_size: int
     param_dtype: Any
-
-    # The sizes, then keyword-only `rngs`, `dtype` and `param_dtype`.
-    def __init__(self, *sizes: Any, **options: Any): ...
 
     def initial_state(self, batch_size: int) -> State:
         """The zero state of a new episode."""
@@ -57,6 +50,22 @@ class Core(Protocol):
         Where `done[:, t]` is set the state is zeroed before step t: `x[:, t]` begins an episode.
         """
         ...
+
+
+@runtime_checkable
+class KnownCore(Core, Protocol):
+    """A core that checkpoints and the command line know by name, in `puffer_jax.nn.cores.CORES`.
+
+    Attributes:
+        sizes: the constructor's arguments that a checkpoint has to name, with their types.
+        cell_names: parameters that torch lists a second time, under `cell.`: that name -> ours.
+    """
+
+    sizes: ClassVar[Mapping[str, type]]
+    cell_names: ClassVar[Mapping[str, str]]
+
+    # The sizes, then keyword-only `rngs`, `dtype` and `param_dtype`.
+    def __init__(self, *sizes: Any, **options: Any): ...
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
