@@ -25,7 +25,7 @@ from puffer_jax.kernels.cpu import library
 Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
 
 # (params, opt_state, gradients, skip) -> (params, opt_state); where `skip`, they stay as they are.
-Step = Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
+OptimizerStep = Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
 
 OPTIMIZERS = ("adam", "muon")
 
@@ -87,7 +87,7 @@ def _clipped_adam(
 
 def make_step(
     name: str, to_torch: Conversion, from_torch: Conversion, **numbers: ArrayLike
-) -> Step:
+) -> OptimizerStep:
     """A step of the trainer's optimizer, as the update takes it.
 
     Args:

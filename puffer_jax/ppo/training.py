@@ -18,7 +18,7 @@ from puffer_jax.ppo.update import make_learner
 
 
 @runtime_checkable
-class Train(Protocol):
+class TrainFunction(Protocol):
     """What `make_train` returns."""
 
     def __call__(self, key: PRNGKeyArray, hypers: Hypers | None = None) -> tuple[Params, Metrics]:
@@ -28,7 +28,7 @@ class Train(Protocol):
 
 def make_train(
     config: PuffeRLConfig, env: Any, policy: nnx.Module | Callable[[nnx.Rngs], nnx.Module]
-) -> Train:
+) -> TrainFunction:
     """A whole training run as one pure function, to be jitted, and vmapped over seeds and hypers.
 
     Args:

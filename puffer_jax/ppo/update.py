@@ -154,7 +154,7 @@ class _Terms(NamedTuple):
     experience: Experience
     hypers: Hypers
     beta: Number
-    step: optimizers.Step
+    step: optimizers.OptimizerStep
 
 
 def _terms(

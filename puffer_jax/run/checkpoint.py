@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from puffer_jax.base.packages import require
+from puffer_jax.run.loggers import PathLike
 from puffer_jax.weights.files import save_weights
 
 _FORMAT = 1
@@ -34,8 +35,6 @@ _MODEL = re.compile(r"model_(\d{6,})\.(pt|safetensors)")
 
 # Folders on their way in or out; orbax adds a suffix of its own.
 _LITTER = re.compile(r"\.(state_\d{6,}(\.old|\.orbax-checkpoint-tmp.*)?|model_\d{6,}\..*\.tmp)")
-
-PathLike = str | os.PathLike[str]
 
 # What JSON holds.
 Metadata = dict[str, Any]
