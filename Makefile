@@ -1,15 +1,15 @@
-# `make demo` and `make test` need only Python 3.11+ and make.
+# `make demo` and `make test` need nothing but Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN = .venv/bin
-# The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
+# The reference pins torch 2.9 but runs with 2.13, so it is installed with --no-deps.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, compiled as for
-# users (the first half saves LLVM's optimiser where it can) and without the CPU kernels, as on
-# machines that have no C++ compiler. A Ray cluster of two nodes wants both cores for itself.
+# What depends on Flax's module mode (the marker `tree`) also runs in the other mode, compiled as it
+# is for users (the first run skips LLVM's optimiser where it can) and without the CPU kernels, as on
+# machines without a C++ compiler. A Ray cluster of two nodes wants both cores to itself.
 MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights test_golden parity/test_parity
 
-.PHONY: demo test lint table clean
+.PHONY: demo test lint table docs dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,19 @@ lint: .venv/linters
 table: .venv/installed
 	$(BIN)/python parity_tests/table.py
 
+# The API reference, from the docstrings: build/docs/index.html.
+docs: .venv/docs
+	$(BIN)/python -W error .ci/docs.py build/docs
+
+# Source distribution and wheel, the wheel built from the former; then the wheel where nothing else is.
+dist: .venv/dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	$(BIN)/python -m venv "$$scratch/venv" && \
+	"$$scratch/venv/bin/pip" install --quiet --disable-pip-version-check dist/*.whl && \
+	"$$scratch/venv/bin/python" -I .ci/smoke.py dist/*.tar.gz dist/*.whl
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puffer_jax needs Python 3.11+; say make PYTHON=...')"
 	$(PYTHON) -m venv .venv
@@ -40,5 +53,9 @@ table: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[lint]"
 	touch $@
 
+.venv/docs .venv/dist: .venv/%: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv build dist

@@ -31,7 +31,9 @@ def named(tree: ast.AST) -> Iterator[str]:
                 raise AssertionError(f"line {node.lineno}: relative imports hide where they lead")
             case ast.Attribute(value=ast.Name(id="puffer_jax"), attr=name):
                 yield f"puffer_jax.{name}"
-            case ast.Constant(value=str(text)) if NAME.fullmatch(text):  # importlib, importlib.resources
+            case ast.Constant(value=str(text)) if NAME.fullmatch(
+                text
+            ):  # importlib, importlib.resources
                 yield text
 
 
@@ -77,9 +79,7 @@ def table() -> dict[str, set[str]]:
     """The map's rows in their order: wing -> what it imports."""
     _, _, rows = PAGE.read_text().partition("| wing | what | imports |\n|---|---|---|\n")
     cells = [row.strip("|").split("|") for row in rows.partition("\n\n")[0].splitlines()]
-    return {
-        re.sub(r"\W", "", wing): set(re.findall(r"\w+", imports)) for wing, _, imports in cells
-    }
+    return {re.sub(r"\W", "", wing): set(re.findall(r"\w+", imports)) for wing, _, imports in cells}
 
 
 def test_the_map_is_what_the_imports_say():
@@ -111,9 +111,7 @@ def test_the_front_only_re_exports():
         assert all(alias.asname == alias.name for node in rest for alias in node.names), file.name
 
 
-SOURCES = sorted(
-    path for suffix in ("py", "cc", "h") for path in HOUSE.rglob(f"*.{suffix}")
-)
+SOURCES = sorted(path for suffix in ("py", "cc", "h") for path in HOUSE.rglob(f"*.{suffix}"))
 
 
 def test_no_file_is_above_500_lines():
@@ -141,7 +139,9 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
                     opened.append((head.strip().replace("\n", " "), lines))
                 case "}":
                     head, start = opened.pop()
-                    found = re.search(r"(\w+|\])\s*\(", re.sub(r"^template *<.*?> (?=\w)", "", head))
+                    found = re.search(
+                        r"(\w+|\])\s*\(", re.sub(r"^template *<.*?> (?=\w)", "", head)
+                    )
                     if found and found[1] not in ("if", "for", "while", "switch"):
                         yield found[1], number - start + 1
             head = "" if text in "{};" else head + text
