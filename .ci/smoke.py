@@ -11,6 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+from flax import nnx
+
+import puffer_jax
+from puffer_jax.spaces import Box, Discrete
+
 sdist, wheel = (Path(path).resolve() for path in sys.argv[1:])
 JUNK = {".venv", ".git", "runs", "demo", "build", "dist", "__pycache__", ".pytest_cache"}
 
@@ -30,12 +36,6 @@ look(zipfile.ZipFile(wheel).namelist())
 scratch = tempfile.TemporaryDirectory()
 os.chdir(scratch.name)
 os.environ |= {"XDG_CACHE_HOME": scratch.name, "JAX_PLATFORMS": "cpu"}
-
-import jax.numpy as jnp
-from flax import nnx
-
-import puffer_jax
-from puffer_jax.spaces import Box, Discrete
 
 assert Path(puffer_jax.__file__).is_relative_to(sys.prefix), puffer_jax.__file__
 assert puffer_jax.__version__ == version("puffer_jax")
