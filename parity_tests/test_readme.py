@@ -24,6 +24,8 @@ def test_the_pages_are_found():
     assert sum(len(snippets(page)) for page in PAGES) >= 8
 
 
+@pytest.mark.needs_reference
+@pytest.mark.needs_gymnax
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", WITH_SNIPPETS)
 def test_snippets_run_in_order(name, tmp_path, monkeypatch, capsys):

@@ -71,9 +71,11 @@ class Normal:
     loc: Any  # an array; Any, because pytree transformations put other things in the fields
     scale: Any
 
-    def _parameters(self) -> list[Array]:
+    def _parameters(self) -> tuple[Array, Array]:
         dtype = jnp.result_type(self.loc, self.scale, jnp.float32)
-        return jnp.broadcast_arrays(jnp.asarray(self.loc, dtype), jnp.asarray(self.scale, dtype))
+        loc, scale = jnp.asarray(self.loc, dtype), jnp.asarray(self.scale, dtype)
+        loc, scale = jnp.broadcast_arrays(loc, scale)  # a tuple since JAX 0.12, before it a list
+        return loc, scale
 
     def _narrow(self, value: Array) -> Array:
         return value.astype(jnp.result_type(self.loc, 0.0))
