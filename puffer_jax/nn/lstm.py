@@ -21,6 +21,13 @@ class LSTM(nnx.Module):
     (4*hidden, hidden), `bias_ih_l0` and `bias_hh_l0` (4*hidden,), all U(-1/sqrt(hidden), +).
 
     Reference: `torch.nn.LSTM` and `torch.nn.LSTMCell`; Hochreiter and Schmidhuber 1997.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> lstm = puffer_jax.LSTM(4, 16, rngs=nnx.Rngs(0))
+        >>> lstm.weight_ih_l0.shape
+        (64, 4)
     """
 
     # Flax's own merge and clone sort attributes; the order is that of a .bin file.
