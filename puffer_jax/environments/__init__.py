@@ -48,7 +48,13 @@ _PREFIXES: dict[str, Family] = {"ALE/": "atari", "MiniGrid-": "minigrid", "BabyA
 
 
 def names() -> tuple[str, ...]:
-    """The names of the JAX-native environments, sorted."""
+    """The names of the JAX-native environments, sorted.
+
+    Example:
+        >>> import puffer_jax
+        >>> "cartpole" in puffer_jax.environments.names()
+        True
+    """
     return tuple(sorted(_NATIVE))
 
 
@@ -95,6 +101,13 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: Any) -> 
         ValueError: there is no environment of that name; the nearest is named.
         TypeError: the constructor takes no such argument.
         ImportError: something is not installed; the line that installs it is named.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> obs, state = env.reset(jax.random.key(0))
+        >>> obs.shape
+        (4,)
     """
     match family(name):
         case "native", _:
@@ -115,6 +128,13 @@ def env_creator(name: str) -> Callable[..., Any]:
     """`make` of one name: a function to give to `puffer_jax.vector.make`; it can be pickled.
 
     It takes what `make` takes beyond the name, and raises what that raises.
+
+    Example:
+        >>> import puffer_jax
+        >>> creator = puffer_jax.environments.env_creator("CartPole-v1")
+        >>> with puffer_jax.vector.make(creator, num_envs=2) as vecenv:
+        ...     vecenv.reset(seed=0)[0].shape
+        (2, 4)
     """
     return functools.partial(make, name)
 
