@@ -23,6 +23,14 @@ class JaxVecEnv(VecEnv):
         env: as in `puffer_jax.as_jax_env`.
         num_envs: how many.
         seed: of the first, as `make`'s.
+
+    Example:
+        >>> import puffer_jax
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> with puffer_jax.vector.JaxVecEnv(env, num_envs=4) as vecenv:
+        ...     obs, infos = vecenv.reset(seed=0)
+        >>> obs.shape
+        (4, 4)
     """
 
     def __init__(self, env: Any, num_envs: int, seed: int = 0):
