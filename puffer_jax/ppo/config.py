@@ -114,6 +114,13 @@ class PuffeRLConfig:
         on_nonfinite: a minibatch with a NaN or infinite loss or gradient is never applied, and
             "stop" ends training with a checkpoint; "skip" goes on; "ignore" applies it.
         checkpoint_keep: how many checkpoints of a run to keep.
+
+    Example:
+        >>> from puffer_jax import PuffeRLConfig
+        >>> PuffeRLConfig(learning_rate=0.01).reward_clip  # as PufferLib
+        1.0
+        >>> PuffeRLConfig.recommended(learning_rate=0.01).reward_clip is None
+        True
     """
 
     env: str = ""

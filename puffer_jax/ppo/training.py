@@ -52,8 +52,15 @@ def make_train(
         out so far. `hypers` replaces some of `config.hypers()`.
 
     Example:
-        train = jax.jit(jax.vmap(make_train(config, env, make_policy)))
-        params, metrics = train(jax.random.split(jax.random.key(0), 64))
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> config = puffer_jax.PuffeRLConfig(num_envs=4, bptt_horizon=8, total_timesteps=64)
+        >>> train = puffer_jax.make_train(config, env, lambda rngs: puffer_jax.Default(env, rngs=rngs))
+        >>> keys = jax.random.split(jax.random.key(0), 3)  # three seeds in one program
+        >>> params, metrics = jax.jit(jax.vmap(train))(keys)
+        >>> metrics["episode_return"].shape  # two epochs each
+        (3, 2)
     """
     if isinstance(policy, nnx.Module):
         template = policy
