@@ -1,22 +1,22 @@
-# `make demo` and `make test` need only Python 3.11+ and make.
+# `make demo` and `make test` need nothing but Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN = .venv/bin
-# The reference pins torch 2.9 and runs with 2.13; --no-deps keeps the pins apart.
+# The reference pins torch 2.9 but runs with 2.13, so it is installed with --no-deps.
 TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
-# What depends on Flax's module mode (the marker `tree`) runs in the other mode, too, compiled as for
-# users (the first half saves LLVM's optimiser where it can) and without the CPU kernels, as on
-# machines that have no C++ compiler. A Ray cluster of two nodes wants both cores for itself.
+# What depends on Flax's module mode (the marker `tree`) also runs in the other mode, compiled as it
+# is for users (the first run skips LLVM's optimiser where it can) and without the CPU kernels, as on
+# machines without a C++ compiler. A Ray cluster of two nodes wants both cores to itself.
 MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights test_golden parity/test_parity
 
 # Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
-# venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax forbids jax 0.12: there, the
-# tests that need either are left out, by name.
+# venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax rules out jax 0.12: the tests
+# that need either are left out there, and named.
 OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl cli/test_cli
 NEWEST = test_golden environments/test_jaxenv environments/test_environments
 PIP = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-matrix test-oldest test-newest lint table clean
+.PHONY: demo test test-matrix test-oldest test-newest lint table docs dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -44,6 +44,19 @@ lint: .venv/linters
 table: .venv/installed
 	$(BIN)/python parity_tests/table.py
 
+# The API reference, from the docstrings: build/docs/index.html.
+docs: .venv/docs
+	$(BIN)/python -W error .ci/docs.py build/docs
+
+# Source distribution and wheel, the wheel built from the former; then the wheel where nothing else is.
+dist: .venv/dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	$(BIN)/python -m venv "$$scratch/venv" && \
+	"$$scratch/venv/bin/"$(PIP) dist/*.whl && \
+	"$$scratch/venv/bin/python" -I .ci/smoke.py dist/*.tar.gz dist/*.whl
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puffer_jax needs Python 3.11+; say make PYTHON=...')"
 	$(PYTHON) -m venv .venv
@@ -60,7 +73,7 @@ table: .venv/installed
 	.venv-oldest/bin/$(PIP) --no-deps "$(REFERENCE)"
 	touch $@
 
-# Anew each time: what is newest is so today.
+# Made anew each time, since what is newest changes.
 .PHONY: .venv-newest/installed
 .venv-newest/installed:
 	python=$$(.ci/python 3.13) && "$$python" -m venv --clear .venv-newest
@@ -70,5 +83,9 @@ table: .venv/installed
 	$(BIN)/$(PIP) -e ".[lint]"
 	touch $@
 
+.venv/docs .venv/dist: .venv/%: .venv/installed
+	$(BIN)/$(PIP) -e ".[$*]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest
+	rm -rf .venv .venv-oldest .venv-newest build dist

@@ -1,4 +1,4 @@
-"""Train LSTMWrapper(Default) on CartPole, take it to PufferLib, and show that nothing changed.
+"""Train LSTMWrapper(Default) on CartPole, take it to PufferLib, and show that it is unchanged.
 
 python examples/demo.py
 """

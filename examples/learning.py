@@ -1,6 +1,6 @@
-"""Final returns over 5 seeds on six tasks, trained with one recipe: `python examples/learning.py`.
+"""Final returns of five seeds on six tasks, with one recipe: `python examples/learning.py`.
 
-JAX-native tasks train all seeds in one program. Writes learning.png.
+JAX-native tasks train all their seeds in one program. Writes learning.png.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""64 seeds at four learning rates, trained at once in one program: `python examples/sweep_vmap.py`.
+"""64 runs at four learning rates, trained at once in one program: `python examples/sweep_vmap.py`.
 
 A whole training run is a pure function, so `vmap` makes a population of it.
 """

@@ -1,4 +1,4 @@
-"""NatureCNN and an LSTM on an Atari game, whose frames come one at a time, from several processes.
+"""NatureCNN and an LSTM on an Atari game, one frame at a time, in several worker processes.
 
 python examples/train_atari.py --env ALE/Pong-v5
 """

@@ -1,4 +1,4 @@
-"""Print the README's status table, measured: `make table`."""
+"""Measure the parity table and print it: `make table`; it belongs in parity_tests/README.md."""
 
 import tempfile
 import warnings

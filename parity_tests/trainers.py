@@ -2,7 +2,7 @@
 
 python parity_tests/trainers.py [--seeds 5] [--steps 100000]
 
-How fast they are says `puffer-jax bench --rows trainer-*`.
+For their speed, see `puffer-jax bench --rows trainer-*`.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""PufferLib's policies, helpers and checkpoints in JAX/Flax NNX, with proved parity.
+"""PufferLib's policies, helpers, trainer and checkpoints in JAX/Flax NNX, with proved parity.
 
-Names are imported when first used, so that `import puffer_jax` costs nothing and an
-environment worker process never loads JAX.
+Names are imported on first use, so that `import puffer_jax` costs nothing and the worker
+processes of environments never load JAX.
 """
 
 import importlib

@@ -1,12 +1,12 @@
 """Many agents, each with a network of its own, evaluated at once.
 
 The agents' parameters are stacked, `jax.vmap` runs every network on every row, and a gather by
-agent id picks each row's own result, so the batch keeps its order. PufferLib's guide loops over
-the agents and concatenates what they return: its rows come out grouped by agent, which is a bug,
-since the caller reads them environment by environment.
+agent id picks each row's own result, so the batch keeps its order. (PufferLib's guide loops over
+the agents and concatenates what they return. Its rows come out grouped by agent, which is a bug:
+the caller reads them environment by environment.)
 
-Which agent a row belongs to is part of its observation (the last columns, one-hot), so rows may
-be shuffled into minibatches; it is handed on beside the hidden vector, for the heads.
+Which agent a row belongs to is part of its observation (the last columns, one-hot), so rows can
+be shuffled into minibatches; it travels to the heads beside the hidden vector.
 
 python examples/policies/independent_multi_agent.py
 """

@@ -1,7 +1,7 @@
 """An image and a vector in one Dict observation, each with its own encoder.
 
 PufferLib packs a Dict into one flat row of bytes (emulation). `nativize_tensor` takes it apart
-again inside `jax.jit`; a plain dict of arrays is taken as it is.
+again, inside `jax.jit`; a plain dict of arrays needs nothing.
 
 python examples/policies/multi_input.py
 """

@@ -1,4 +1,4 @@
-"""What the examples share: print what a policy is, and train it on a task of one step.
+"""What the examples share: describe a policy, and train it on a task of one step.
 
 A policy that cannot learn the best action for each row of a fixed batch cannot learn a game.
 For a loop with real environments see examples/ppo.py.

@@ -1,1 +1,1 @@
-"""`puffer-jax bench`: how much faster than torch is it here?"""
+"""`puffer-jax bench`: how fast it is beside torch, on this machine."""

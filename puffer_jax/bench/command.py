@@ -1,4 +1,4 @@
-"""`puffer-jax bench`: measure the rows, a process for each side, in turns."""
+"""`puffer-jax bench`: measure the rows, each side in a process of its own, in turns."""
 
 import datetime
 import fnmatch
@@ -19,7 +19,7 @@ from puffer_jax.bench.worker import Failed, Side, Worker, difference
 
 _INSTALL = f"pip install {packages.TORCH} gymnasium {packages.PUFFERLIB}"
 _MIN_REPEATS, _MAX_REPEATS = 3, 200
-# The median of a few repeats is worth little: more, as long as they take this many times as long.
+# The median of a few repeats is worth little, so slow rows go on for up to this many times as long.
 _ENOUGH_REPEATS, _PATIENCE = 9, 5
 _MATMUL = 2048
 
@@ -39,12 +39,12 @@ class Bench:
     plot: Path | None = None
     """Draw the ratios here (png, pdf, svg)."""
     seconds: float = 6.0
-    """To measure each row for, at least, and up to five times as long for nine rounds of slow work;
+    """To spend on each row at least. Slow work takes up to five times as long to reach nine rounds;
     three rounds are always made."""
     threads: int | None = None
-    """Of each side. None: as many as there are cores."""
+    """For each side. None: as many as there are cores."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Of both sides. On a GPU each row runs in float32 and in TF32."""
+    """For both sides. On a GPU each row runs in float32 and in TF32."""
     list: bool = False
     """Print the names of the rows, and measure nothing."""
 
@@ -56,7 +56,7 @@ class Bench:
             if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in self.rows)
         ]
         if not chosen:
-            raise ValueError(f"no row is named like {' or '.join(self.rows)}; see --list")
+            raise ValueError(f"no row matches {' or '.join(self.rows)}; see --list")
         if self.list:
             for row in chosen:
                 print(f"{row.name:28} {row.work}")
@@ -78,7 +78,7 @@ class Bench:
         console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
         if missing := missing_reference():
             console.print(
-                f"{missing} is not installed, so ours is measured alone. To compare: {_INSTALL}",
+                f"{missing} is not installed, so only ours is measured. To compare: {_INSTALL}",
                 soft_wrap=True,
             )
         differs = 0
@@ -96,7 +96,7 @@ class Bench:
                 results = []
                 for row in track(chosen, "rows", console=Console(stderr=True), transient=True):
                     results.append(arena.compete(row, self.seconds))
-                    if files.get("json"):  # whoever stops it keeps what there is
+                    if files.get("json"):  # so that stopping it loses nothing
                         report.write_json(files["json"], header, results)
             console.print(report.table(results, header["matmul_flops"]["jax"]))
             for line in report.problems(results):
@@ -108,7 +108,7 @@ class Bench:
 
 
 def missing_reference() -> str | None:
-    """What of the reference is not installed."""
+    """The first package of the reference that is not installed, if any."""
     for name in ("torch", "pufferlib", "gymnasium"):
         if importlib.util.find_spec(name) is None:
             return name
@@ -119,7 +119,7 @@ class Arena:
     """The two processes, and the contests between them.
 
     Args:
-        threads: of each.
+        threads: for each.
         device: "cpu" or "gpu".
         precision: "float32" or "tf32".
         reference: whether there is a torch side.
@@ -146,7 +146,7 @@ class Arena:
         return self._workers[side]
 
     def header(self) -> dict[str, Any]:
-        """What is measured with what, and how fast this machine multiplies matrices."""
+        """The versions and settings, and how fast this machine multiplies matrices."""
         threads, device, precision = self._settings
         about, rates = {}, {}
         for side in self._sides:
@@ -188,7 +188,7 @@ class Arena:
                 try:
                     worker = self._worker(side)
                     if row.unit == "bytes":
-                        # Of a process that has done nothing else.
+                        # Measured in a process that has done nothing else.
                         worker = Worker(side, *self._settings)
                         stack.callback(worker.close)
                     answer = worker.ask("open", name, row.family, row.sizes | arguments)
@@ -220,7 +220,7 @@ class Arena:
                 try:
                     measured.samples.append(worker.ask(method, name))
                 except Failed as error:
-                    # Its samples are not as many as the others'.
+                    # It has fewer samples than the others.
                     measured.failed, measured.samples = str(error), []
                     del workers[name]
                 spent += time.perf_counter() - began
@@ -230,7 +230,7 @@ class Arena:
 
 
 def _mismatch(outputs: dict[str, Arrays], tolerance: float) -> str | None:
-    """How the outputs differ from the reference's, or from the first there is; None: they agree."""
+    """How the outputs differ from the reference's, or else from the first; None: they agree."""
     judge = next((name for name in TORCH if name in outputs), None)
     judge = judge or next(iter(outputs), None)
     for name, arrays in outputs.items():
@@ -240,7 +240,7 @@ def _mismatch(outputs: dict[str, Arrays], tolerance: float) -> str | None:
         if not error <= tolerance:
             return (
                 f"{name} and {judge} differ in {array!r} by {error:.1e} of its largest magnitude; "
-                f"allowed is {tolerance:.0e}"
+                f"{tolerance:.0e} is allowed"
             )
     return None
 

@@ -1,4 +1,4 @@
-"""Environments that cost next to nothing, so that what is around them shows. Imports no JAX."""
+"""Environments so cheap that the cost of what surrounds them shows. Imports no JAX."""
 
 import time
 from typing import Any

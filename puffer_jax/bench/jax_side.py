@@ -23,7 +23,7 @@ from puffer_jax.ppo.config import PuffeRLConfig
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, Any]:
-    """Settle the precision; returns what runs here."""
+    """Set the precision; returns what runs here."""
     if precision == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     else:
@@ -39,7 +39,7 @@ def forget() -> None:
 
 
 def device_memory() -> int | None:
-    """Bytes at the peak on the device; None: it has no memory of its own."""
+    """Peak memory on the device in bytes; None: it has no memory of its own."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else None
 
@@ -52,7 +52,7 @@ def matmul(size: int) -> Case:
 
 
 def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
-    """Ours, with the weights that every side has."""
+    """Our policy, with the weights that every side uses."""
     dtype = np.uint8 if len(shape) == 3 else np.float32
     space = Box(0, 255, shape, dtype) if len(shape) == 3 else Box(-np.inf, np.inf, shape, dtype)
     env = SimpleNamespace(observation_space=space, action_space=Discrete(actions))
@@ -142,7 +142,7 @@ def train(
 
     objective = jax.value_and_grad(lambda params, obs: _loss(outputs(params, obs)))
     run = jax.jit(objective if backward else outputs)
-    # With `done` it is another function, which the reference does not have.
+    # With `done` it would be another function, which the reference lacks.
     return Case(lambda: jax.block_until_ready(run(params, obs)), None if done else arrays)
 
 
@@ -257,26 +257,27 @@ def update(net: str, envs: int) -> Case:
         return losses
 
     def outputs(_: Any) -> rows.Arrays:
-        # Of the update with given minibatches.
+        # The weights after the update with given minibatches.
         arrays = puffer_jax.state_dict(puffer_jax.merge(graphdef, learned))
         return {name: x for name, x in arrays.items() if not name.startswith("cell.")}
 
     return Case(call, outputs)
 
 
-# One worker a core.
+# One worker per core.
 _PROCESSES: dict[str, Any] = {"backend": vector.Multiprocessing, "local_worker": True}
 
 
 def trainer(
     net: str, envs: int, native: bool = False, plain: bool = False, processes: bool = False
 ) -> Case:
-    """Epochs of training on CartPole: on the host, one; compiled, some in one call."""
+    """Epochs of training on CartPole: one on the host, several in one compiled call."""
     policy = _policy(net, (4,), 128, 2)
     steps = 64 * envs
     if not (native or plain):
         creator = puffer_jax.environments.env_creator("CartPole-v1")
-        turns = _PROCESSES | {"batch_size": envs // 2}  # the others step while this process acts
+        # One half of the environments steps while this process acts on the other.
+        turns = _PROCESSES | {"batch_size": envs // 2}
         vecenv = vector.make(creator, num_envs=envs, **turns if processes else {})
         train = puffer_jax.PuffeRL(rows.config_of(envs), vecenv, policy)
 
@@ -408,7 +409,7 @@ def _purejaxrl(
 
 
 def vecenv(kind: str, backend: str, plain: bool = False) -> Case:
-    """Steps a second of `puffer_jax.vector`, or of `gymnasium.vector`."""
+    """Steps per second of `puffer_jax.vector`, or of `gymnasium.vector`."""
     import gymnasium
 
     from puffer_jax.bench import envs as bench_envs

@@ -1,4 +1,4 @@
-"""What the bench found: table, JSON, plot."""
+"""What the bench found, as a table, as JSON and as a plot."""
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from puffer_jax.base.packages import require
 from puffer_jax.bench.rows import Row
 
 OURS = "ours"
-# Those with a column of their own.
+# Contestants with a column of their own.
 _COLUMNS = {"torch": ("torch", "pufferlib"), "torch.compile": ("torch.compile",)}
 
 
@@ -22,7 +22,7 @@ class Measured:
     """One contestant in one row.
 
     Attributes:
-        samples: cost of a unit of work, seconds or bytes, in the order they were taken.
+        samples: the cost of a unit of work in seconds or bytes, in the order taken.
         first: seconds of the first call, with all compilation.
         failed: why there are no samples.
     """
@@ -33,7 +33,7 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Of the samples."""
+        """The median of the samples."""
         return float(np.median(self.samples))
 
 
@@ -52,7 +52,7 @@ class Result:
     mismatch: str | None = None
 
     def ratio(self, other: str) -> tuple[float, float, float] | None:
-        """How many times cheaper ours is: ratio of the medians, and the quartiles of the ratios.
+        """How many times cheaper ours is: the ratio of the medians, and the ratios' quartiles.
 
         The samples are interleaved, so each of theirs is divided by that of ours beside it.
         """
@@ -64,7 +64,7 @@ class Result:
         return float(np.median(theirs) / np.median(ours)), float(low), float(high)
 
     def to_dict(self, matmul: float) -> dict[str, Any]:
-        """As written to JSON; `matmul` is the operations a second of a large matrix product."""
+        """As written to JSON; `matmul` is the operations per second of a large matrix product."""
         contestants: dict[str, dict[str, Any]] = {}
         for name, one in self.measured.items():
             contestants[name] = {"first_call_s": one.first, "failed": one.failed}
@@ -89,7 +89,7 @@ class Result:
 
 
 def table(results: Iterable[Result], matmul: float) -> Any:
-    """A rich table; `matmul` is the operations a second of a large matrix product."""
+    """A rich table; `matmul` is the operations per second of a large matrix product."""
     from rich.table import Table
 
     made = Table(show_lines=True)
@@ -183,7 +183,7 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     from matplotlib.patches import Patch
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    # What ours does beyond the others is not for comparing.
+    # What only ours does cannot be compared.
     compared = [
         (result.row.name, [(name, result.ratio(name)) for name in result.measured])
         for result in results

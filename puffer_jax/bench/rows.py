@@ -1,4 +1,4 @@
-"""What is measured: the rows of the bench, their sizes and their work. Imports no framework."""
+"""What is measured: the rows of the bench, their sizes and work. Imports no framework."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 
-# The reference's `[train]` section with the recipe for CartPole; both sides take it.
+# The reference's `[train]` section with the recipe for CartPole, for both sides.
 CONFIG: dict[str, Any] = {
     "seed": 0,
     "device": "cpu",
@@ -90,7 +90,7 @@ class Row:
     tolerance: float = 1e-4
 
 
-# Which process runs a contestant; all others run in ours.
+# Contestants that run in torch's process; all others run in ours.
 TORCH = ("torch", "torch.compile", "pufferlib")
 _THREE: dict[str, dict[str, Any]] = {"ours": {}, "torch": {}, "torch.compile": {"compiled": True}}
 _SHAPES = {"naturecnn": (4, 84, 84), "resnet": (64, 64, 3)}
@@ -159,7 +159,7 @@ def _directions(
             _THREE | more,
             sizes | {"backward": backward},
             flops * (3 if backward else 1),
-            # In a backward pass a ReLU or a maximum may fall to the other side by rounding.
+            # In a backward pass, rounding may decide a ReLU or a maximum the other way.
             tolerance=2e-3 if backward else 1e-4,
         )
 
@@ -270,8 +270,8 @@ def network_flops(net: str, inputs: int, hidden: int, actions: int) -> float:
 
 
 def generic(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Arrays:
-    """Weights of about their usual size, the same on every side; `shapes` by torch's names."""
-    # An LSTMWrapper has its LSTM's weights under a second name.
+    """Weights of roughly the usual size, the same on every side; `shapes` by torch's names."""
+    # An LSTMWrapper lists its LSTM's weights under a second name.
     tied = {"cell.weight_ih": "lstm.weight_ih_l0", "cell.weight_hh": "lstm.weight_hh_l0"}
     tied |= {"cell.bias_ih": "lstm.bias_ih_l0", "cell.bias_hh": "lstm.bias_hh_l0"}
     random = np.random.default_rng(seed)
@@ -306,7 +306,7 @@ def experience(envs: int, horizon: int, seed: int = 2) -> Arrays:
     return arrays | {"actions": random.integers(0, 2, shape)}
 
 
-# Of one measurement of a vecenv.
+# The length of one measurement of a vecenv.
 SECONDS = 0.3
 
 

@@ -43,7 +43,7 @@ except ImportError:
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, Any]:
-    """Settle threads, device and precision; returns what runs here."""
+    """Set threads, device and precision; returns what runs here."""
     global DEVICE
     torch.set_num_threads(threads)
     DEVICE = torch.device("cpu" if device == "cpu" else "cuda")
@@ -61,7 +61,7 @@ def forget() -> None:
 
 
 def device_memory() -> int | None:
-    """Bytes at the peak on the device; None: it has no memory of its own."""
+    """Peak memory on the device in bytes; None: it has no memory of its own."""
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None
 
 
@@ -86,7 +86,7 @@ def matmul(size: int) -> Case:
 
 
 def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
-    """The reference's, with the weights that every side has."""
+    """The reference's policy, with the weights that every side uses."""
     kind = (0, 255, shape, np.uint8) if len(shape) == 3 else (-np.inf, np.inf, shape, np.float32)
     space, action = gymnasium.spaces.Box(*kind), gymnasium.spaces.Discrete(actions)
     env = SimpleNamespace(observation_space=space, action_space=action)
@@ -211,7 +211,7 @@ def compiled_advantage() -> Any:
 
 @functools.cache
 def _pufferl() -> Any:
-    """The reference's trainer, silent, and able to run where its extension cannot be loaded."""
+    """The reference's trainer, silenced, and able to run where its extension cannot be loaded."""
     import pufferlib.pufferl as pufferl
 
     pufferl.PuffeRL.print_dashboard = lambda *args, **kwargs: None
@@ -272,7 +272,7 @@ def update(net: str, envs: int) -> Case:
         trainer.train()
     finally:
         torch.multinomial = draw
-    # Of the update with given minibatches.
+    # The weights after the update with given minibatches.
     learned = _arrays({name: p.clone() for name, p in policy.named_parameters()})
 
     def call() -> None:
@@ -307,7 +307,7 @@ def trainer(net: str, envs: int, processes: bool = False) -> Case:
             epoch()
             return 64 * envs / (time.perf_counter() - began)
 
-    # Workers spin also while nobody asks.
+    # Its workers spin even while idle.
     return Case(anew, rate=True) if processes else Case(make()[1], units=64 * envs)
 
 
@@ -327,14 +327,14 @@ def _processes(envs: int) -> dict[str, Any]:
 
 
 def vecenv(kind: str, backend: str) -> Case:
-    """Steps a second of `pufferlib.vector`."""
+    """Steps per second of `pufferlib.vector`."""
     creator = functools.partial(_emulated, kind)
     options: dict[str, Any] = {"backend": getattr(pufferlib.vector, backend), "num_envs": 8}
     if backend == "Multiprocessing":
         options |= _processes(8)
 
     def call() -> float:
-        # Anew for each measurement: its workers spin also while nobody asks.
+        # Made anew for each measurement, since its workers spin even while idle.
         with contextlib.closing(pufferlib.vector.make(creator, **options)) as made:
             return vector.measure(made, rows.SECONDS)
 

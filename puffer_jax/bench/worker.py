@@ -1,4 +1,4 @@
-"""A process for each side, of which one works at a time; both ends of the pipe to it."""
+"""A process for each side, one of which works at a time: both ends of its pipe."""
 
 import gc
 import importlib
@@ -15,9 +15,9 @@ import numpy as np
 from puffer_jax.bench.rows import Arrays, Case
 
 Side = Literal["jax", "torch"]
-# A measurement lasts at least as long; shorter calls are repeated within it.
+# The least a measurement lasts; shorter calls are repeated within it.
 _SHORTEST = 0.02
-# Torch's threads spin for a while after a call, and would slow down whoever comes next.
+# Torch's threads spin for a while after a call, and would slow down whatever comes next.
 _PAUSE = 0.01
 
 
@@ -96,7 +96,7 @@ class _Server:
         self.contestants: Any = None
 
     def start(self, side: Side, threads: int, device: str, precision: str) -> dict[str, Any]:
-        """Load a side's framework; returns versions and what runs where."""
+        """Load a side's framework; returns the versions, and what runs where."""
         if device == "cpu" and hasattr(os, "sched_setaffinity"):
             # JAX takes as many threads as there are cores.
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -104,7 +104,7 @@ class _Server:
         return self.contestants.start(threads, device, precision)
 
     def open(self, name: str, family: str, arguments: dict[str, Any]) -> tuple[float, Any]:
-        """Build a case and call it first; returns the seconds of that call, and its outputs."""
+        """Build a case and call it once; returns the seconds that took, and the outputs."""
         case = getattr(self.contestants, family)(**arguments)
         began = time.perf_counter()
         result = case.call()
@@ -120,12 +120,12 @@ class _Server:
         return first, outputs
 
     def sample(self, name: str) -> float:
-        """Seconds for a unit of a case's work, as in a loop that does nothing else."""
+        """Seconds per unit of a case's work, in a loop that does nothing else."""
         case, repeats = self.cases[name]
         time.sleep(_PAUSE)
         if case.rate:
             return 1 / case.call()
-        # Once unmeasured: caches, and the memory a process was given last, are another's.
+        # Once unmeasured: caches and recently freed memory are still another case's.
         case.call()
         began = time.perf_counter()
         for _ in range(repeats):
@@ -133,11 +133,11 @@ class _Server:
         return (time.perf_counter() - began) / (repeats * case.units)
 
     def memory(self, name: str) -> int:
-        """Bytes at the peak of some calls, after what came before; all of the process."""
+        """Peak memory in bytes of the whole process during some calls."""
         case, _ = self.cases[name]
         on_device = self.contestants.device_memory()
         if on_device is None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         for _ in range(3):
             case.call()
         if on_device is not None:
@@ -155,7 +155,7 @@ class _Server:
 def serve() -> None:
     """Answer requests until the pipe closes."""
     requests = sys.stdin.buffer
-    # What anyone prints must not get between the answers.
+    # Nothing that is printed may get between the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = _Server()

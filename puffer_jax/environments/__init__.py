@@ -33,7 +33,13 @@ __all__ = sorted([*_HOME, "env_creator", "family", "make", "names"])  # type: ig
 
 
 def names() -> tuple[str, ...]:
-    """The names of the JAX-native environments of this package, sorted."""
+    """The names of the JAX-native environments of this package, sorted.
+
+    Example:
+        >>> import puffer_jax
+        >>> "cartpole" in puffer_jax.environments.names()
+        True
+    """
     return tuple(sorted(CLASSES))
 
 
@@ -72,6 +78,13 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: Any) -> 
         ValueError: there is no environment of that name; names the nearest.
         TypeError: the constructor takes no such argument.
         ImportError: something is not installed; the message has the line that installs it.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> obs, state = env.reset(jax.random.key(0))
+        >>> obs.shape
+        (4,)
     """
     whose, _ = registry.find(name)
     env = registry.create(name, **kwargs)
@@ -88,6 +101,13 @@ def env_creator(name: str) -> Callable[..., Any]:
     """`make` of one name: a function to give to `puffer_jax.vector.make`; it can be pickled.
 
     It takes what `make` takes besides the name, and raises the same errors.
+
+    Example:
+        >>> import puffer_jax
+        >>> creator = puffer_jax.environments.env_creator("CartPole-v1")
+        >>> with puffer_jax.vector.make(creator, num_envs=2) as vecenv:
+        ...     vecenv.reset(seed=0)[0].shape
+        (2, 4)
     """
     return functools.partial(make, name)
 

@@ -143,6 +143,14 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
         ValueError: the observation does not fit its space; the state changes structure or
             shape in a step; the reward or an end is not a scalar; `step` returns too few values;
             the environment resets itself; an argument does not suit the environment.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> env = puffer_jax.as_jax_env(puffer_jax.environments.make("cartpole"))
+        >>> obs, state = env.reset(jax.random.key(0))
+        >>> obs, state, reward, terminated, truncated, info = env.step(jax.random.key(1), state, 0)
+        >>> obs.shape
+        (4,)
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1; got {max_steps}")

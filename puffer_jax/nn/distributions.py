@@ -66,6 +66,13 @@ class Normal:
     Attributes:
         loc: mean, floating, any shape.
         scale: standard deviation, positive (not checked), of a shape that broadcasts with `loc`.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> logits = puffer_jax.Normal(jax.numpy.zeros((8, 2)), jax.numpy.ones((8, 2)))
+        >>> action, logprob, entropy = puffer_jax.sample_logits(logits, key=jax.random.key(0))
+        >>> action.shape, logprob.shape
+        ((8, 2), (8,))
     """
 
     loc: Any  # an array; Any, because pytree transformations put other things in the fields
@@ -110,6 +117,13 @@ class TanhNormal(Normal):
     PufferLib's guide suggests, is wrong: the density also changes by the Jacobian, so that
     log p(tanh(u)) = log N(u) - log(1 - tanh(u)^2) (Haarnoja et al. 2018, appendix C). The last
     term is computed as 2 (log 2 - u - softplus(-2u)), which never overflows.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> logits = puffer_jax.TanhNormal(jax.numpy.zeros((8, 2)), jax.numpy.ones((8, 2)))
+        >>> action, logprob, _ = puffer_jax.sample_logits(logits, key=jax.random.key(0))
+        >>> bool((abs(action) < 1).all())
+        True
     """
 
     @staticmethod
@@ -191,6 +205,12 @@ def log_prob(
 
     Raises:
         ValueError: outside of those, for an index outside 0..n-1.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> logits = jax.nn.log_softmax(jax.numpy.zeros((3, 4)))
+        >>> print(f"{puffer_jax.log_prob(logits, jax.numpy.array([0, 1, 3]))[2]:.4f}")
+        -1.3863
     """
     return _pick(_at_least_float32(logits), value)
 
@@ -200,6 +220,12 @@ def entropy(logits: Float[ArrayLike, "*batch n"]) -> Float[Array, "*batch"]:
 
     As in the reference, logits are clamped to the smallest finite number, so that -inf counts 0.
     Unlike there, the gradient at -inf is 0 for any upstream gradient, never NaN.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> uniform = jax.nn.log_softmax(jax.numpy.zeros((3, 4)))
+        >>> print(f"{puffer_jax.entropy(uniform)[0]:.4f}")
+        1.3863
     """
     logits = _at_least_float32(logits)
     logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
@@ -216,6 +242,12 @@ def entropy_probs(
 
     The reference (`pufferlib.pytorch.entropy_probs`) gives NaN for -inf * 0; here that term is 0,
     with gradient 0.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> uniform = jax.nn.log_softmax(jax.numpy.zeros((3, 4)))
+        >>> print(f"{puffer_jax.entropy_probs(uniform, jax.numpy.exp(uniform))[0]:.4f}")
+        1.3863
     """
     logits, probs = _at_least_float32(logits), _at_least_float32(probs)
     return -(jnp.where((logits == -jnp.inf) & (probs == 0), 0, logits) * probs).sum(-1)
@@ -239,6 +271,13 @@ def mask_logits(
         TypeError: the mask is neither boolean nor integer.
         ValueError: mask and logits differ in shape or number; or, when nothing is traced, a row
             allows nothing.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> mask = jax.numpy.array([[True, False, False]])
+        >>> logits = puffer_jax.mask_logits(jax.numpy.zeros((1, 3)), mask)
+        >>> int(puffer_jax.sample_logits(logits, key=jax.random.key(0))[0][0])
+        0
     """
     if isinstance(logits, tuple | list):
         if not isinstance(mask, tuple | list) or len(mask) != len(logits):

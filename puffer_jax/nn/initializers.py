@@ -42,6 +42,14 @@ def layer_init(
         TypeError: another type of layer.
 
     Reference: `pufferlib.pytorch.layer_init`; Saxe et al. 2013, arXiv:1312.6120.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> layer = puffer_jax.layer_init(nnx.Linear(8, 8, rngs=rngs), std=2.0, rngs=rngs)
+        >>> print(f"{jax.numpy.linalg.svd(layer.kernel[...])[1].min():.3f}")
+        2.000
     """
     for parameter in _affine(layer, "layer_init"):
         if parameter.name == "weight":
@@ -86,6 +94,14 @@ def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
         TypeError: another type of layer.
 
     Reference: `torch.nn.Linear.reset_parameters`.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> layer = puffer_jax.torch_init(nnx.Linear(16, 8, rngs=rngs), rngs=rngs)
+        >>> bool((abs(layer.kernel[...]) <= 0.25).all())
+        True
     """
     weight, *bias = _affine(layer, "torch_init")
     bound = 1 / math.sqrt(math.prod(weight.shape[1:]))

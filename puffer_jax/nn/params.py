@@ -33,6 +33,14 @@ def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, Any]]:
     Raises:
         TypeError: the policy holds a variable that is not an `nnx.Param` (dropout keys,
             batch statistics): a forward pass would have to write it back.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> graphdef, params = puffer_jax.split(puffer_jax.Default(env, rngs=nnx.Rngs(0)))
+        >>> params["encoder"]["layers"][0]["kernel"].shape
+        (4, 128)
     """
     graphdef, state = nnx.split(policy)
     strangers = [
@@ -57,6 +65,16 @@ def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
         ValueError: `params` lacks an array, has one too many or one of another shape; all
             are listed. (Flax itself matches a plain dict by sorted position only, so a
             renamed key would permute weights without a word.)
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> graphdef, params = puffer_jax.split(puffer_jax.Default(env, rngs=nnx.Rngs(0)))
+        >>> halves = jax.tree.map(lambda x: x / 2, params)
+        >>> logits, values = puffer_jax.merge(graphdef, halves).forward(jax.numpy.ones((3, 4)))
+        >>> values.shape
+        (3, 1)
     """
     expected, given = dict(graphdef.shapes), _shapes(params)
     if expected != given:

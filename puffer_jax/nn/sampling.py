@@ -52,6 +52,16 @@ def sample_logits(
         TypeError: `logits` is none of the above.
         ValueError: not exactly one of the three ways is given; wrong shapes or number of
             elements; an action index outside 0..n-1 when nothing is traced.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> logits = jax.numpy.zeros((8, 4))
+        >>> action, logprob, entropy = puffer_jax.sample_logits(logits, key=jax.random.key(0))
+        >>> action.shape, logprob.shape, entropy.shape
+        ((8,), (8,), (8,))
+        >>> _, logprob, _ = puffer_jax.sample_logits(logits, action=action)
+        >>> print(f"{logprob[0]:.4f}")
+        -1.3863
     """
     ways = {"action": action is not None, "key": key is not None, "deterministic": deterministic}
     given = [way for way, is_given in ways.items() if is_given]

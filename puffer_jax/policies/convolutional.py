@@ -42,6 +42,18 @@ class Convolutional(FeedForward):
             the image; the action space is not Discrete.
 
     Reference: `pufferlib.models.Convolutional`; Mnih et al. 2015.
+
+    Example:
+        >>> import jax, numpy as np, puffer_jax
+        >>> from flax import nnx
+        >>> from types import SimpleNamespace
+        >>> from puffer_jax.spaces import Box, Discrete
+        >>> frames = Box(0, 255, (4, 84, 84), np.uint8)
+        >>> env = SimpleNamespace(observation_space=frames, action_space=Discrete(6))
+        >>> policy = puffer_jax.Convolutional(env, framestack=4, flat_size=3136, rngs=nnx.Rngs(0))
+        >>> logits, values = policy.forward(np.zeros((2, 4, 84, 84), np.uint8))
+        >>> logits.shape
+        (2, 6)
     """
 
     sizes: ClassVar = {

@@ -43,6 +43,15 @@ class Default(FeedForward):
         ValueError: an action space no policy supports.
 
     Reference: `pufferlib.models.Default`.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> policy = puffer_jax.Default(env, hidden_size=32, rngs=nnx.Rngs(0))
+        >>> logits, values = policy.forward(jax.numpy.ones((3, 4)))
+        >>> logits.shape, values.shape
+        ((3, 2), (3, 1))
     """
 
     sizes: ClassVar = {"hidden_size": int}

@@ -58,6 +58,14 @@ def nativize_dtype(emulated: Mapping[str, Any]) -> NativeDtype:
     Raises:
         ValueError: A leaf has an unsupported dtype, or does not consist of whole elements of the
             flat rows.
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> dtype = np.dtype([("speed", "f4", (2,)), ("gear", "i4")], align=True)
+        >>> emulated = {"observation_dtype": np.uint8, "emulated_observation_dtype": dtype}
+        >>> native = puffer_jax.nativize_dtype(emulated)
+        >>> native["gear"][1:]  # shape, where it starts, and how many bytes it takes
+        ((1,), 8, 4)
     """
     sample = np.dtype(emulated["observation_dtype"]).base
     return _native(np.dtype(emulated["emulated_observation_dtype"]), sample, 0, "observation")
@@ -99,6 +107,16 @@ def nativize_tensor(
     Raises:
         ValueError: `observation` is not two-dimensional or too narrow for `native_dtype`.
         TypeError: `observation` has another dtype, for example because bytes were cast to float.
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> dtype = np.dtype([("speed", "f4", (2,)), ("gear", "i4")], align=True)
+        >>> emulated = {"observation_dtype": np.uint8, "emulated_observation_dtype": dtype}
+        >>> native = puffer_jax.nativize_dtype(emulated)
+        >>> rows = np.array([([1.0, 2.0], 3)], dtype).view(np.uint8).reshape(1, -1)
+        >>> fields = puffer_jax.nativize_tensor(rows, native)
+        >>> fields["speed"].shape, int(fields["gear"][0, 0])
+        ((1, 2), 3)
     """
     observation = jnp.asarray(observation)
     if observation.ndim != 2:
@@ -174,7 +192,15 @@ def _float32_from_words(
 
 
 def flattened_tensor_size(native_dtype: NativeDtype) -> int:
-    """Number of scalars in one observation (`pufferlib.pytorch.flattened_tensor_size`)."""
+    """Number of scalars in one observation (`pufferlib.pytorch.flattened_tensor_size`).
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> dtype = np.dtype([("speed", "f4", (2,)), ("gear", "i4")], align=True)
+        >>> emulated = {"observation_dtype": np.uint8, "emulated_observation_dtype": dtype}
+        >>> puffer_jax.flattened_tensor_size(puffer_jax.nativize_dtype(emulated))
+        3
+    """
     if isinstance(native_dtype, dict):
         return sum(flattened_tensor_size(leaf) for leaf in native_dtype.values())
     return math.prod(native_dtype[1])
@@ -195,6 +221,14 @@ def unflatten_observations(flat: Observation, space: Any) -> Any:
     Raises:
         ValueError: `flat` does not have the width of `space`; and as `structured_dtype`.
         TypeError: `flat` has another dtype; and as `structured_dtype`.
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> from puffer_jax.spaces import Box, Dict
+        >>> space = Dict({"speed": Box(-1, 1, (2,)), "image": Box(0, 255, (4, 4), np.uint8)})
+        >>> observations = puffer_jax.unflatten_observations(np.zeros((5, 24), np.uint8), space)
+        >>> observations["image"].shape, observations["speed"].dtype.name
+        ((5, 4, 4), 'float32')
     """
     sample, dtype = emulated_dtypes(space)
     flat = jnp.asarray(flat)
@@ -242,6 +276,12 @@ def flatten_observations(
     Raises:
         ValueError: Keys are missing or unexpected, or leaves have other shapes or batch sizes; all
             are listed.
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> tree = {"speed": np.ones((5, 2), np.float32), "image": np.zeros((5, 4, 4), np.uint8)}
+        >>> puffer_jax.flatten_observations(tree).shape
+        (5, 18)
     """
     if order is not None and not isinstance(order, np.dtype):
         order = structured_dtype(order)

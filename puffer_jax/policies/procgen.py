@@ -24,6 +24,13 @@ class ResidualBlock(nnx.Module):
     Quirk kept: torch's default uniform initialisation.
 
     Reference: `pufferlib.models.ResidualBlock`.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> block = puffer_jax.ResidualBlock(16, rngs=nnx.Rngs(0))
+        >>> block(jax.numpy.zeros((2, 8, 8, 16))).shape
+        (2, 8, 8, 16)
     """
 
     torch_names: ClassVar = {"conv0": "conv0", "conv1": "conv1"}
@@ -52,6 +59,13 @@ class ConvSequence(nnx.Module):
         param_dtype: of the parameters.
 
     Reference: `pufferlib.models.ConvSequence`; Espeholt et al. 2018 (IMPALA).
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> sequence = puffer_jax.ConvSequence((64, 64, 3), 16, rngs=nnx.Rngs(0))
+        >>> sequence.get_output_shape()
+        (32, 32, 16)
     """
 
     torch_names: ClassVar = {name: name for name in ("conv", "res_block0", "res_block1")}
@@ -104,6 +118,18 @@ class ProcgenResnet(FeedForward):
         ValueError: the observation is no image or the action space not Discrete.
 
     Reference: `pufferlib.models.ProcgenResnet`; Espeholt et al. 2018 (IMPALA).
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> from flax import nnx
+        >>> from types import SimpleNamespace
+        >>> from puffer_jax.spaces import Box, Discrete
+        >>> images = Box(0, 255, (64, 64, 3), np.uint8)
+        >>> env = SimpleNamespace(observation_space=images, action_space=Discrete(15))
+        >>> policy = puffer_jax.ProcgenResnet(env, rngs=nnx.Rngs(0))
+        >>> logits, values = policy.forward(np.zeros((2, 64, 64, 3), np.uint8))
+        >>> logits.shape
+        (2, 15)
     """
 
     sizes: ClassVar = {"cnn_width": int, "mlp_width": int}

@@ -251,6 +251,19 @@ class LSTMWrapper(Recurrent):
         ValueError: `input_size` or `hidden_size` is not the wrapped policy's `hidden_size`.
 
     Reference: `pufferlib.models.LSTMWrapper`.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(0))
+        >>> policy = puffer_jax.LSTMWrapper(env, policy, rngs=nnx.Rngs(1))
+        >>> state = policy.initial_state(3)
+        >>> logits, values, state = policy.forward_eval(jax.numpy.ones((3, 4)), state)
+        >>> segments = jax.numpy.ones((3, 16, 4))  # (batch, time, *obs)
+        >>> logits, values, _ = policy.forward(segments)
+        >>> logits.shape, values.shape
+        ((48, 2), (3, 16))
     """
 
     lstm: LSTM

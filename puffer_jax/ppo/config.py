@@ -135,6 +135,13 @@ class PuffeRLConfig:
         on_nonfinite: what follows a minibatch with a NaN or infinite loss or gradient: "stop" ends
             training with a checkpoint, "skip" goes on; neither applies it; "ignore" does.
         checkpoint_keep: number of a run's checkpoints to keep.
+
+    Example:
+        >>> from puffer_jax import PuffeRLConfig
+        >>> PuffeRLConfig(learning_rate=0.01).reward_clip  # as PufferLib
+        1.0
+        >>> PuffeRLConfig.recommended(learning_rate=0.01).reward_clip is None
+        True
     """
 
     env: str = ""

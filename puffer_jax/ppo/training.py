@@ -43,8 +43,16 @@ def make_train(
         some of `config.hypers()`.
 
     Example:
-        train = jax.jit(jax.vmap(make_train(config, env, make_policy)))
-        params, metrics = train(jax.random.split(jax.random.key(0), 64))
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> config = puffer_jax.PuffeRLConfig(num_envs=4, bptt_horizon=8, total_timesteps=64)
+        >>> make_policy = lambda rngs: puffer_jax.Default(env, rngs=rngs)
+        >>> train = puffer_jax.make_train(config, env, make_policy)
+        >>> keys = jax.random.split(jax.random.key(0), 3)  # three seeds in one program
+        >>> params, metrics = jax.jit(jax.vmap(train))(keys)
+        >>> metrics["episode_return"].shape  # two epochs each
+        (3, 2)
     """
     if isinstance(policy, nnx.Module):
         template = policy

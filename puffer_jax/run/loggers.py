@@ -61,6 +61,11 @@ class NoLogger:
 
     Args:
         run_id: the run's name; a new one by default.
+
+    Example:
+        >>> import puffer_jax
+        >>> puffer_jax.NoLogger("cartpole_seed0").run_id
+        'cartpole_seed0'
     """
 
     def __init__(self, run_id: str | None = None):
@@ -85,6 +90,14 @@ class JSONLLogger:
 
     Raises:
         OSError: the file cannot be written.
+
+    Example:
+        >>> import puffer_jax
+        >>> logger = puffer_jax.JSONLLogger("runs/cartpole_seed0/log.jsonl")
+        >>> logger.log({"loss": 0.5}, step=64)
+        >>> logger.close(None)
+        >>> print(logger.path.read_text().strip())
+        {"step": 64, "loss": 0.5}
     """
 
     def __init__(self, path: PathLike, run_id: str | None = None):
@@ -125,6 +138,10 @@ class TensorBoardLogger:
 
     Raises:
         ImportError: tensorboardX is missing.
+
+    Example:
+        >>> import puffer_jax
+        >>> logger = puffer_jax.TensorBoardLogger("runs/cartpole_seed0")  # doctest: +SKIP
     """
 
     def __init__(self, folder: PathLike, run_id: str | None = None):
@@ -153,6 +170,10 @@ class WandbLogger:
 
     Raises:
         ImportError: wandb is missing.
+
+    Example:
+        >>> import puffer_jax
+        >>> logger = puffer_jax.WandbLogger("cartpole", group="ppo")  # doctest: +SKIP
     """
 
     def __init__(self, project: str, **init: Any):
@@ -184,6 +205,12 @@ class MultiLogger:
 
     Raises:
         ValueError: `loggers` is empty.
+
+    Example:
+        >>> import puffer_jax
+        >>> file = puffer_jax.JSONLLogger("runs/cartpole_seed0/log.jsonl")
+        >>> puffer_jax.MultiLogger([file, puffer_jax.NoLogger()]).run_id
+        'cartpole_seed0'
     """
 
     def __init__(self, loggers: Sequence[Logger]):

@@ -78,6 +78,21 @@ class PuffeRL:
     Raises:
         ValueError: the sizes do not fit together, or the policy does not fit the config.
         TypeError: the environment is of an unknown kind.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> config = puffer_jax.PuffeRLConfig.recommended(
+        ...     num_envs=4, bptt_horizon=8, total_timesteps=64, data_dir="runs"
+        ... )
+        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(0))
+        >>> trainer = puffer_jax.PuffeRL(config, env, policy)
+        >>> while not trainer.done:
+        ...     _ = trainer.evaluate()
+        ...     _ = trainer.train()
+        >>> trainer.global_step
+        64
     """
 
     def __init__(

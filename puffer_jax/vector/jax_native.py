@@ -26,6 +26,14 @@ class JaxVecEnv(VecEnv):
         env: as in `puffer_jax.as_jax_env`.
         num_envs: number of copies of it.
         seed: seed of the first, as in `make`.
+
+    Example:
+        >>> import puffer_jax
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> with puffer_jax.vector.JaxVecEnv(env, num_envs=4) as vecenv:
+        ...     obs, infos = vecenv.reset(seed=0)
+        >>> obs.shape
+        (4, 4)
     """
 
     def __init__(self, env: Any, num_envs: int, seed: int = 0):

@@ -46,6 +46,14 @@ def make(
         TypeError: something is of the wrong type, or there is no such option.
         ImportError: an extra is missing; the message has the line that installs it.
         WorkerError: an environment could not be made in its worker.
+
+    Example:
+        >>> import puffer_jax
+        >>> with puffer_jax.vector.make("CartPole-v1", num_envs=4) as vecenv:
+        ...     obs, infos = vecenv.reset(seed=0)
+        ...     obs, rewards, *_ = vecenv.step(vecenv.action_space.sample())
+        >>> obs.shape, rewards.shape
+        ((4, 4), (4,))
     """
     if isinstance(backend, str):
         if backend not in BACKENDS:

@@ -35,6 +35,13 @@ def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
         ValueError: another suffix.
         ImportError: `.pt` without torch.
         TypeError: the policy has a layer with no torch counterpart.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(0))
+        >>> puffer_jax.save_weights(policy, "model.safetensors")
     """
     path = Path(path)
     _SAVERS[_suffix(path)](policy, path)
@@ -59,6 +66,16 @@ def load_weights(
         ValueError: a suffix, file or content that does not fit, with the reason.
         ImportError: `.pt` without torch >= 2.10.
         OSError: the file cannot be read.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> puffer_jax.save_weights(puffer_jax.Default(env, rngs=nnx.Rngs(0)), "model.safetensors")
+        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(1))
+        >>> result = puffer_jax.load_weights(policy, "model.safetensors")
+        >>> result.missing_keys
+        []
     """
     path = Path(path)
     read = _READERS[_suffix(path)]
@@ -131,6 +148,15 @@ def policy_from_checkpoint(
     Raises:
         ValueError: the keys are those of no known policy (load a custom one with
             `load_weights`), something shapes cannot tell was not given, or the file is broken.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> policy = puffer_jax.Default(env, hidden_size=32, rngs=nnx.Rngs(0))
+        >>> puffer_jax.save_weights(policy, "model.safetensors")
+        >>> puffer_jax.policy_from_checkpoint("model.safetensors").hidden_size
+        32
     """
 
     def restore(tensors: Mapping[str, Any], description: Any) -> Any:

@@ -21,6 +21,14 @@ def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
 
     Raises:
         TypeError: the policy has a layer with no torch counterpart.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> tensors = puffer_jax.state_dict(puffer_jax.Default(env, rngs=nnx.Rngs(0)))
+        >>> {name: tensor.shape for name, tensor in tensors.items() if name.startswith("encoder")}
+        {'encoder.0.weight': (128, 4), 'encoder.0.bias': (128,)}
     """
     parameters, aliases = named_parameters(policy)
     tensors = {name: parameter.to_torch() for name, parameter in parameters.items()}
@@ -82,6 +90,17 @@ def load_state_dict(
         ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, a value is no
             floating-point tensor or not finite; all are named at once.
         TypeError: the policy has a layer with no torch counterpart.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> tensors = puffer_jax.state_dict(puffer_jax.Default(env, rngs=nnx.Rngs(0)))
+        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(1))
+        >>> _ = puffer_jax.load_state_dict(policy, tensors)
+        >>> del tensors["value.bias"]
+        >>> puffer_jax.load_state_dict(policy, tensors, strict=False).missing_keys
+        ['value.bias']
     """
     parameters, aliases = named_parameters(policy)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}

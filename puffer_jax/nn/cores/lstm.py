@@ -15,6 +15,13 @@ class LSTM(GatedCore):
     A state has "lstm_h", which is the output, and "lstm_c", both (batch, hidden).
 
     Reference: `torch.nn.LSTM` and `torch.nn.LSTMCell`; Hochreiter and Schmidhuber 1997.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> lstm = puffer_jax.LSTM(4, 16, rngs=nnx.Rngs(0))
+        >>> lstm.weight_ih_l0.shape
+        (64, 4)
     """
 
     name: ClassVar = "lstm"

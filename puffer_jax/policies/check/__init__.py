@@ -28,6 +28,14 @@ class PolicyReport:
     Attributes:
         title: the policy and its action space.
         checks: every rule that applies to this kind of policy.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> report = puffer_jax.check_policy(puffer_jax.Default(env, rngs=nnx.Rngs(0)), env)
+        >>> [check.name for check in report.checks if check.result == "FAILED"]
+        []
     """
 
     title: str
@@ -89,6 +97,14 @@ def check_policy(
             `batch_size` below 2; an action space no policy supports.
         TypeError: an attribute of `env` is no space.
         AttributeError: `env` has no spaces.
+
+    Example:
+        >>> import puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> report = puffer_jax.check_policy(puffer_jax.Default(env, rngs=nnx.Rngs(0)), env)
+        >>> report.ok
+        True
     """
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; checking a batch takes at least 2 rows")
