@@ -5,7 +5,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -297,13 +297,23 @@ def trainer(
     return Case(lambda: jax.block_until_ready(run(key)), units=epochs * steps)
 
 
-def _purejaxrl(
-    env: Any, weights: rows.Arrays, envs: int, epochs: int, horizon: int = 64
-) -> Callable[..., Any]:
-    """PureJaxRL's training loop, feed-forward or recurrent, as its users write it.
+class _Network(NamedTuple):
+    """A network as PureJaxRL's users write it.
 
-    Minibatches are of steps, or of whole environments where there is a state.
+    Attributes:
+        recurrent: whether it has an LSTM.
+        params: its parameters.
+        zeros: the zero state of all environments; None: it has no state.
+        step: (params, state, (observations, start)) -> (state, (log-probabilities, values)).
     """
+
+    recurrent: bool
+    params: Any
+    zeros: Any
+    step: Callable[..., Any]
+
+
+def _purejaxrl_network(weights: rows.Arrays, envs: int) -> _Network:
     recurrent = "lstm.weight_hh_l0" in weights
     params = _heads(weights, "policy." if recurrent else "")
     graphdef: Any = None
@@ -311,7 +321,6 @@ def _purejaxrl(
     if recurrent:
         graphdef, params["cell"] = _cell(weights, 128)
         zeros = jnp.zeros((envs, 128)), jnp.zeros((envs, 128))
-    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(5e-3, eps=1e-5))
 
     def step(params: Any, state: Any, x: Any) -> Any:
         obs, start = x
@@ -321,6 +330,40 @@ def _purejaxrl(
             state, hidden = nnx.merge(graphdef, params["cell"])(state, hidden)
         logprobs = jax.nn.log_softmax(_apply(params["decoder"], hidden))
         return state, (logprobs, _apply(params["value"], hidden)[..., 0])
+
+    return _Network(recurrent, params, zeros, step)
+
+
+def _purejaxrl_loss(network: _Network, params: Any, batch: Any) -> Any:
+    obs, start, action, logprob, value, advantage, target = batch
+    if network.recurrent:
+        zero = jax.tree.map(lambda z: z[: obs.shape[1]], network.zeros)
+        _, (logprobs, new) = jax.lax.scan(
+            lambda s, x: network.step(params, s, x), zero, (obs, start)
+        )
+    else:
+        _, (logprobs, new) = network.step(params, None, (obs, start))
+    taken = jnp.take_along_axis(logprobs, action[..., None], -1)[..., 0]
+    ratio = jnp.exp(taken - logprob)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    policy_loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage).mean()
+    clipped = value + jnp.clip(new - value, -0.2, 0.2)
+    value_loss = jnp.maximum((new - target) ** 2, (clipped - target) ** 2).mean() / 2
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(-1).mean()
+    return policy_loss + 2 * value_loss - 0.001 * entropy
+
+
+def _purejaxrl(
+    env: Any, weights: rows.Arrays, envs: int, epochs: int, horizon: int = 64
+) -> Callable[..., Any]:
+    """PureJaxRL's training loop, feed-forward or recurrent, as its users write it.
+
+    Minibatches are of steps, or of whole environments where there is a state.
+    """
+    network = _purejaxrl_network(weights, envs)
+    recurrent, params, zeros, step = network
+    loss = functools.partial(_purejaxrl_loss, network)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(5e-3, eps=1e-5))
 
     def play(carry: Any, key: Any) -> Any:
         params, env_state, obs, start, state = carry
@@ -336,22 +379,6 @@ def _purejaxrl(
         logprob = jnp.take_along_axis(logprobs, action[:, None], 1)[:, 0]
         stored = obs, start, action, logprob, value, reward, done
         return (params, new_state, new, done, state), stored
-
-    def loss(params: Any, batch: Any) -> Any:
-        obs, start, action, logprob, value, advantage, target = batch
-        if recurrent:
-            zero = jax.tree.map(lambda z: z[: obs.shape[1]], zeros)
-            _, (logprobs, new) = jax.lax.scan(lambda s, x: step(params, s, x), zero, (obs, start))
-        else:
-            _, (logprobs, new) = step(params, None, (obs, start))
-        taken = jnp.take_along_axis(logprobs, action[..., None], -1)[..., 0]
-        ratio = jnp.exp(taken - logprob)
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        policy_loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage).mean()
-        clipped = value + jnp.clip(new - value, -0.2, 0.2)
-        value_loss = jnp.maximum((new - target) ** 2, (clipped - target) ** 2).mean() / 2
-        entropy = -(jnp.exp(logprobs) * logprobs).sum(-1).mean()
-        return policy_loss + 2 * value_loss - 0.001 * entropy
 
     def minibatch(carry: Any, batch: Any) -> Any:
         params, opt_state = carry

@@ -81,19 +81,7 @@ def compare(
         None
     """
     import_torch()
-    state_names = ()
-    if is_recurrent(jax_policy):
-        zero = jax.eval_shape(lambda: jax_policy.initial_state(1))  # type: ignore[attr-defined]
-        state_names = tuple(name for name in zero if name != "hidden")
-    evaluate = hasattr(jax_policy, "forward_eval") and hasattr(torch_policy, "forward_eval")
-    observations = jax.tree.map(np.asarray, observations)
-    obs_shape = getattr(torch_policy, "obs_shape", None)
-    if state_names and obs_shape is not None and np.ndim(observations) == len(obs_shape) + 1:
-        observations = observations[:, None]
-    if state is not None:
-        state = {name: np.asarray(state[name]) for name in state_names}
-    done = None if done is None else np.asarray(done, bool)
-    inputs = Inputs(observations, state, done, state_names, evaluate, seed)
+    inputs = _inputs(torch_policy, jax_policy, observations, state, done, seed)
 
     weights_differ = tuple(_differing_weights(torch_policy, jax_policy))
     theirs, ours = [], []
@@ -119,6 +107,29 @@ def compare(
     not_compared = [f"{name} (torch only)" for name in there if name not in here]
     not_compared += [f"{name} (JAX only)" for name in here if name not in there]
     return Report(rows, weights_differ, tuple(not_compared))
+
+
+def _inputs(
+    torch_policy: Any,
+    jax_policy: nnx.Module,
+    observations: Any,
+    state: Mapping[str, Any] | None,
+    done: Any,
+    seed: int,
+) -> Inputs:
+    state_names = ()
+    if is_recurrent(jax_policy):
+        zero = jax.eval_shape(lambda: jax_policy.initial_state(1))  # type: ignore[attr-defined]
+        state_names = tuple(name for name in zero if name != "hidden")
+    evaluate = hasattr(jax_policy, "forward_eval") and hasattr(torch_policy, "forward_eval")
+    observations = jax.tree.map(np.asarray, observations)
+    obs_shape = getattr(torch_policy, "obs_shape", None)
+    if state_names and obs_shape is not None and np.ndim(observations) == len(obs_shape) + 1:
+        observations = observations[:, None]
+    if state is not None:
+        state = {name: np.asarray(state[name]) for name in state_names}
+    done = None if done is None else np.asarray(done, bool)
+    return Inputs(observations, state, done, state_names, evaluate, seed)
 
 
 @contextmanager

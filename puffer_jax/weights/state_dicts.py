@@ -130,16 +130,7 @@ def load_state_dict(
         if not np.array_equal(arrays.setdefault(name, array), array, equal_nan=True):
             problems.append(f"{alias} and {name} are one tensor in the policy but differ here")
 
-    new: list[tuple[nnx.Param, jax.Array]] = []
-    non_finite = []
-    for name, array in arrays.items():
-        variables = parameters[name].variables
-        unpacked = parameters[name].from_torch(array)
-        with np.errstate(over="ignore"):
-            converted = [a.astype(v.dtype) for a, v in zip(unpacked, variables, strict=True)]
-        if not all(np.isfinite(a).all() for a in converted):
-            non_finite.append(name)
-        new += zip(variables, map(jnp.asarray, converted), strict=True)
+    new, non_finite = _converted(arrays, parameters)
     if non_finite and not allow_non_finite:
         names = ", ".join(non_finite)
         problems.append(f"NaN or infinity (allow_non_finite=True lets them in): {names}")
@@ -151,6 +142,23 @@ def load_state_dict(
         [name for name in expected if name not in given],
         [name for name in given if name not in expected],
     )
+
+
+def _converted(
+    arrays: Mapping[str, np.ndarray], parameters: Mapping[str, TorchParameter]
+) -> tuple[list[tuple[nnx.Param, jax.Array]], list[str]]:
+    """Each variable with its new value, in its own dtype; names with a NaN or an infinity."""
+    new: list[tuple[nnx.Param, jax.Array]] = []
+    non_finite = []
+    for name, array in arrays.items():
+        variables = parameters[name].variables
+        unpacked = parameters[name].from_torch(array)
+        with np.errstate(over="ignore"):
+            converted = [a.astype(v.dtype) for a, v in zip(unpacked, variables, strict=True)]
+        if not all(np.isfinite(a).all() for a in converted):
+            non_finite.append(name)
+        new += zip(variables, map(jnp.asarray, converted), strict=True)
+    return new, non_finite
 
 
 def strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
