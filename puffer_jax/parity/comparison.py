@@ -67,18 +67,6 @@ def compare(
         ImportError: torch is missing.
         TypeError: a layer of `jax_policy` has no torch counterpart.
         Exception: whatever a policy raises, with a note saying which one and in what precision.
-
-    Example:
-        >>> import numpy as np, puffer_jax
-        >>> from flax import nnx
-        >>> env = puffer_jax.environments.make("cartpole")
-        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(0))
-        >>> reference = puffer_jax.parity.reference_policy(policy)  # with weights of its own
-        >>> _ = puffer_jax.load_state_dict(policy, reference.state_dict())
-        >>> observations = np.ones((3, 4), np.float32)
-        >>> report = puffer_jax.parity.compare(reference, policy, observations)
-        >>> print(report.first_difference)
-        None
     """
     import_torch()
     inputs = _inputs(torch_policy, jax_policy, observations, state, done, seed)

@@ -17,6 +17,18 @@ def reference_policy(jax_policy: nnx.Module) -> Any:
     Raises:
         ImportError: pufferlib or torch is missing.
         ValueError: a custom class, or a space that PufferLib's policy cannot take.
+
+    Example:
+        >>> import numpy as np, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(0))
+        >>> reference = puffer_jax.parity.reference_policy(policy)
+        >>> _ = puffer_jax.load_state_dict(policy, reference.state_dict())
+        >>> observations = np.ones((3, 4), np.float32)
+        >>> report = puffer_jax.parity.compare(reference, policy, observations)
+        >>> print(report.first_difference)
+        None
     """
     models = require("pufferlib.models", "the comparison", f"torch==2.13.0 {PUFFERLIB}")
 
