@@ -9,7 +9,14 @@ REFERENCE = pufferlib-core==3.0.23
 # machines that have no C++ compiler. A Ray cluster of two nodes wants both cores for itself.
 MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights test_golden parity/test_parity
 
-.PHONY: demo test lint table clean
+# Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
+# venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax forbids jax 0.12: there, the
+# tests that need either are left out, by name.
+OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl cli/test_cli
+NEWEST = test_golden environments/test_jaxenv environments/test_environments
+PIP = pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-matrix test-oldest test-newest lint table clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -19,6 +26,15 @@ test: .venv/installed
 	$(BIN)/python -m pytest parity_tests/vector/test_ray.py
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 PUFFER_JAX_NATIVE=0 \
 	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
+
+test-matrix: test-oldest test-newest
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST:%=parity_tests/%.py)
+
+test-newest: .venv-newest/installed
+	PUFFER_JAX_GOLDEN_ONLY=1 PUFFER_JAX_NO_GYMNAX=1 \
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(NEWEST:%=parity_tests/%.py)
 
 lint: .venv/linters
 	$(BIN)/ruff check .
@@ -31,14 +47,28 @@ table: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puffer_jax needs Python 3.11+; say make PYTHON=...')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(REFERENCE)"
+	$(BIN)/$(PIP) "$(TORCH)"
+	$(BIN)/$(PIP) -e ".[test]"
+	$(BIN)/$(PIP) --no-deps "$(REFERENCE)"
 	touch $@
 
+.venv-oldest/installed: pyproject.toml .ci/oldest.py
+	python=$$(.ci/python 3.11) && "$$python" -m venv --clear .venv-oldest
+	.venv-oldest/bin/python .ci/oldest.py > .venv-oldest/oldest.txt
+	.venv-oldest/bin/$(PIP) "$(TORCH)"
+	.venv-oldest/bin/$(PIP) -e ".[train,gymnax,vector,tools]" psutil -c .venv-oldest/oldest.txt
+	.venv-oldest/bin/$(PIP) --no-deps "$(REFERENCE)"
+	touch $@
+
+# Anew each time: what is newest is so today.
+.PHONY: .venv-newest/installed
+.venv-newest/installed:
+	python=$$(.ci/python 3.13) && "$$python" -m venv --clear .venv-newest
+	.venv-newest/bin/$(PIP) -e ".[train,vector,pettingzoo,atari,minigrid,tools]"
+
 .venv/linters: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[lint]"
+	$(BIN)/$(PIP) -e ".[lint]"
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest .venv-newest

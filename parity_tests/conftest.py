@@ -1,6 +1,7 @@
 """One session tests both precisions: x64 is on, so float64 and float32 arrays live side by side."""
 
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,8 +24,16 @@ INSTALL = (
     "`pip install --no-deps pufferlib-core==3.0.23`; where there is no wheel of it, "
     "PUFFER_JAX_GOLDEN_ONLY=1 tests against the golden files alone"
 )
+REFERENCE = re.compile(
+    r"^(import|from) (torch|pufferlib|support\.(reference|trainer)|support import reference)\b"
+    r"|^from test_vector import",
+    re.M,
+)
 OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"
+# Its releases so far cannot be installed beside jax 0.12, so what tests it may be left out, too.
+NO_GYMNAX = os.environ.get("PUFFER_JAX_NO_GYMNAX") == "1"
+LEFT_OUT = ["needs_reference"] * GOLDEN_ONLY + ["needs_gymnax"] * NO_GYMNAX
 if not GOLDEN_ONLY:
     try:
         import pufferlib.models  # noqa: F401
@@ -38,23 +47,34 @@ install_import_hook("puffer_jax", "beartype.beartype")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_reference: not run with PUFFER_JAX_GOLDEN_ONLY=1")
+    config.addinivalue_line("markers", "needs_gymnax: not run with PUFFER_JAX_NO_GYMNAX=1")
     config.addinivalue_line("markers", "tree: run in Flax's tree mode, too")
 
 
+def imports_the_reference(path):
+    return path.suffix == ".py" and REFERENCE.search(path.read_text()) is not None
+
+
 def pytest_ignore_collect(collection_path):
-    if GOLDEN_ONLY and collection_path.is_file() and collection_path.name != "test_golden.py":
-        return True
-    return None
+    return True if GOLDEN_ONLY and imports_the_reference(collection_path) else None
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.name.startswith("test_ours["):  # the golden files
             item.add_marker("tree")
+    left_out = [item for item in items if any(map(item.get_closest_marker, LEFT_OUT))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for marker in LEFT_OUT:
+        terminalreporter.line(f"not run: the tests marked {marker}")
     if GOLDEN_ONLY:
-        left_out = [item for item in items if item.get_closest_marker("needs_reference")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        files = sorted(Path(__file__).parent.rglob("test_*.py"))
+        names = " ".join(path.name for path in files if imports_the_reference(path))
+        terminalreporter.line(f"not run, as they import the reference: {names}")
 
 
 @pytest.fixture

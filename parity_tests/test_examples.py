@@ -35,6 +35,7 @@ def test_ppo(tmp_path, flag):
     assert isinstance(policy, puffer_jax.LSTMWrapper) == (flag == "--recurrent")
 
 
+@pytest.mark.needs_reference
 def test_demo(tmp_path):
     out = run(tmp_path, "demo.py", "--steps", "4096", "--episodes", "10")
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {
@@ -55,8 +56,16 @@ def test_demo(tmp_path):
     ("command", "expected"),
     [
         (("train_gymnasium.py", "--recurrent", "--steps", "512", "--num-envs", "4"), "model: runs"),
-        (("train_pufferlib.py", "--steps", "512", "--num-envs", "4"), "loads into pufferlib"),
-        (("train_gymnax.py", "--steps", "2048", "--num-envs", "4"), "agent_steps: 2048"),
+        pytest.param(
+            ("train_pufferlib.py", "--steps", "512", "--num-envs", "4"),
+            "loads into pufferlib",
+            marks=pytest.mark.needs_reference,
+        ),
+        pytest.param(
+            ("train_gymnax.py", "--steps", "2048", "--num-envs", "4"),
+            "agent_steps: 2048",
+            marks=pytest.mark.needs_gymnax,
+        ),
         (("sweep_vmap.py", "--seeds", "4", "--steps", "512", "--num-envs", "4"), "rate   3e-02"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -65,6 +74,7 @@ def test_training(tmp_path, command, expected):
     assert expected in run(tmp_path, *command)
 
 
+@pytest.mark.needs_gymnax
 def test_learning_table(tmp_path):
     tasks = ("CartPole-v1, gymnasium",)
     out = run(tmp_path, "learning.py", "--tasks", *tasks, "--seeds", "1", "--scale", "0.05")

@@ -103,12 +103,21 @@ def pytest_without_reference(*arguments, golden_only):
 
 
 @pytest.mark.needs_reference
-def test_without_the_reference_only_golden_files_are_tested():
-    run = pytest_without_reference("parity_tests", "-k", "not wrong_weight", golden_only=True)
+def test_without_the_reference_golden_files_are_tested():
+    run = pytest_without_reference(__file__, "-k", "not wrong_weight", golden_only=True)
     assert run.returncode == 0, run.stdout + run.stderr
     names = len(golden.NAMES)
-    # Left out: a wrong weight, by name; five that need the reference, and this file's last two.
-    assert f"{2 * names} passed, {2 * names + 3} deselected" in run.stdout
+    # Left out: a wrong weight, by name; five that need the reference, and this file's last three.
+    assert f"{2 * names} passed, {2 * names + 4} deselected" in run.stdout
+
+
+@pytest.mark.needs_reference
+def test_without_the_reference_the_files_that_import_it_are_named():
+    run = pytest_without_reference("parity_tests", "--collect-only", golden_only=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    collected, _, left_out = run.stdout.partition("not run, as they import the reference: ")
+    assert "test_jaxenv.py::" in collected and "test_models.py::" not in collected
+    assert "test_models.py" in left_out and "test_jaxenv.py" not in left_out
 
 
 @pytest.mark.needs_reference

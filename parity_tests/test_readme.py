@@ -10,6 +10,8 @@ README = Path(__file__).parent.parent / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+@pytest.mark.needs_reference
+@pytest.mark.needs_gymnax
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_snippets_run_in_order(tmp_path, monkeypatch, capsys):
     assert len(SNIPPETS) >= 5

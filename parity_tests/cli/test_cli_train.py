@@ -294,6 +294,10 @@ def test_native_environments_by_name():
     env, single, count = cli_envs._make_envs("squared", vec, {"distance": 2})
     assert env is single and count == 5
     assert env.unwrapped == environments.make("squared", distance=2)
+
+
+@pytest.mark.needs_gymnax
+def test_gymnaxs_environments_by_name():
     env, _, count = cli_envs._make_envs("gymnax:CartPole-v1", cli_options.VecOptions(), {})
     assert (env.observation_space.shape, count) == ((4,), None)
 
@@ -442,7 +446,6 @@ MISTAKES = {
     "no environment": (["train"], "give --env, --config FILE or --resume RUN"),
     "environment": (["train", "--env", "cartpol", *TINY], "Did you mean: `CartPole`?"),
     "module": (["train", "--env", "nowhere:Env-v0", *TINY], "No module named 'nowhere'"),
-    "gymnax": (["train", "--env", "gymnax:CartPol", *TINY], "(did you mean CartPole-v1?)"),
     "argument": (
         ["train", "--env", "cartpole", "--env-arg", "max_step=9", *TINY],
         "--env cartpole: no such argument: max_step (did you mean max_steps?)",
@@ -516,6 +519,13 @@ def check_mistake(arguments, message, folder, capsys):
     assert printed.err.count("\n") == 1
     assert message in printed.err
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.needs_gymnax
+def test_a_mistake_in_gymnaxs_name(tmp_path, capsys):
+    arguments = [a.format(folder=tmp_path) for a in TINY]
+    message = "(did you mean CartPole-v1?)"
+    check_mistake(["train", "--env", "gymnax:CartPol", *arguments], message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

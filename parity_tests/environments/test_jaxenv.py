@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +64,10 @@ class Counter:
 # --- gymnax ----------------------------------------------------------------------------------
 
 
+@pytest.mark.needs_gymnax
 def test_gymnax_cartpole_is_truncated_at_its_limit_and_terminated_when_it_falls():
+    import gymnax
+
     env, params = gymnax.make("CartPole-v1")
     adapted = as_jax_env(env, params.replace(max_steps_in_episode=10))
     spec = env_spec(adapted)
@@ -93,7 +95,10 @@ def test_gymnax_cartpole_is_truncated_at_its_limit_and_terminated_when_it_falls(
     assert (np.abs(out.final_obs[falls, 2]) > 0.2095).all()
 
 
+@pytest.mark.needs_gymnax
 def test_gymnax_breakout():
+    import gymnax
+
     env, params = gymnax.make("Breakout-MinAtar")
     # Moved left by one, the paddle catches a ball that starts on the right and misses the other.
     adapted = as_jax_env(env, params.replace(max_steps_in_episode=30), max_steps=9)
@@ -157,7 +162,10 @@ def test_gymnax_step_env_with_six_values():
     assert [bool(x) for x in env.step(KEY, state, jnp.int32(2))[3:5]] == [False, True]
 
 
+@pytest.mark.needs_gymnax
 def test_gymnax_spaces_that_are_not_what_comes():
+    import gymnax
+
     catch = as_jax_env(gymnax.make("Catch-bsuite"))  # declares int32
     assert catch.observation_space.dtype == np.float32 and catch.observation_space.shape == (10, 5)
     rooms = as_jax_env(gymnax.make("FourRooms-misc"))  # declares float32, gives integers

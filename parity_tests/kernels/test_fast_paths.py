@@ -452,6 +452,40 @@ def test_calls_from_many_threads_at_once():
                 jax.tree.map(np.testing.assert_array_equal, mine, other)
 
 
+MEMORY = """
+import resource
+import jax, jax.numpy as jnp
+from puffer_jax import layers
+from puffer_jax.kernels.cpu import Windows
+
+
+def run(pad):  # in copies of the images with their borders, one for each thread
+    windows = Windows((pad, pad), (pad, pad))
+    x, kernel = jnp.ones((8, 3, 2, 4)), jnp.ones((3, 3, 4, 5))
+    return layers.convolution(x, kernel, jnp.ones(5), windows).block_until_ready()
+
+
+before = run(9)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
+for _ in range(2):
+    try:
+        run(30000)
+    except jax.errors.JaxRuntimeError as error:
+        print("RESOURCE_EXHAUSTED" in str(error))
+print((run(9) == before).all())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux has it")
+def test_no_memory_is_an_error():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
 # --- building the kernels -------------------------------------------------------------------
 
 SCRIPT = """
@@ -484,6 +518,21 @@ def test_kernels_are_built_once(tmp_path):
     built = library.stat().st_mtime_ns
     assert run_script(tmp_path)[0] == out
     assert library.stat().st_mtime_ns == built
+
+
+def test_every_source_tells_libraries_apart(tmp_path):
+    sources = {"adam.cc": "void adam() {}", "kernels.cc": '#include "adam.cc"', "vectors.h": ""}
+    for name, text in reversed(sources.items()):
+        (tmp_path / name).write_text(text)
+    key = library._key(tmp_path, b"flags")
+    assert key == library._key(tmp_path, b"flags") != library._key(tmp_path, b"other flags")
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text + "// changed")
+        assert library._key(tmp_path, b"flags") != key
+        (tmp_path / name).write_text(text)
+    assert library._key(tmp_path, b"flags") == key
+    (tmp_path / "vectors.h").rename(tmp_path / "lanes.h")
+    assert library._key(tmp_path, b"flags") != key
 
 
 LENGTHS = """

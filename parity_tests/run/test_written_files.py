@@ -20,6 +20,7 @@ import pytest
 import puffer_jax
 from puffer_jax.cli.command import main
 
+pytestmark = pytest.mark.needs_reference  # of torch: most are .pt files
 WRITTEN = Path(__file__).parents[1] / "golden" / "written"
 RUNS = {"native_seed42": ("model_000004.pt", 643), "host_seed42": ("model_000005.pt", 67)}
 

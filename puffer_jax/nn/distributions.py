@@ -72,10 +72,12 @@ class Normal:
     loc: Any  # an array; Any, because pytree transformations put other things in the fields
     scale: Any
 
-    def parameters(self) -> list[Array]:
+    def parameters(self) -> tuple[Array, Array]:
         """`loc` and `scale`, broadcast, in one dtype, at least float32."""
         dtype = jnp.result_type(self.loc, self.scale, jnp.float32)
-        return jnp.broadcast_arrays(jnp.asarray(self.loc, dtype), jnp.asarray(self.scale, dtype))
+        loc, scale = jnp.asarray(self.loc, dtype), jnp.asarray(self.scale, dtype)
+        loc, scale = jnp.broadcast_arrays(loc, scale)  # a tuple since JAX 0.12, before it a list
+        return loc, scale
 
     def narrow(self, value: Array) -> Array:
         """`value` in the dtype of `loc`."""

@@ -11,7 +11,7 @@ def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
     """A step of `puffer_jax.optim.adam`, in place; no derivatives.
 
     Args:
-        numbers: (9,) as in the struct AdamNumbers of kernels.cc.
+        numbers: (9,) as in the struct AdamNumbers of the kernels' adam.cc.
         gradient: of any shape, of the dtype of `numbers`.
         arrays: the parameters and both moments, of that shape and dtype.
 

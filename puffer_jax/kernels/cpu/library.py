@@ -12,6 +12,7 @@ import threading
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,22 @@ def _load(dtype: str) -> bool:
     return True
 
 
+def _key(sources: Traversable, *parts: bytes) -> str:
+    """What a library is known by: all its sources, headers among them, and the other parts."""
+    found = sorted(sources.iterdir(), key=lambda file: file.name)
+    named = (part for file in found for part in (file.name.encode(), file.read_bytes()))
+    return hashlib.sha256(b"\0".join((*named, *parts))).hexdigest()[:16]
+
+
 def _built(compiler: str, dtype: str) -> Path:
     """The shared library, from the cache or compiled now."""
-    source = files("puffer_jax.kernels") / "cc" / "kernels.cc"
+    sources = files("puffer_jax.kernels") / "cc"
     extra = shlex.split(os.environ.get("PUFFER_JAX_CXXFLAGS", ""))
     flags = [*_FLAGS, *extra, f"-DNUMBER={_TYPES[dtype]}"]
     # What the compiler predefines tells its version and the processor's instructions.
     asked = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     target = subprocess.run(asked, capture_output=True, check=True).stdout
-    parts = (source.read_bytes(), target, " ".join(flags).encode(), version("jaxlib").encode())
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    key = _key(sources, target, " ".join(flags).encode(), version("jaxlib").encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puffer_jax"
     library = folder / f"{dtype}-{key}.so"
     if library.exists():
@@ -126,7 +133,9 @@ def _built(compiler: str, dtype: str) -> Path:
     # Processes that compile at once each write a file of their own; the last one stays.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         result = Path(scratch) / library.name
-        command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), str(source)]
+        # It includes all others, found beside it; with -I <threads.h> would be ours, too.
+        source = str(sources / "kernels.cc")
+        command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), source]
         subprocess.run([*command, "-o", str(result)], capture_output=True, text=True, check=True)
         result.replace(library)
     return library
