@@ -36,7 +36,7 @@ def lstm_cell(
     c: Float[Array, "batch hidden"],
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
-    """The one LSTM step behind both evaluation and training.
+    """The one LSTM step behind both evaluation and training: the new h and c.
 
     Input and state share one matmul, in `dtype` (default: that of the weights); the gates and
     the state stay in the dtype of the weights, so a carried state never changes its dtype.
@@ -169,7 +169,7 @@ def _lstm_scan(
     c: Array,
     done: Array | None,
 ) -> tuple[Array, Array, Array]:
-    # The results go where the inputs were if they are of a kind: on CPUs the first touch of fresh
+    # Results of the inputs' shape and dtype are written over them: on CPUs the first touch of fresh
     # memory costs as much as the arithmetic done on it.
     shape = (*x.shape[:2], h.shape[1])
     in_place = x.shape == shape and x.dtype == h.dtype

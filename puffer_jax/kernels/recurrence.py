@@ -1,4 +1,4 @@
-"""A linear recurrence, from the last step to the first."""
+"""A linear recurrence from the last step to the first."""
 
 import jax
 import jax.numpy as jnp

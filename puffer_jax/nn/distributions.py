@@ -1,7 +1,7 @@
 """Action distributions: sampling, log-probability and entropy of a policy's logits.
 
 Discrete actions take an array of logits, MultiDiscrete ones a tuple of arrays, and continuous
-ones a `Normal` or a `TanhNormal`. `sample_logits` serves them all. Values and gradients follow
+ones a `Normal` or a `TanhNormal`. `sample_logits` takes all of them. Values and gradients follow
 `pufferlib.pytorch` wherever the reference's are finite; float16 and bfloat16 inputs are computed,
 and their log-probabilities and entropies returned, in float32.
 """
@@ -27,7 +27,8 @@ _NODES = np.linspace(-9.0, 9.0, 128)
 _WEIGHTS = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
 
 
-def _at_least_float32(x: ArrayLike) -> Array:
+def at_least_float32(x: ArrayLike) -> Array:
+    """An array of its own dtype, or of float32 where that is narrower."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
@@ -78,34 +79,36 @@ class Normal:
     loc: Any  # an array; Any, because pytree transformations put other things in the fields
     scale: Any
 
-    def _parameters(self) -> tuple[Array, Array]:
+    def parameters(self) -> tuple[Array, Array]:
+        """`loc` and `scale`, broadcast, in one dtype, at least float32."""
         dtype = jnp.result_type(self.loc, self.scale, jnp.float32)
         loc, scale = jnp.asarray(self.loc, dtype), jnp.asarray(self.scale, dtype)
         loc, scale = jnp.broadcast_arrays(loc, scale)  # a tuple since JAX 0.12, before it a list
         return loc, scale
 
-    def _narrow(self, value: Array) -> Array:
+    def narrow(self, value: Array) -> Array:
+        """`value` in the dtype of `loc`."""
         return value.astype(jnp.result_type(self.loc, 0.0))
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "..."]:
         """One draw per element in `loc`'s dtype; differentiable (torch's `rsample`)."""
-        loc, scale = self._parameters()
-        return self._narrow(loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype))
+        loc, scale = self.parameters()
+        return self.narrow(loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype))
 
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
         """Log-density of each element of `value`, which broadcasts with `loc`."""
-        loc, scale = self._parameters()
+        loc, scale = self.parameters()
         squares = (jnp.asarray(value) - loc) ** 2 / (2 * scale**2)
         return -squares - jnp.log(scale) - math.log(math.sqrt(2 * math.pi))
 
     def entropy(self) -> Float[Array, "..."]:
         """Differential entropy of each element."""
-        _, scale = self._parameters()
+        _, scale = self.parameters()
         return 0.5 + 0.5 * math.log(2 * math.pi) + jnp.log(scale)
 
     def mode(self) -> Float[Array, "..."]:
         """The most likely value, `loc`."""
-        return self._narrow(self._parameters()[0])
+        return self.narrow(self.parameters()[0])
 
 
 @_pytree
@@ -136,9 +139,9 @@ class TanhNormal(Normal):
 
     def sample_and_log_prob(self, key: PRNGKeyArray) -> tuple[Float[Array, "..."], ...]:
         """A draw and its log-density, from the draw before tanh: exact however near +-1 it is."""
-        loc, scale = self._parameters()
+        loc, scale = self.parameters()
         u = loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype)
-        return self._narrow(jnp.tanh(u)), Normal.log_prob(self, u) - self._log_slope(u)
+        return self.narrow(jnp.tanh(u)), Normal.log_prob(self, u) - self._log_slope(u)
 
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
         """Log-density of each element of `value`, which broadcasts with `loc`.
@@ -148,9 +151,9 @@ class TanhNormal(Normal):
         (u = 8.7), 1 - 2^-11 in float16 (u = 4.2), 1 - 2^-8 in bfloat16 (u = 3.1). A clipped
         value gets no gradient; `loc` and `scale` do.
         """
-        dtype = jnp.result_type(getattr(value, "dtype", self._parameters()[0]), 0.0)
+        dtype = jnp.result_type(getattr(value, "dtype", self.parameters()[0]), 0.0)
         edge = 1 - float(jnp.finfo(dtype).epsneg)
-        u = jnp.arctanh(jnp.clip(_at_least_float32(jnp.asarray(value, dtype)), -edge, edge))
+        u = jnp.arctanh(jnp.clip(at_least_float32(jnp.asarray(value, dtype)), -edge, edge))
         return super().log_prob(u) - self._log_slope(u)
 
     def entropy(self) -> Float[Array, "..."]:
@@ -159,13 +162,13 @@ class TanhNormal(Normal):
         The expectation has no closed form. It is a 128-node trapezoidal sum, deterministic and
         differentiable; its error is below 1e-13 for scale <= 2, 1e-10 at 3, 1e-6 at 5, 1e-4 at 8.
         """
-        loc, scale = (x[..., None] for x in self._parameters())
+        loc, scale = (x[..., None] for x in self.parameters())
         u = loc + scale * _NODES.astype(loc.dtype)
         return super().entropy() + (_WEIGHTS.astype(loc.dtype) * self._log_slope(u)).sum(-1)
 
     def mode(self) -> Float[Array, "..."]:
         """The centre tanh(loc), the median and deterministic action (not the density's peak)."""
-        return self._narrow(jnp.tanh(self._parameters()[0]))
+        return self.narrow(jnp.tanh(self.parameters()[0]))
 
 
 Logits = ArrayLike | Sequence[ArrayLike] | Normal
@@ -175,8 +178,8 @@ def _eager(*arrays: Array) -> bool:
     return not any(isinstance(x, Tracer) for x in arrays)
 
 
-def _pick(log_pmf: Array, value: ArrayLike, where: str = "") -> Array:
-    """log_pmf[..., value]; an index outside 0..n-1 is an error eagerly, NaN when traced."""
+def pick(log_pmf: Array, value: ArrayLike, where: str = "") -> Array:
+    """`log_pmf[..., value]`; an index outside 0..n-1 is an error eagerly, NaN when traced."""
     n = log_pmf.shape[-1]
     value = jnp.asarray(value)
     value = value.astype(jnp.promote_types(value.dtype, jnp.int32))  # a uint8 cannot hold n = 300
@@ -212,7 +215,7 @@ def log_prob(
         >>> print(f"{puffer_jax.log_prob(logits, jax.numpy.array([0, 1, 3]))[2]:.4f}")
         -1.3863
     """
-    return _pick(_at_least_float32(logits), value)
+    return pick(at_least_float32(logits), value)
 
 
 def entropy(logits: Float[ArrayLike, "*batch n"]) -> Float[Array, "*batch"]:
@@ -227,7 +230,7 @@ def entropy(logits: Float[ArrayLike, "*batch n"]) -> Float[Array, "*batch"]:
         >>> print(f"{puffer_jax.entropy(uniform)[0]:.4f}")
         1.3863
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
     probs = jax.nn.softmax(logits)
     # Where p = 0 the product is 0 whatever the logit: without the logit, -1e38 * 0 and its like
@@ -249,7 +252,7 @@ def entropy_probs(
         >>> print(f"{puffer_jax.entropy_probs(uniform, jax.numpy.exp(uniform))[0]:.4f}")
         1.3863
     """
-    logits, probs = _at_least_float32(logits), _at_least_float32(probs)
+    logits, probs = at_least_float32(logits), at_least_float32(probs)
     return -(jnp.where((logits == -jnp.inf) & (probs == 0), 0, logits) * probs).sum(-1)
 
 

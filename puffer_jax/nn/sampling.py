@@ -14,7 +14,7 @@ from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.random import can_draw, words_of
 from puffer_jax.nn import random
-from puffer_jax.nn.distributions import Logits, Normal, _at_least_float32, _pick, entropy
+from puffer_jax.nn.distributions import Logits, Normal, at_least_float32, entropy, pick
 
 
 def sample_logits(
@@ -114,10 +114,10 @@ def _normalised(logits: Array) -> tuple[Array, Array]:
 
 def _score(logits: ArrayLike, action: Array | None, label: str = "") -> tuple[Array, Array, Array]:
     """(action, logprob, entropy) of a given action, or of the most likely one."""
-    normalised, bad = _normalised(_at_least_float32(logits))
+    normalised, bad = _normalised(at_least_float32(logits))
     if action is None:
         action = normalised.argmax(-1).astype(jnp.int32)
-    logprob = jnp.where(bad, jnp.nan, _pick(normalised, action, label))
+    logprob = jnp.where(bad, jnp.nan, pick(normalised, action, label))
     return action, logprob, jnp.where(bad, jnp.nan, entropy(normalised))
 
 
@@ -125,7 +125,7 @@ def _draw(
     key: PRNGKeyArray, component: int, components: int, logits: ArrayLike
 ) -> tuple[Array, Array, Array]:
     """(action, logprob, entropy) of a random action of one of so many components."""
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return _sample(key, logits, component=component, components=components)
 
 
@@ -166,12 +166,12 @@ _sample = Operation("sample", xla=_sample_xla, cpu=Kernel(_sample_cpu, takes=_sa
 def _sample_continuous(
     normal: Normal, action: ArrayLike | None, key: PRNGKeyArray | None
 ) -> tuple[Array, Array, Array]:
-    loc, scale = normal._parameters()
+    loc, scale = normal.parameters()
     if loc.ndim == 0:
         raise ValueError("loc must be (batch, k); got a scalar")
     batch, k = loc.shape[0], math.prod(loc.shape[1:])
     bad = ~(jnp.isfinite(loc) & jnp.isfinite(scale) & (scale > 0)).reshape(batch, k)
-    loc = jnp.where(bad, 0, normal._narrow(loc).reshape(batch, k))
+    loc = jnp.where(bad, 0, normal.narrow(loc).reshape(batch, k))
     safe = type(normal)(loc, jnp.where(bad, 1, scale.reshape(batch, k)))
     if action is None:
         action = jax.lax.stop_gradient(safe.mode() if key is None else safe.sample(key))

@@ -1,6 +1,6 @@
 """What puffer_jax knows of any `nnx.Module`: split and merge, and its parameters as torch's.
 
-The exchange with torch is a rule per layer type (`_RULES`) applied along attribute paths:
+The exchange with torch is a rule per layer type (`RULES`) applied along attribute paths:
 `policy.encoder.layers[0].kernel` of an `nnx.Linear` is torch's `policy.encoder.0.weight`,
 transposed. A module whose attributes carry the names of its torch twin therefore converts
 with no code. A class may say more:
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from puffer_jax.nn.params import Shape, merge, mismatches, split
-from puffer_jax.nn.torch_rules import _CONTAINERS, _RULES, _get, _rule_for, _same, _same_back
+from puffer_jax.nn.torch_rules import CONTAINERS, RULES, attribute_at, rule_for, same, same_back
 
 
 class TorchParameter(NamedTuple):
@@ -55,30 +55,30 @@ def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParamete
     Raises:
         TypeError: a layer type with parameters and no rule, or a variable that is no Param.
     """
-    rule = _rule_for(module)
+    rule = rule_for(module)
     if rule is not None:
         parameters = [
             TorchParameter(prefix + name, tuple(variables), pack, unpack)
             for name, paths, pack, unpack in rule
-            if (variables := [_get(module, path) for path in paths])[0] is not None
+            if (variables := [attribute_at(module, path) for path in paths])[0] is not None
         ]
         covered = sum(len(parameter.variables) for parameter in parameters)
     else:
         parameters = []
         flax_layer = type(module).__module__.startswith("flax.")
-        covered = 0 if flax_layer and not isinstance(module, _CONTAINERS) else None
+        covered = 0 if flax_layer and not isinstance(module, CONTAINERS) else None
     if covered is not None:
         if covered != len(jax.tree.leaves(nnx.state(module))):
             where = prefix.rstrip(".") or "module"
             raise TypeError(
                 f"{where}: no torch rule for this {type(module).__name__}; "
-                f"known are {', '.join(sorted(cls.__name__ for cls in _RULES))} and bare nnx.Param"
+                f"known are {', '.join(sorted(cls.__name__ for cls in RULES))} and bare nnx.Param"
             )
         return parameters
     own, below = [], []
     for name, value in _attributes(module):
         if isinstance(value, nnx.Param):
-            own.append(TorchParameter(prefix + name, (value,), _same, _same_back))
+            own.append(TorchParameter(prefix + name, (value,), same, same_back))
         elif isinstance(value, nnx.Variable):
             raise TypeError(f"{prefix + name}: {type(value).__name__} has no torch counterpart")
         else:
@@ -158,7 +158,7 @@ def torch_aliases(module: nnx.Module) -> dict[str, str]:
 def torch_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
     """Every module with its name in torch and a final dot; the root's name is empty."""
     yield prefix, module
-    if _rule_for(module) is None:
+    if rule_for(module) is None:
         for name, value in _attributes(module):
             if not isinstance(value, nnx.Variable):
                 yield from torch_modules(value, f"{prefix}{name}.")

@@ -8,25 +8,29 @@ from flax import nnx
 from puffer_jax.nn.params import Shape
 
 
-def _rule_for(module: Any) -> "tuple[Rule, ...] | None":
-    return next((_RULES[cls] for cls in type(module).__mro__ if cls in _RULES), None)
+def rule_for(module: Any) -> "tuple[Rule, ...] | None":
+    """The rules of a layer's class, or of the nearest class it derives from; None: no rules."""
+    return next((RULES[cls] for cls in type(module).__mro__ if cls in RULES), None)
 
 
-def _get(module: Any, path: str) -> Any:
+def attribute_at(module: Any, path: str) -> Any:
+    """The attribute at a path of names with dots between them."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-# A rule: torch name, Flax attribute paths, Flax arrays -> tensor, (tensor, *shapes) -> arrays.
 Rule = tuple[str, tuple[str, ...], Callable[..., Any], Callable[..., tuple[Any, ...]]]
+"""Torch's name, paths of Flax attributes, Flax arrays -> tensor, (tensor, *shapes) -> arrays."""
 
 
-def _same(array: Any) -> Any:
+def same(array: Any) -> Any:
+    """The array itself, for parameters that both sides lay out alike."""
     return array
 
 
-def _same_back(tensor: Any, shape: Shape) -> tuple[Any]:
+def same_back(tensor: Any, shape: Shape) -> tuple[Any]:
+    """The inverse of `same`."""
     return (tensor,)
 
 
@@ -82,16 +86,16 @@ def _attention_out_back(tensor: Any, shape: Shape) -> tuple[Any]:
     return (tensor.T.reshape(shape),)
 
 
-_BIAS: Rule = ("bias", ("bias",), _same, _same_back)
+_BIAS: Rule = ("bias", ("bias",), same, same_back)
 
-_SCALE: Rule = ("weight", ("scale",), _same, _same_back)
+_SCALE: Rule = ("weight", ("scale",), same, same_back)
 
 _QKV = ("query", "key", "value")
 
-_RULES: dict[type, tuple[Rule, ...]] = {
+RULES: dict[type, tuple[Rule, ...]] = {
     nnx.Linear: (("weight", ("kernel",), _linear, _linear_back), _BIAS),
     nnx.Conv: (("weight", ("kernel",), _conv, _conv_back), _BIAS),
-    nnx.Embed: (("weight", ("embedding",), _same, _same_back),),
+    nnx.Embed: (("weight", ("embedding",), same, same_back),),
     nnx.LayerNorm: (_SCALE, _BIAS),
     nnx.GroupNorm: (_SCALE, _BIAS),
     nnx.RMSNorm: (_SCALE,),
@@ -109,8 +113,8 @@ _RULES: dict[type, tuple[Rule, ...]] = {
             _attention_bias_back,
         ),
         ("out_proj.weight", ("out.kernel",), _attention_out, _attention_out_back),
-        ("out_proj.bias", ("out.bias",), _same, _same_back),
+        ("out_proj.bias", ("out.bias",), same, same_back),
     ),
 }
 
-_CONTAINERS = (nnx.Sequential, nnx.List, nnx.Dict)
+CONTAINERS = (nnx.Sequential, nnx.List, nnx.Dict)

@@ -154,7 +154,7 @@ class FeedForward(nnx.Module):
         if not isinstance(action, spaces.Discrete):
             raise ValueError(
                 f"{type(self).__name__} acts in Discrete spaces only, as in the reference; got "
-                f"{action}. Default serves MultiDiscrete and Box"
+                f"{action}. Use Default for MultiDiscrete and Box"
             )
         return action.n
 

@@ -115,7 +115,7 @@ class ProcgenResnet(FeedForward):
         param_dtype: of parameters, logits and values.
 
     Raises:
-        ValueError: the observation is no image or the action space not Discrete.
+        ValueError: the observations are not images, or the action space is not Discrete.
 
     Reference: `pufferlib.models.ProcgenResnet`; Espeholt et al. 2018 (IMPALA).
 

@@ -8,12 +8,12 @@ from puffer_jax.kernels.cpu.library import call, like
 
 
 def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
-    """A step of `puffer_jax.optim.adam`, in place; without derivatives.
+    """A step of `puffer_jax.optim.adam`, in place; no derivatives.
 
     Args:
         numbers: (9,) as in the struct AdamNumbers of the kernels' adam.cc.
-        gradient: of any shape, and one dtype with all others.
-        arrays: the parameters and both moments.
+        gradient: of any shape, of the dtype of `numbers`.
+        arrays: the parameters and both moments, of that shape and dtype.
 
     Returns:
         The new ones.

@@ -41,7 +41,7 @@ def convolution_gradient(
     gradients = call(name, like(*weights), x, d_out, **_attributes(windows))
     if not is_floating(x):
         return tuple(gradients)
-    # A call of its own: the images' gradient is not computed where nobody asks for it.
+    # A call of its own, which XLA drops where the gradient of the images is not used.
     name = "puffer_jax_convolve_images_gradient"
     (dx,) = call(name, like(x), x, weights[0], d_out, **_attributes(windows))
     return dx, *gradients
@@ -68,5 +68,5 @@ def max_pool(keep: bool, x: Array) -> tuple[Array, Array]:
 
 
 def max_pool_gradient(arrays: tuple[Array], taken: Array, d_out: Array) -> tuple[Array]:
-    """Backward of `max_pool`."""
+    """Backward of `max_pool`: the gradient of x."""
     return (call("puffer_jax_max_pool_gradient", like(*arrays)[0], taken, d_out),)

@@ -17,16 +17,16 @@ def linear(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
 
 
 def linear_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Backward of `linear`."""
+    """Backward of `linear`: the gradients of x and of each w, b."""
     x, *layers = arrays
     weights, bias, d_result = _joined(layers, d_results)
-    given = x, weights, d_result
-    dx, *d_joined = call("puffer_jax_linear_gradient", like(x, weights, bias), *given)
+    shapes = like(x, weights, bias)
+    dx, *d_joined = call("puffer_jax_linear_gradient", shapes, x, weights, d_result)
     return dx, *_apart(layers, d_joined)
 
 
 def _joined(layers: Any, d_results: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-    """Several linear layers as one: its weights, bias, and the gradient of its result."""
+    """Several linear layers as one: its weights, its bias and the gradient of its result."""
     d_result = jnp.concatenate(d_results, axis=1)
     return jnp.concatenate(layers[::2], axis=1), jnp.concatenate(layers[1::2]), d_result
 
@@ -41,8 +41,8 @@ def _apart(layers: Any, d_joined: Any) -> list[Array]:
 def perceptron(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:
     """Forward of x, w1, b1 and any number of w, b: `gelu(x @ w1 + b1) @ w + b` for each of these.
 
-    x is (batch, inputs), w1 (inputs, hidden), w (hidden, outputs). Without another layer the result
-    is the hidden vectors. With others they stay in cache, and are computed anew for the gradient.
+    x is (batch, inputs), w1 (inputs, hidden), w (hidden, outputs). Without any w, b the result is
+    the hidden vectors. With some those stay in the cache, and are computed anew for the gradient.
     """
     x, *layers = arrays
     results = _outputs(x, layers[2:] or layers)
@@ -54,13 +54,13 @@ def _outputs(x: Array, layers: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def perceptron_gradient(arrays: Any, kept: None, d_results: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Backward of `perceptron`."""
+    """Backward of `perceptron`: the gradients of x, w1, b1 and of each w, b."""
     x, w1, b1, *layers = arrays
-    # No outputs: the gradient is that of the hidden vectors.
+    # Without heads d_result is the gradient of the hidden vectors.
     w2, b2, d_result = _joined(layers or (w1[:0].T, b1[:0]), d_results)
-    given = like(w1, b1, w2, b2)
-    d_w1, d_b1, *d_joined = call("puffer_jax_perceptron_gradient", given, x, w1, b1, w2, d_result)
-    # Where x are observations nobody asks for this, and it is not computed.
+    shapes, operands = like(w1, b1, w2, b2), (x, w1, b1, w2, d_result)
+    d_w1, d_b1, *d_joined = call("puffer_jax_perceptron_gradient", shapes, *operands)
+    # Where x are observations XLA drops what follows, as the result is not used.
     z = x @ w1 + b1
     slope = jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)
     d_hidden = d_result @ w2.T if layers else d_result

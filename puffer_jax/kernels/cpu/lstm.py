@@ -9,7 +9,11 @@ from puffer_jax.kernels.cpu.library import call, like
 
 
 def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
-    """Forward of `puffer_jax.layers.lstm_scan`, of arrays of one dtype; `done` is bool."""
+    """Forward of `puffer_jax.layers.lstm_scan`.
+
+    The arrays are as there, weights, x, h, c of one dtype, and `done` bool (batch, time). Kept are
+    all h, as rows (batch * time, hidden), and the gates and c of each step.
+    """
     *weights, x, h, c, done = arrays
     (batch, time, _), hidden = x.shape, h.shape[1]
     rows = _rows(x)
@@ -27,16 +31,16 @@ def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
 
 
 def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
-    """Backward of `lstm`."""
+    """Backward of `lstm`: the gradients of all arrays but `done`."""
     weight_ih, weight_hh, bias, x, h, c, done = arrays
     (outputs, gates), (d_outputs, *d_states) = kept, cotangents
     rows, d_rows = _rows(x), _rows(d_outputs)
-    given = (weight_ih, weight_hh, rows, h, c, done, _rows(outputs), gates, d_rows, *d_states)
+    operands = (weight_ih, weight_hh, rows, h, c, done, _rows(outputs), gates, d_rows, *d_states)
     d_ih, d_hh, d_bias, dx, *d_start = call(
         "puffer_jax_lstm_backward",
         like(weight_ih, weight_hh, bias, rows, h, c),
-        *given,
-        # As in `lstm`; and XLA would copy what is reshaped, did not the kernel take rows.
+        *operands,
+        # As in `lstm`. The kernel takes rows since XLA would copy what is reshaped behind it.
         aliases={8: 3} if rows.shape == d_rows.shape else None,
     )
     return d_ih, d_hh, d_bias, dx.reshape(x.shape), *d_start
@@ -47,5 +51,5 @@ def _rows(x: Array) -> Array:
 
 
 def lstm_step(*arrays: Array) -> tuple[Array, Array]:
-    """`puffer_jax.layers.lstm_step` of its arrays, of one dtype; without derivatives."""
+    """`puffer_jax.layers.lstm_step` of arrays of one dtype: the new h and c; no derivatives."""
     return call("puffer_jax_lstm_step", like(*arrays[-2:]), *arrays)

@@ -1,5 +1,7 @@
 """Kernels of random numbers."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
@@ -8,7 +10,7 @@ from puffer_jax.kernels.cpu.library import call
 
 
 def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:
-    """Threefry-2x32 of the counters 0 to `count` - 1: what `jax.random` makes its numbers of."""
+    """Threefry-2x32 of the counters 0 to `count` - 1: what `jax.random` makes its numbers from."""
     result = jax.ShapeDtypeStruct((*keys.shape[:-1], count, 2), np.uint32)
     call = jax.ffi.ffi_call("puffer_jax_threefry_float32", result, vmap_method="broadcast_all")
     return call(keys)
@@ -29,10 +31,10 @@ def sample(
 
     Args:
         key: of threefry.
-        logits: of one component.
-        component: which one: its key is that of this number among those `key` is split into.
+        logits: of one component of the action.
+        component: its index, also of its key among those that `key` is split into.
     """
     of_rows = [jax.ShapeDtypeStruct(logits.shape[:-1], dtype) for dtype in (np.int32, logits.dtype)]
     results = (*of_rows, of_rows[1])
-    given = {"vmap_method": "broadcast_all", "component": np.int64(component)}
-    return call("puffer_jax_sample", results, key, logits, **given)
+    options: Any = {"vmap_method": "broadcast_all", "component": np.int64(component)}
+    return call("puffer_jax_sample", results, key, logits, **options)

@@ -22,7 +22,7 @@ def _recurrence_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]
 
 def _recurrence_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     b, y = residuals
-    # The same, the other way: what reaches a step comes from the one before.
+    # The same recurrence forward in time: what reaches a step comes from the one before.
     before = jnp.pad(b[:, :-1], ((0, 0), (1, 0)))
     da = recurrence(dy[:, ::-1], before[:, ::-1])[:, ::-1]
     return da, da * jnp.pad(y[:, 1:], ((0, 0), (0, 1)))
