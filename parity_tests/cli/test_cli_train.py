@@ -77,7 +77,7 @@ def table(printed):
 
 @pytest.fixture(autouse=True)
 def log_every_epoch(monkeypatch):
-    monkeypatch.setattr(pufferl, "_LOG_SECONDS", -1)
+    monkeypatch.setattr(trainer, "_LOG_SECONDS", -1)
 
 
 @pytest.fixture(scope="module")
