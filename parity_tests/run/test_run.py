@@ -217,7 +217,7 @@ def test_a_failing_logger_is_heard_and_the_others_are_closed():
 
 def test_profile(monkeypatch):
     now = SimpleNamespace(time=0.0)
-    monkeypatch.setattr(dashboard, "perf_counter", lambda: now.time)
+    monkeypatch.setattr("puffer_jax.base.profile.perf_counter", lambda: now.time)
     profile = Profile()
     assert profile.seconds() == {}
     for _ in range(3):
@@ -557,7 +557,7 @@ KILLS = """
     import os, random, shutil, signal, sys, time
     from pathlib import Path
     import numpy as np, orbax.checkpoint, torch
-    from puffer_jax import checkpoint
+    from puffer_jax.run import checkpoint
 
     def save_for_ever(run, ready):
         # The model's weights are not what is tested; building a policy would take most of the time.
