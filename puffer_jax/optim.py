@@ -1,6 +1,7 @@
 """The optimizers of PufferLib's trainer."""
 
 from puffer_jax.ppo.optimizers import OPTIMIZERS as OPTIMIZERS
+from puffer_jax.ppo.optimizers import MuonState as MuonState
 from puffer_jax.ppo.optimizers import adam as adam
 from puffer_jax.ppo.optimizers import clip_by_global_norm as clip_by_global_norm
 from puffer_jax.ppo.optimizers import cosine_schedule as cosine_schedule
