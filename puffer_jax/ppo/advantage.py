@@ -45,7 +45,7 @@ def puff_advantage(
     rho = jnp.minimum(ratio[:, :-1], vtrace_rho_clip)
     c = jnp.minimum(ratio[:, :-1], vtrace_c_clip)
     delta = rho * (rewards[:, 1:] + gamma * values[:, 1:] * alive - before)
-    decay = gamma * gae_lambda * c * alive
+    decay = jnp.asarray(gamma * gae_lambda * c * alive)
     if mask is not None:
         played = jnp.asarray(mask)[:, :-1]
         delta, decay = delta * played, decay * played
