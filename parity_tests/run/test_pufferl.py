@@ -793,7 +793,7 @@ def test_ini(tmp_path):
 
 
 def test_defaults_are_pufferlibs():
-    from trainer import CONFIG
+    from support.trainer import CONFIG
 
     sized = {"minibatch_size", "bptt_horizon", "batch_size", "total_timesteps", "optimizer", "env"}
     ours = dataclasses.asdict(PuffeRLConfig())
