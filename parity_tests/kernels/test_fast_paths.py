@@ -456,7 +456,7 @@ MEMORY = """
 import resource
 import jax, jax.numpy as jnp
 from puffer_jax import layers
-from puffer_jax.kernels.cpu import Windows
+from puffer_jax.kernels.windows import Windows
 
 
 def run(pad):  # in copies of the images with their borders, one for each thread

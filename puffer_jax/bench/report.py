@@ -178,7 +178,7 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
         ImportError: matplotlib is missing.
         ValueError: there is nothing to compare.
     """
-    require("matplotlib", "the plot")
+    require("matplotlib.figure", "the plot")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import NullFormatter, ScalarFormatter

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import tyro
@@ -22,6 +22,7 @@ from puffer_jax.run import checkpoint
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
 
+@runtime_checkable
 class Game(Protocol):
     """One environment to play; it serves as `env` of a policy.
 

@@ -178,7 +178,7 @@ class Report:
         Raises:
             ImportError: matplotlib is missing.
         """
-        require("matplotlib", "the plot")
+        require("matplotlib.figure", "the plot")
         from matplotlib.figure import Figure
 
         layers = self.of("layer")

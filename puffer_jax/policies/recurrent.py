@@ -44,11 +44,23 @@ class Recurrent(nnx.Module):
 
     Raises:
         ValueError: the core's `input_size` or `hidden_size` is not the policy's `hidden_size`.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> env = puffer_jax.environments.make("cartpole")
+        >>> policy = puffer_jax.Default(env, hidden_size=16, rngs=nnx.Rngs(0))
+        >>> core = puffer_jax.GRU(16, 16, rngs=nnx.Rngs(1))
+        >>> policy = puffer_jax.Recurrent(env, policy, core, rngs=nnx.Rngs(2))
+        >>> state = policy.initial_state(3)
+        >>> logits, values, state = policy.forward_eval(jax.numpy.ones((3, 4)), state)
+        >>> logits.shape
+        (3, 2)
     """
 
     torch_names: ClassVar = {"policy": "policy"}
 
-    def __init__(self, env: Any, policy: Policy, core: Core, *, rngs: nnx.Rngs | None):
+    def __init__(self, env: Any, policy: Any, core: Core, *, rngs: nnx.Rngs | None):
         self._check_sizes(policy, core.input_size, core.hidden_size)
         if rngs is not None:
             reset_orthogonal(policy, rngs=rngs)  # type: ignore[arg-type]
@@ -271,7 +283,7 @@ class LSTMWrapper(Recurrent):
     def __init__(
         self,
         env: Any,
-        policy: Policy,
+        policy: Any,
         input_size: int = 128,
         hidden_size: int = 128,
         *,

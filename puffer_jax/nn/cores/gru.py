@@ -22,6 +22,14 @@ class GRU(GatedCore):
 
     Reference: `torch.nn.GRU` and `torch.nn.GRUCell`, where r gates W_hh h + b_hh, not h
     itself as in the paper; Cho et al. 2014, arXiv:1406.1078.
+
+    Example:
+        >>> import jax, puffer_jax
+        >>> from flax import nnx
+        >>> gru = puffer_jax.GRU(4, 16, rngs=nnx.Rngs(0))
+        >>> outputs, state = gru.scan(jax.numpy.ones((3, 8, 4)), gru.initial_state(3))
+        >>> outputs.shape
+        (3, 8, 16)
     """
 
     name: ClassVar = "gru"

@@ -30,7 +30,7 @@ class LSTM(GatedCore):
     def initial_state(self, batch_size: int) -> State:
         """The zero state of a new episode."""
         # Two arrays: donating one buffer twice is an error.
-        return {"lstm_h": self._zeros(batch_size), "lstm_c": self._zeros(batch_size)}
+        return {"lstm_c": self._zeros(batch_size), "lstm_h": self._zeros(batch_size)}
 
     def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
         """One step: its output and the new state."""
