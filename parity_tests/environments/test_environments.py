@@ -99,8 +99,10 @@ def test_jax_native_ones():
 
 
 def test_atari_is_gymnasiums_preprocessing():
+    import ale_py
     from gymnasium.wrappers import AtariPreprocessing
 
+    gymnasium.register_envs(ale_py)
     name, sticky = "ALE/Breakout-v5", {"repeat_action_probability": 0.0}
     plain = AtariPreprocessing(gymnasium.make(name, frameskip=1, **sticky))
     env = environments.make(name, framestack=2, clip_rewards=True, **sticky)

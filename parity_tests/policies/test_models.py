@@ -1136,7 +1136,7 @@ ERRORS = [
     (lambda: in_lstm(9, 9)({"a": normal(3, 5)}), "the observation space is neither"),
     (lambda: stepped(h=(3, 8)), r"lstm_h'\] has shape \(3, 8\); expected .*\(3, 9\)"),
     (lambda: stepped(c=(1, 3, 9)), r"lstm_c'\] has shape \(1, 3, 9\); expected .*\(3, 9\)"),
-    (lambda: stepped(normal(4, 5, 3)), r"lstm_h'\] has shape \(3, 9\); expected .*\(4, 9\)"),
+    (lambda: stepped(normal(4, 5, 3)), r"lstm_[hc]'\] has shape \(3, 9\); expected .*\(4, 9\)"),
     (lambda: masked(2, 3), r"done has shape \(2, 3\); expected \(batch, time\) = \(3, 2\)"),
     (lambda: masked(3), r"done has shape \(3,\)"),
     (
