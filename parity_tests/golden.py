@@ -85,7 +85,7 @@ def reference_outputs(name: str, weights: Arrays, inputs: Arrays) -> Arrays:
     """What the reference computes in float64 with these weights; the one place that needs it."""
     import pufferlib.models
     import torch
-    from reference import run_torch
+    from support.reference import run_torch
 
     policy = build(name, pufferlib.models)
     tensors = {key: torch.from_numpy(weight) for key, weight in weights.items()}

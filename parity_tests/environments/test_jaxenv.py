@@ -623,7 +623,7 @@ def test_make():
         assert isinstance(env, AdaptedEnv) and env.observation_space.dtype == np.float32
     with pytest.raises(ValueError, match="no environment 'CartPol'; did you mean 'cartpole'"):
         environments.make("CartPol")
-    with pytest.raises(ValueError, match="'zzzz'; There are: cartpole, memory, probe_action"):
+    with pytest.raises(ValueError, match="'zzzz'; JAX-native are: cartpole, memory, probe_action"):
         environments.make("zzzz")
     with pytest.raises(TypeError, match="size"):
         environments.make("squared", size=3)

@@ -617,10 +617,11 @@ def test_float32_errors_are_judged_together():
     twice = row("gradient", torch_rms=1e-7, jax_rms=3e-7)
     four = [row("gradient", torch_rms=3e-7, jax_rms=2e-7) for _ in range(4)]
     assert Report((twice, *four), (), ()).failures == []
-    report = Report((twice, row("output")), (), ())
+    report = Report((*[twice] * 50, row("output")), (), ())
     assert report.failures == ["float32 errors of all gradients: 3.00 times torch's own > 2"]
     assert report.ratios == {"output": 1.0, "gradient": pytest.approx(3.0)}
     assert row(torch_rms=0.0, jax_rms=1e-9).ratio == 1.0
+    assert Report((*[twice] * 49, row("output")), (), ()).failures == []  # too few numbers
 
 
 def test_report_is_readable(reports):
