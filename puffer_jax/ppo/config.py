@@ -13,6 +13,9 @@ from puffer_jax.base.text import near
 
 Auto = Literal["auto"]
 
+# Lengths of segments to choose from, and the least number of epochs that must result.
+_HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
+
 # Switches of torch without a meaning here: XLA always compiles, and JAX picks the device.
 _TORCH_ONLY = frozenset(
     "device torch_deterministic cpu_offload compile compile_mode compile_fullgraph name project "
@@ -86,8 +89,9 @@ class PuffeRLConfig:
         adam_eps: Adam's epsilon.
         max_grad_norm: largest 2-norm of the gradients; larger ones are scaled down to it.
         batch_size: steps in an epoch; "auto": agents * `bptt_horizon`.
-        bptt_horizon: steps in a segment; "auto": `batch_size` / agents.
-        minibatch_size: steps in an update; "auto": the batch, at most 8192.
+        bptt_horizon: steps in a segment; "auto": `batch_size` / agents; if both are "auto", the
+            largest of 8, 16, ... 128 that divides `total_timesteps` into at least a hundred epochs.
+        minibatch_size: steps in an update; "auto": the batch, at most 8192; see `num_minibatches`.
         max_minibatch_size: most steps in a forward pass; a larger `minibatch_size` accumulates
             gradients.
         update_epochs: passes over the batch; may be a fraction.
@@ -106,6 +110,14 @@ class PuffeRLConfig:
         data_dir: folder of all runs.
         checkpoint_interval: epochs between checkpoints.
         num_envs: number of JAX-native environments; None: `batch_size` / `bptt_horizon`, or 64.
+        num_minibatches: with `minibatch_size` "auto", the number of minibatches of a pass over the
+            batch, as far as it divides; None: as `minibatch_size` says.
+        normalize_observations: whether observations are normalised by their running mean and
+            deviation, which is then folded into the first layers of the policy that acts and is
+            saved; "auto": where actions are continuous and the policy has such layers.
+        normalize_rewards: whether rewards are divided by the running deviation of the discounted
+            return, after `reward_scale` and `reward_clip`. Returns in logs are those of the
+            environment.
         reward_scale: factor of the rewards, applied before the clamp; values then stay near 1,
             which the clip of a value's change is made for.
         reward_clip: rewards are clamped to [-reward_clip, reward_clip]; None, recommended: they
@@ -175,6 +187,9 @@ class PuffeRLConfig:
     checkpoint_interval: int = option(200, positive=True)
     num_envs: int | None = option(None, positive=True)
 
+    num_minibatches: int | None = option(None, positive=True)
+    normalize_observations: bool | Auto = False
+    normalize_rewards: bool = False
     reward_scale: float = 1.0
     reward_clip: float | None = option(1.0, positive=True)
     recompute_advantage: bool = False
@@ -255,11 +270,14 @@ class PuffeRLConfig:
             ValueError: the sizes do not fit together; names the nearest that do.
         """
         batch, horizon = self.batch_size, self.bptt_horizon
-        if isinstance(batch, str) and isinstance(horizon, str):
-            raise ValueError("give batch_size or bptt_horizon; both are 'auto'")
         if agents is None:
             sized = not (isinstance(batch, str) or isinstance(horizon, str))
             agents = self.num_envs or (max(1, int(batch) // int(horizon)) if sized else 64)
+        if isinstance(batch, str) and isinstance(horizon, str):
+            horizon = _HORIZONS[0]
+            for longer in _HORIZONS[1:]:
+                if self.total_timesteps >= _EPOCHS * agents * longer:
+                    horizon = longer
         if isinstance(batch, str):
             batch = agents * int(horizon)
         if isinstance(horizon, str):
@@ -278,8 +296,11 @@ class PuffeRLConfig:
                 f"must be a multiple of {unit} and at least {agents}; nearest batch_size: "
                 + _multiples(max(batch, agents * horizon), unit * horizon)
             )
-        minibatch = min(batch, 8192) if self.minibatch_size == "auto" else self.minibatch_size
-        if self.minibatch_size == "auto":
+        minibatch = self.minibatch_size
+        if isinstance(minibatch, str):
+            minibatch = min(batch, 8192)
+            if self.num_minibatches is not None:
+                minibatch = batch // min(self.num_minibatches, segments)
             minibatch = max(horizon, minibatch // horizon * horizon)
             while batch % minibatch:
                 minibatch -= horizon

@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from puffer_jax.base.profile import Profile
 from puffer_jax.nn.params import split
 from puffer_jax.ppo.config import PuffeRLConfig
-from puffer_jax.ppo.experience import Experience, Hypers, Metrics, TrainState
+from puffer_jax.ppo.experience import Experience, Hypers, Metrics, Params, TrainState
 from puffer_jax.ppo.rollout import owned
 from puffer_jax.ppo.source import Source, Stats
 from puffer_jax.ppo.update import make_learner
@@ -20,16 +20,18 @@ from puffer_jax.ppo.update import make_learner
 def epoch(
     collect: Callable[..., tuple[PyTree, Experience, PyTree]],
     update: Callable[..., tuple[Any, ...]],
+    acting: Callable[[TrainState], Params],
     state: TrainState,
     stream: PyTree,
     keys: tuple[PRNGKeyArray, PRNGKeyArray],
     hypers: Hypers | None = None,
 ) -> tuple[TrainState, PyTree, Metrics, PyTree]:
-    """Collect a batch and learn from it; pure if `collect` and `update` are.
+    """Collect a batch and learn from it; pure if the three functions are.
 
     Args:
         collect: see `Source.collect`.
         update: see `Learner.update`.
+        acting: see `Learner.acting`.
         state: the train state before the epoch.
         stream: the source's stream before the epoch.
         keys: one for each half.
@@ -38,7 +40,7 @@ def epoch(
     Returns:
         The new state and stream, the losses, and the outcome of the batch.
     """
-    stream, experience, outcome = collect(state.params, stream, keys[0])
+    stream, experience, outcome = collect(acting(state), stream, keys[0])
     state, losses, *_ = update(state, experience, keys[1], hypers)
     return state, stream, losses, outcome
 
@@ -60,7 +62,8 @@ class Loop:
         stream: the source's stream, see `Source`.
         key: the key that is split for every batch and every update.
         names: see `Learner`.
-        programs: the compiled functions: "update"; of a pure source also "collect" and "epoch".
+        programs: the compiled functions: "update" and "acting"; of a pure source also "collect" and
+            "epoch".
     """
 
     def __init__(self, config: PuffeRLConfig, source: Source, policy: nnx.Module, profile: Profile):
@@ -72,10 +75,13 @@ class Loop:
         def update(*args: Any) -> tuple[TrainState, Metrics]:
             return learner.update(*args)[:2]
 
-        self.programs = {"update": jax.jit(update, donate_argnums=0)}
+        self.programs = {
+            "update": jax.jit(update, donate_argnums=0),
+            "acting": jax.jit(learner.acting),
+        }
         if source.pure:
             self.programs["collect"] = jax.jit(source.collect, donate_argnums=1)
-            whole = partial(epoch, source.collect, learner.update)
+            whole = partial(epoch, source.collect, learner.update, learner.acting)
             self.programs["epoch"] = jax.jit(whole, donate_argnums=(0, 1))
             self.stream = owned(jax.jit(source.init)(reset_key))
         else:
@@ -84,7 +90,7 @@ class Loop:
     def evaluate(self) -> tuple[Experience, int, Stats]:
         """Collect a batch; returns it, the agent steps that were played, and statistics."""
         self.stream, experience, outcome = self._collect(
-            self.state.params, self.stream, self._next_key()
+            self.acting(), self.stream, self._next_key()
         )
         return experience, *self.source.summary(outcome)
 
@@ -103,9 +109,16 @@ class Loop:
                 )
         else:
             self.state, self.stream, losses, outcome = epoch(
-                self._collect, self._update, self.state, self.stream, keys
+                self._collect, self._update, self.acting, self.state, self.stream, keys
             )
         return losses, *self.source.summary(outcome)
+
+    def acting(self, state: TrainState | None = None) -> Params:
+        """The parameters to act with, see `Learner.acting`; without a state, the current ones."""
+        state = self.state if state is None else state
+        if state.normalization is None:
+            return state.params
+        return self.programs["acting"](state)
 
     def saved(self) -> dict[str, PyTree]:
         """What a checkpoint holds: the stream, too, if the source is pure."""

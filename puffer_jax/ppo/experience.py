@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int, PyTree
 
+from puffer_jax.ppo.moments import Normalization
+
 # A Python number, or a traced scalar.
 Number = float | int | Array
 
@@ -77,6 +79,7 @@ class TrainState(NamedTuple):
         nonfinite: int32, optimizer steps so far in which an array of `Learner.names` was not
             finite.
         culprit: int32, index into `Learner.names` of the first such array; -1: there was none.
+        normalization: what is known about observations and rewards; None: neither is normalised.
     """
 
     params: Params
@@ -84,6 +87,7 @@ class TrainState(NamedTuple):
     epoch: Array
     nonfinite: Array
     culprit: Array
+    normalization: Normalization | None = None
 
 
 class Details(NamedTuple):

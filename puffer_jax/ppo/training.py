@@ -76,7 +76,7 @@ def make_train(
             collect_key, update_key = jax.random.split(key)
             keys = collect_key, update_key
             state, stream, losses, episodes = epoch(
-                source.collect, learner.update, *carry, keys, hypers
+                source.collect, learner.update, learner.acting, *carry, keys, hypers
             )
             metrics = losses | episodes.means()
             metrics |= {"episodes": episodes.episodes, "nonfinite": state.nonfinite}
@@ -85,6 +85,6 @@ def make_train(
         carry = (learner.init(params), source.init(reset_key))
         keys = jax.random.split(key, source.sizes.epochs)
         (state, _), metrics = jax.lax.scan(step, carry, keys)
-        return state.params, metrics
+        return learner.acting(state), metrics
 
     return train

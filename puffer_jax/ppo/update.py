@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from puffer_jax.nn import random
 from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.torch_layout import torch_layout
-from puffer_jax.ppo import optimizers
+from puffer_jax.ppo import normalization, optimizers
 from puffer_jax.ppo.advantage import advantage_of, priorities
 from puffer_jax.ppo.config import PuffeRLConfig, Sizes
 from puffer_jax.ppo.experience import (
@@ -24,6 +24,7 @@ from puffer_jax.ppo.experience import (
     Params,
     TrainState,
 )
+from puffer_jax.ppo.moments import Normalization
 from puffer_jax.ppo.objective import loss
 
 
@@ -35,6 +36,8 @@ class Learner:
         config: the options of the update.
         sizes: the sizes of the batch and its minibatches.
         graphdef: the static half of the policy.
+        normalization: what is known about observations and rewards at the start; None: neither is
+            normalised.
         to_torch: converts parameters, or their gradients, to torch's layout and names.
         from_torch: the inverse of `to_torch`.
         names: the names of the arrays that are checked to be finite; see `TrainState.culprit`.
@@ -43,6 +46,7 @@ class Learner:
     config: PuffeRLConfig
     sizes: Sizes
     graphdef: GraphDef
+    normalization: Normalization | None
     to_torch: optimizers.Conversion
     from_torch: optimizers.Conversion
     names: tuple[str, ...]
@@ -54,7 +58,12 @@ class Learner:
         optimizer = optimizers.make(
             self.config.optimizer, self.to_torch, self.from_torch, **numbers
         )
-        return TrainState(params, optimizer.init(params), zero, zero, zero - 1)
+        opt_state = optimizer.init(params)
+        return TrainState(params, opt_state, zero, zero, zero - 1, self.normalization)
+
+    def acting(self, state: TrainState) -> Params:
+        """The parameters to act with: those of the policy that takes observations as they come."""
+        return normalization.fold(self.graphdef, state.params, state.normalization)
 
     def update(
         self,
@@ -80,6 +89,8 @@ class Learner:
             raise ValueError("give either a key or the indices of the minibatches")
         count, accumulate = self.sizes.minibatches, self.sizes.accumulate
         experience = jax.tree.map(jnp.asarray, experience)
+        gamma = self.config.gamma if hypers is None else hypers.get("gamma", self.config.gamma)
+        experience, known = normalization.normalize_rewards(experience, state.normalization, gamma)
         terms = _terms(self, state, experience, hypers)
         draws = jnp.asarray(indices) if key is None else jax.random.split(key, count)
         draws = jnp.reshape(draws, (count // accumulate, accumulate, *draws.shape[1:]))
@@ -95,7 +106,9 @@ class Learner:
         details = details._replace(indices=rows.reshape(count, -1))
         losses = {name: metrics[name].sum() / count for name in metrics}
         losses["explained_variance"] = _explained_variance(details)
-        return state._replace(epoch=state.epoch + 1), losses, details
+        # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
+        known = normalization.observed(experience, known)
+        return state._replace(epoch=state.epoch + 1, normalization=known), losses, details
 
 
 def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Learner:
@@ -114,7 +127,8 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
         *("rewards", "advantages", "log-probabilities", "values", "loss"),
         *(f"gradient of {name}" for name in jax.eval_shape(to_torch, params)),
     )
-    return Learner(config, sizes, graphdef, to_torch, from_torch, names)
+    known = normalization.initial(config, policy, sizes.agents)
+    return Learner(config, sizes, graphdef, known, to_torch, from_torch, names)
 
 
 class Minibatch(NamedTuple):
@@ -194,7 +208,7 @@ def _optimizer_step(
     bad, metrics, rows = jnp.zeros(len(learner.names), bool), [], []
     for draw in draws:
         current = terms.experience._replace(values=details.values)
-        part = _minibatch(learner, terms, state.params, current, details.ratio, draw)
+        part = _minibatch(learner, terms, state, current, details.ratio, draw)
         bad = bad | _nonfinite(learner, current, part)
         details = details._replace(
             advantages=part.advantages,
@@ -214,10 +228,9 @@ def _optimizer_step(
         ratio=jnp.where(skip, before.ratio, details.ratio),
     )
     culprit = jnp.where((state.culprit < 0) & bad.any(), bad.argmax(), state.culprit)
-    state = TrainState(
+    state = state._replace(
         params=params,
         opt_state=opt_state,
-        epoch=state.epoch,
         nonfinite=state.nonfinite + bad.any(),
         culprit=culprit.astype(jnp.int32),
     )
@@ -228,7 +241,7 @@ def _optimizer_step(
 def _minibatch(
     learner: Learner,
     terms: _Terms,
-    params: Params,
+    state: TrainState,
     experience: Experience,
     ratio: Float[Array, "segments time"],
     draw: Array,
@@ -246,11 +259,11 @@ def _minibatch(
     batch = jax.tree.map(lambda x: x[rows], experience)
 
     def objective(params: Params) -> tuple[Array, Metrics]:
-        policy = merge(learner.graphdef, params)
+        policy = merge(learner.graphdef, learner.acting(state._replace(params=params)))
         recompute = learner.config.recompute_advantage
         return loss(policy, batch, advantages[rows], weights, hypers, recompute)
 
-    (total, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    (total, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     new_ratio, values = metrics.pop("ratio"), metrics.pop("values")
     return Minibatch(rows, probs, advantages, total, metrics, new_ratio, values, gradients)
 

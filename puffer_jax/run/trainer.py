@@ -156,8 +156,8 @@ class PuffeRL:
 
     @property
     def policy(self) -> Any:
-        """The policy with its current parameters."""
-        return merge(self._graphdef, jax.tree.map(jnp.copy, self.state.params))
+        """The policy with its current parameters; it takes observations as they come."""
+        return merge(self._graphdef, jax.tree.map(jnp.copy, self.loop.acting()))
 
     @property
     def uptime(self) -> float:

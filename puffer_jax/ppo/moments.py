@@ -1,0 +1,68 @@
+"""Running means and variances, updated batch by batch."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# A feature that varies less counts as constant, so that its first change does not explode.
+_LEAST_DEVIATION = 1e-3
+
+
+class Moments(NamedTuple):
+    """Mean and variance of all that has been seen, (features,) or scalars.
+
+    Attributes:
+        count: how many samples there were; a scalar.
+        mean: their mean; 0 before the first.
+        variance: their variance; 1 before the first.
+    """
+
+    count: Array
+    mean: Array
+    variance: Array
+
+    @classmethod
+    def none(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "Moments":
+        """Of no sample."""
+        return cls(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.ones(shape, dtype))
+
+    def including(
+        self, samples: Float[Array, "samples *features"], weights: Float[Array, " samples"]
+    ) -> "Moments":
+        """With more samples, where `weights` is 1 and not 0.
+
+        Reference: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm".
+        """
+        weights = weights.reshape(-1, *[1] * (samples.ndim - 1))
+        new = weights.sum()
+        mean = (samples * weights).sum(0) / jnp.maximum(new, 1)
+        variance = ((samples - mean) ** 2 * weights).sum(0) / jnp.maximum(new, 1)
+        total = jnp.maximum(self.count + new, 1)
+        share, gap = new / total, mean - self.mean
+        spread = (1 - share) * self.variance + share * variance
+        return Moments(
+            self.count + new,
+            self.mean + share * gap,
+            jnp.where(new > 0, spread + share * (1 - share) * gap**2, self.variance),
+        )
+
+    @property
+    def deviation(self) -> Array:
+        """The standard deviation."""
+        return jnp.maximum(jnp.sqrt(self.variance), _LEAST_DEVIATION)
+
+
+class Normalization(NamedTuple):
+    """What is known about observations and returns.
+
+    Attributes:
+        observations: moments of each feature; None: they are left as they are.
+        returns: moments of the running discounted return; None: rewards are left as they are.
+        discounted: the discounted return of the running episode of each agent, (agents,); None
+            like `returns`.
+    """
+
+    observations: Moments | None
+    returns: Moments | None
+    discounted: Array | None
