@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import tyro
+from flax import nnx
+from jaxtyping import PyTree
 
 from puffer_jax.cli.checkpoint import CheckpointOptions
 from puffer_jax.policies.protocol import is_recurrent
@@ -18,7 +21,8 @@ from puffer_jax.weights.state_dicts import state_dict
 class Check(CheckpointOptions):
     """Compare a checkpoint's policy in JAX with the real PufferLib policy.
 
-    Prints the report. Exit code 0 when they agree, 1 when not, 2 when they cannot be compared.
+    Prints the report. Exit code 0 when they agree, 1 when they differ, 2 when they cannot be
+    compared.
     """
 
     model: tyro.conf.Positional[Path]
@@ -49,7 +53,7 @@ class Check(CheckpointOptions):
         lead, state = (self.batch,), None
         if is_recurrent(policy):
             lead = (self.batch, self.time)
-            # Not zero, so that an exchange of its parts would be noticed.
+            # Not zero, so that a swap of its parts would be noticed.
             rng = np.random.default_rng(self.seed)
             state = {
                 name: np.tanh(rng.standard_normal(part.shape)).astype(np.float32)
@@ -68,8 +72,8 @@ class Check(CheckpointOptions):
         return 1 if report.failures else 0
 
 
-def _load_reference(reference: Any, path: Path, policy: Any) -> None:
-    """Load a `.pt` as PufferLib would, not by way of our policy."""
+def _load_reference(reference: Any, path: Path, policy: nnx.Module) -> None:
+    """Load a `.pt` as PufferLib would, not through our policy."""
     import torch
 
     if path.suffix == ".pt":
@@ -85,7 +89,7 @@ def _load_reference(reference: Any, path: Path, policy: Any) -> None:
         raise ValueError(f"PufferLib's policy does not accept {path}: {error}") from error
 
 
-def _sample(env: Any, count: int, seed: int) -> np.ndarray:
+def _sample(env: SimpleNamespace, count: int, seed: int) -> np.ndarray:
     """Observations (count, *obs) from the space, packed where the environment packs them."""
     emulated = getattr(env, "emulated", None)
     space = env.env.observation_space if emulated else env.single_observation_space
@@ -97,11 +101,11 @@ def _sample(env: Any, count: int, seed: int) -> np.ndarray:
             _pack(packed[i : i + 1], sample)
         return packed.view(emulated["observation_dtype"]).reshape(count, -1)
     observations = np.stack(samples)
-    # Bounds like 1e38, meant as none, would overflow float32 in the first matmul.
+    # Bounds like 1e38, which mean unbounded, would overflow float32 in the first matmul.
     return np.clip(observations, -1e6, 1e6) if observations.dtype.kind == "f" else observations
 
 
-def _pack(struct: np.ndarray, sample: Any) -> None:
+def _pack(struct: np.ndarray, sample: PyTree) -> None:
     if isinstance(sample, tuple):
         sample = {f"f{i}": value for i, value in enumerate(sample)}
     if isinstance(sample, Mapping):

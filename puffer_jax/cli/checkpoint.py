@@ -7,7 +7,7 @@ from typing import Any
 
 from puffer_jax import environments
 from puffer_jax.base.packages import require
-from puffer_jax.base.spaces import Box, emulated_dtypes, kind_of
+from puffer_jax.base.spaces import Box, Space, emulated_dtypes, kind_of
 from puffer_jax.cli.envs import naming_the_flag
 from puffer_jax.environments import registry
 from puffer_jax.environments.emulation.spaces import gymnasium_space
@@ -16,12 +16,12 @@ from puffer_jax.weights.files import policy_from_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What the shapes in a checkpoint cannot tell; none is needed where they can."""
+    """What the shapes in a checkpoint may not tell; needed only where they do not."""
 
     env: str | None = None
     """The environment the policy was trained on, as in `puffer-jax train`; gives both spaces."""
     nvec: tuple[int, ...] | None = None
-    """How a discrete head splits: 5 for Discrete(5), 2 3 for MultiDiscrete([2, 3])."""
+    """How the discrete head splits: 5 for Discrete(5), 2 3 for MultiDiscrete([2, 3])."""
     image_shape: tuple[int, int, int] | None = None
     """Shape of an image observation as the environment gives it, such as 4 84 84."""
     channels_last: bool = False
@@ -62,8 +62,8 @@ class CheckpointOptions:
         )
 
 
-def _spaces(name: str) -> tuple[Any, Any]:
-    """What an agent of the environment observes, before any emulation, and acts in."""
+def _spaces(name: str) -> tuple[Space, Space]:
+    """The spaces of an agent's observations, before any emulation, and of its actions."""
     family, _ = registry.find(name)
     env = environments.make(name)
     if family.in_jax:

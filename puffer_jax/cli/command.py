@@ -1,4 +1,4 @@
-"""The `puffer-jax` command: train and play policies, check and convert checkpoints, measure."""
+"""The `puffer-jax` command: train and play policies, check and convert checkpoints, benchmark."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ _integers = tyro.constructors.ConstructorRegistry()
 
 
 @_integers.primitive_rule
-def _integer(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+def _integer(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
     """Take 1e6 for a million, as people write numbers of steps."""
     if info.type is not int:
         return None
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: run the command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        # A file or a run gives defaults that the flags then win over.
+        # A file or a run gives the defaults, and flags override them.
         train = train_defaults(argv[1:]) if argv[:1] == ["train"] else Train()
         command = tyro.cli(
             _commands(train),

@@ -11,9 +11,9 @@ from puffer_jax.weights.files import save_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(CheckpointOptions):
-    """Write a checkpoint in another format; the suffixes .pt, .safetensors, .bin say which.
+    """Write a checkpoint in another format, chosen by the suffix: .pt, .safetensors or .bin.
 
-    Exit code 0, or 2 when something is wrong; then nothing is written.
+    Exit code 0, or 2 when something is wrong; nothing is written then.
     """
 
     source: tyro.conf.Positional[Path]

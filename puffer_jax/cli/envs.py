@@ -6,20 +6,26 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
+from flax import nnx
+
 from puffer_jax import environments, vector
 from puffer_jax.base.packages import PUFFERLIB, require
 from puffer_jax.cli.options import PolicyOptions, VecOptions
 from puffer_jax.environments import registry
+from puffer_jax.environments.families import Arguments
+from puffer_jax.environments.jax_native import AdaptedEnv, as_jax_env
+from puffer_jax.policies.recurrent import with_core
 from puffer_jax.vector.options import names
 
 _BACKENDS = ("Serial", "Multiprocessing")
-# Options of PufferLib's Multiprocessing. A PufferLib file may set them beside any backend.
+# Options of PufferLib's Multiprocessing. A PufferLib file may set them with any backend.
 _PUFFERLIBS = ("num_workers", "batch_size", "zero_copy")
 
 
 @contextmanager
 def naming_the_flag() -> Iterator[None]:
-    """Begin the message of an error about an environment's name or arguments with --env."""
+    """Put --env before the message of an error about an environment's name or arguments."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -28,18 +34,16 @@ def naming_the_flag() -> Iterator[None]:
         raise ImportError(f"--env {error}") from error
 
 
-def make_jax_env(name: str, arguments: dict[str, Any]) -> Any:
+def make_jax_env(name: str, arguments: Arguments) -> AdaptedEnv | None:
     """A JAX-native environment, or None if the environment `name` runs on the host."""
-    from puffer_jax.environments.jax_native import as_jax_env
-
     if not registry.find(name)[0].in_jax:
         return None
     with naming_the_flag():
         return as_jax_env(environments.make(name, **arguments))
 
 
-def make_envs(name: str, vec: VecOptions, arguments: dict[str, Any]) -> tuple[Any, Any, int | None]:
-    """What the trainer takes, what a policy takes, and the `num_envs` of a JAX-native one."""
+def make_envs(name: str, vec: VecOptions, arguments: Arguments) -> tuple[Any, Any, int | None]:
+    """What the trainer takes, what a policy takes, and `num_envs` if it is JAX-native."""
     if vec.num_envs is not None and vec.num_envs < 1:
         raise ValueError(f"--vec.num-envs is {vec.num_envs}; must be positive")
     env = make_jax_env(name, arguments)
@@ -67,13 +71,13 @@ def make_envs(name: str, vec: VecOptions, arguments: dict[str, Any]) -> tuple[An
             return envs, envs.driver_env, None
         require(family.package, name, family.install)
         form = {"auto": None, "vector": "vector_entry_point"}.get(mode, mode)
-        assert family.make_vec is not None  # or else the mode is puffer_jax
+        assert family.make_vec is not None  # otherwise the mode is puffer_jax
         envs = family.make_vec(name, known, count, form, arguments)
         return envs, envs, None
 
 
 def _check_backend(vec: VecOptions, mode: str) -> None:
-    """Refuse an option that neither the mode nor the backend knows."""
+    """Refuse an option that the mode and backend would ignore."""
     for field in dataclasses.fields(VecOptions):
         backends = [b for b in _BACKENDS if field.name in names(vector.BACKENDS[b].Options)]
         value = getattr(vec, field.name)
@@ -87,15 +91,15 @@ def _check_backend(vec: VecOptions, mode: str) -> None:
             )
 
 
-def _pufferlib_options(vec: VecOptions, count: int) -> dict[str, Any]:
-    options: dict[str, Any] = {"backend": vec.backend, "num_envs": count}
+def _pufferlib_options(vec: VecOptions, count: int) -> dict[str, object]:
+    options: dict[str, object] = {"backend": vec.backend, "num_envs": count}
     if vec.backend == "Multiprocessing":
         chosen = {name: getattr(vec, name) for name in _PUFFERLIBS}
         options |= {name: value for name, value in chosen.items() if value is not None}
     return options
 
 
-def _make_pufferlib(name: str, options: dict[str, Any], create: Callable[[], Any]) -> Any:
+def _make_pufferlib(name: str, options: dict[str, object], create: Callable[[], object]) -> Any:
     user = f"{name}: --vec.mode puffer"
     emulation = require("pufferlib.emulation", user, PUFFERLIB)
     emulated = partial(emulation.GymnasiumPufferEnv, env_creator=create)
@@ -104,7 +108,7 @@ def _make_pufferlib(name: str, options: dict[str, Any], create: Callable[[], Any
 
 def make_policy(
     env: Any, options: PolicyOptions, rnn: bool, precision: str = "float32", seed: int = 0
-) -> Any:
+) -> nnx.Module:
     """A new policy for an environment.
 
     Args:
@@ -116,13 +120,8 @@ def make_policy(
         seed: seed of the weights.
 
     Raises:
-        ValueError: an option the policy does not have, or that does not fit the environment.
+        ValueError: an option that the policy does not have or that does not fit the environment.
     """
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from puffer_jax.policies.recurrent import with_core
-
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     core = chosen.pop("core", "lstm" if rnn else None)
     dtype = jnp.bfloat16 if precision == "bfloat16" else None

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 import tyro
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.base.files import write_atomically
@@ -17,14 +21,20 @@ from puffer_jax.base.spaces import Space
 from puffer_jax.cli.envs import make_jax_env, make_policy, naming_the_flag
 from puffer_jax.cli.train import SETTINGS, Train, parse_arguments, read_settings
 from puffer_jax.environments import registry
+from puffer_jax.environments.families import Arguments
 from puffer_jax.environments.families.gymnasium import errors
+from puffer_jax.environments.jax_native import AdaptedEnv
+from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.sampling import sample_logits
+from puffer_jax.policies.protocol import is_recurrent
+from puffer_jax.ppo.experience import Params, RecurrentState
 from puffer_jax.run import checkpoint
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
 
 @runtime_checkable
 class Game(Protocol):
-    """One environment to play; it serves as `env` of a policy.
+    """One environment to play; it also serves as the `env` of a policy.
 
     Attributes:
         observation_space: space of the observations.
@@ -36,16 +46,16 @@ class Game(Protocol):
     action_space: Space
     fps: float
 
-    def reset(self) -> Any:
+    def reset(self) -> PyTree:
         """Begin an episode; returns its first observation."""
         ...
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool]:
+    def step(self, action: np.ndarray) -> tuple[PyTree, float, bool]:
         """Act; returns the observation, the reward and whether the episode is over."""
         ...
 
-    def render(self) -> Any:
-        """Draw; returns a text or an image."""
+    def render(self) -> object:
+        """Draw; returns text or an image."""
         ...
 
     def close(self) -> None:
@@ -55,14 +65,14 @@ class Game(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Play a checkpoint of PufferLib or of puffer_jax, whole episodes one after another."""
+    """Play a checkpoint of PufferLib or puffer_jax, one whole episode after another."""
 
     model: tyro.conf.Positional[Path]
-    """.pt, .safetensors or .bin; or the folder of a run, for its latest."""
+    """.pt, .safetensors or .bin; or the folder of a run, for its latest checkpoint."""
     env: str | None = None
-    """As in `puffer-jax train`; without it, that of the run."""
+    """As in `puffer-jax train`; by default, the run's."""
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE for the constructor of the environment; may be given several times."""
+    """NAME=VALUE for the environment's constructor; may be given several times."""
     episodes: int = 10
     """Number of episodes."""
     deterministic: bool = False
@@ -70,7 +80,7 @@ class Eval:
     seed: int = 0
     """Seed of the environment and of the actions."""
     render: Literal["ansi", "gif"] | None = None
-    """ansi: print all as text. gif: write the first episode."""
+    """ansi: print every episode as text. gif: write the first episode."""
     out: Path = Path("eval.gif")
     """The GIF to write."""
     fps: float | None = None
@@ -99,7 +109,7 @@ class Eval:
             def show(episode: int) -> None:
                 if image is not None and episode == 0:
                     frame = image.fromarray(np.asarray(game.render(), np.uint8))
-                    # In 256 colours a frame takes a third of the memory.
+                    # With 256 colours a frame takes a third of the memory.
                     frames.append(frame.quantize(method=image.Quantize.FASTOCTREE))
                 elif image is not None and episode == 1 and frames:
                     self._write_gif(frames, fps)
@@ -119,7 +129,7 @@ class Eval:
             print(f"{name:8}{x.mean():12.2f}{x.std():12.2f}{x.min():12.2f}{x.max():12.2f}")
         return 0
 
-    def _load(self, path: Path, game: Game, settings: Train | None) -> Any:
+    def _load(self, path: Path, game: Game, settings: Train | None) -> nnx.Module:
         if settings is None:
             options: dict[str, Any] = {"channels_last": self.channels_last}
             return policy_from_checkpoint(path, game, downsample=self.downsample, **options)
@@ -161,7 +171,7 @@ def play(
     """Play whole episodes, one after another, so that short ones count no more than long ones.
 
     Args:
-        policy: recurrent ones start each episode from the zero state.
+        policy: if recurrent, it starts each episode from the zero state.
         game: the environment.
         episodes: number of episodes.
         seed: seed of the actions.
@@ -171,17 +181,13 @@ def play(
     Returns:
         Returns and lengths, (episodes,), float64 and int64.
     """
-    import jax
-
-    from puffer_jax.nn.params import merge, split
-    from puffer_jax.nn.sampling import sample_logits
-    from puffer_jax.policies.protocol import is_recurrent
-
     graphdef, params = split(policy)
     recurrent = is_recurrent(policy)
 
     @jax.jit
-    def act(params: Any, obs: Any, state: Any, key: Any) -> tuple[Any, Any, Any]:
+    def act(
+        params: Params, obs: PyTree, state: RecurrentState | None, key: PRNGKeyArray
+    ) -> tuple[Array, RecurrentState | None, PRNGKeyArray]:
         key, sample_key = jax.random.split(key)
         outputs = merge(graphdef, params).forward_eval(obs, state)
         way: dict[str, Any] = {"deterministic": True} if deterministic else {"key": sample_key}
@@ -209,13 +215,11 @@ def play(
 
 
 class _NativeGame:
-    """A JAX-native environment that is played; it serves as `env` of a policy."""
+    """A JAX-native environment as a `Game`."""
 
     fps = 4.0
 
-    def __init__(self, name: str, env: Any, render: str | None, seed: int):
-        import jax
-
+    def __init__(self, name: str, env: AdaptedEnv, render: str | None, seed: int):
         self._draw = getattr(env.unwrapped, "render", None)
         if render == "gif" or (render and self._draw is None):
             raise ValueError(
@@ -225,26 +229,26 @@ class _NativeGame:
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self._key, self._state = jax.random.key(seed), None
 
-        def reset(key: Any) -> Any:
+        def reset(key: PRNGKeyArray) -> tuple[PyTree, ...]:
             key, reset_key = jax.random.split(key)
             return key, *env.reset(reset_key)
 
-        def step(key: Any, state: Any, action: Any) -> Any:
+        def step(key: PRNGKeyArray, state: PyTree, action: ArrayLike) -> tuple[PyTree, ...]:
             key, step_key = jax.random.split(key)
             obs, state, reward, terminated, truncated, _ = env.step(step_key, state, action)
             return key, obs, state, reward, terminated | truncated
 
         self._reset, self._step = jax.jit(reset), jax.jit(step)
 
-    def reset(self) -> Any:
+    def reset(self) -> PyTree:
         self._key, obs, self._state = self._reset(self._key)
         return obs
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool]:
+    def step(self, action: np.ndarray) -> tuple[PyTree, float, bool]:
         self._key, obs, self._state, reward, done = self._step(self._key, self._state, action)
         return obs, float(reward), bool(done)
 
-    def render(self) -> Any:
+    def render(self) -> object:
         assert self._draw is not None
         return self._draw(self._state)
 
@@ -253,9 +257,9 @@ class _NativeGame:
 
 
 class _HostGame:
-    """An environment on the host that is played, likewise."""
+    """An environment on the host as a `Game`."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], render: str | None, seed: int):
+    def __init__(self, name: str, arguments: Arguments, render: str | None, seed: int):
         self._name, self._seed = name, seed
         mode = {"gif": "rgb_array"}.get(render or "", render)
         with naming_the_flag():
@@ -270,19 +274,19 @@ class _HostGame:
         self.action_space = self._env.action_space
         self.fps = float(self._env.metadata.get("render_fps") or 30)
 
-    def reset(self) -> Any:
+    def reset(self) -> PyTree:
         with naming_the_flag(), errors(self._name):
             obs, _ = self._env.reset(seed=self._seed)
         # Only the first episode is seeded; later ones continue from there.
         self._seed = None
         return obs
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool]:
+    def step(self, action: np.ndarray) -> tuple[PyTree, float, bool]:
         play = int(action) if action.ndim == 0 else action
         obs, reward, terminated, truncated, _ = self._env.step(play)
         return obs, float(reward), bool(terminated or truncated)
 
-    def render(self) -> Any:
+    def render(self) -> object:
         with naming_the_flag(), errors(self._name):
             return self._env.render()
 
@@ -290,14 +294,14 @@ class _HostGame:
         self._env.close()
 
 
-def make_game(name: str, arguments: dict[str, Any], render: str | None, seed: int) -> Game:
+def make_game(name: str, arguments: Arguments, render: str | None, seed: int) -> Game:
     """One environment to play, by its name.
 
     Args:
-        name: of the environment.
-        arguments: of its constructor.
+        name: the environment's name.
+        arguments: the arguments of its constructor.
         render: "ansi", "gif" or None.
-        seed: of its first reset.
+        seed: the seed of its first reset.
 
     Raises:
         ValueError: it cannot be made or drawn that way, or has several agents.
@@ -306,11 +310,11 @@ def make_game(name: str, arguments: dict[str, Any], render: str | None, seed: in
     if env is not None:
         return _NativeGame(name, env, render, seed)
     if registry.find(name)[0].multi_agent:
-        raise ValueError(f"--env {name} has several agents; only games of one can be played")
+        raise ValueError(f"--env {name} has several agents; only single-agent games can be played")
     return _HostGame(name, arguments, render, seed)
 
 
-def _print_text(text: Any, fps: float) -> None:
+def _print_text(text: object, fps: float) -> None:
     if sys.stdout.isatty():
         print(f"\033[H\033[J{text}", flush=True)
         time.sleep(1 / fps)

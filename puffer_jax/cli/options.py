@@ -26,7 +26,7 @@ class TrainOptions(PuffeRLConfig):
     num_envs: _NoFlag[int | None] = None
 
     def __post_init__(self) -> None:
-        """Leave the check of the values to `PuffeRLConfig`, since tyro would wrap what it says."""
+        """Leave checking the values to `PuffeRLConfig`, since tyro would rewrap its messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +36,20 @@ class VecOptions(SerialOptions, MultiprocessingOptions):
     num_envs: int | None = None
     """Number of copies. None: 64, but 8 with the modes async, puffer_jax and puffer."""
     mode: Literal["auto", "sync", "async", "vector", "puffer_jax", "puffer"] = "auto"
-    """sync: one after another; async: a process each; vector: the environment's own vector form.
-    All of them gymnasium's. puffer_jax: `puffer_jax.vector`, puffer: PufferLib's, both with the
-    other options. auto: for ids of gymnasium, vector or else sync; for all others, puffer_jax."""
+    """gymnasium's own: sync, one after another; async, a process each; vector, the environment's
+    own vector form. puffer_jax: `puffer_jax.vector`; puffer: PufferLib's; both with the other
+    options. auto: vector, failing that sync, for gymnasium's ids; puffer_jax for all others."""
     backend: Literal["Serial", "Multiprocessing"] = "Serial"
-    """Backend of the modes puffer_jax and puffer."""
+    """Backend for the modes puffer_jax and puffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions:
-    """The policy; options left out have its own defaults, or come from the environment."""
+    """The policy; options left out have its defaults, or come from the environment."""
 
     name: Literal["auto", "Default", "Convolutional", "ProcgenResnet"] = "auto"
     """auto: Convolutional for uint8 images of 84x84 with 1 or 4 channels, ProcgenResnet for
-    those of (64, 64, 3), Default for all else."""
+    those of (64, 64, 3), Default for everything else."""
     core: str | None = None
     """Put a recurrent core between the encoder and the heads: lstm (which is --rnn) or gru."""
     hidden_size: int | None = None
@@ -63,4 +63,4 @@ class PolicyOptions:
     channels_last: bool | None = None
     """Convolutional: images are height, width, channels."""
     downsample: int | None = None
-    """Convolutional: every n-th pixel is seen."""
+    """Convolutional: sees every n-th pixel."""

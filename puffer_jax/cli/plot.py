@@ -10,11 +10,11 @@ import tyro
 class Plot:
     """Draw the learning curves of runs, against steps and against seconds.
 
-    Runs whose names differ only in _seed<k> make one line, with a band from lowest to highest.
+    Runs whose names differ only in _seed<k> share one line, with a band from lowest to highest.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Their folders."""
+    """The runs' folders."""
     out: Path
     """The picture to write (png, pdf, svg)."""
     metric: str = "environment/episode_return"

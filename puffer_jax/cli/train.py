@@ -15,31 +15,33 @@ from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
 from puffer_jax.cli.envs import make_envs, make_policy
 from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
+from puffer_jax.environments.families import Arguments
 from puffer_jax.ppo.config import PuffeRLConfig, read_ini
+from puffer_jax.run.loggers import Logger
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a policy.
 
-    Writes DATA_DIR/RUN/ with config.json, log.jsonl, model_*.pt and state_*, and goes on from
-    there with --resume. Ctrl-C and SIGTERM end it after the running epoch, with a checkpoint.
+    Writes DATA_DIR/RUN/ with config.json, log.jsonl, model_*.pt and state_*, and resumes from
+    there with --resume. Ctrl-C and SIGTERM end it after the current epoch, with a checkpoint.
     """
 
     env: str | None = None
-    """A gymnasium, ALE or minigrid id, `gymnax:ID`, `pettingzoo:FOLDER/MODULE`, or one of the
-    JAX-native ones of puffer_jax.environments (cartpole, memory, squared, ...)."""
+    """A gymnasium, ALE or minigrid id, `gymnax:ID`, `pettingzoo:FOLDER/MODULE`, or a JAX-native one
+    of puffer_jax.environments (cartpole, memory, squared, ...)."""
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE for the constructor of the environment; may be given several times."""
+    """NAME=VALUE for the environment's constructor; may be given several times."""
     config: Path | None = None
-    """A PufferLib .ini file; flags win over it."""
+    """A PufferLib .ini file; flags override it."""
     recommended: bool = False
     """Start from PuffeRLConfig.recommended(), not from PufferLib's quirks; the file and flags
-    win over it."""
+    override it."""
     resume: Path | None = None
-    """Go on with the run in this folder, with its options where flags give no others."""
+    """Resume the run in this folder, with its options unless flags override them."""
     name: str | None = None
-    """The run is called NAME_seed<seed>; without it, by the time."""
+    """The run is called NAME_seed<seed>; without NAME, after the time."""
     log: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where the logs go. `plot` needs jsonl."""
     project: str = "puffer_jax"
@@ -69,7 +71,7 @@ class Train:
                 raise ValueError(
                     f"there is a run {Path(data_dir) / run_id}; --resume it or give another --name"
                 )
-        # First of all, since the environments' processes should not be forked from a running JAX.
+        # First, since the environments' processes should not be forked from a running JAX.
         envs, single, count = make_envs(self.env, self.vec, parse_arguments(self.env_arg))
         try:
             settled = {"env": self.env, "num_envs": count, "data_dir": data_dir}
@@ -108,10 +110,10 @@ _INI_BASE = ("env_name", "package", "policy_name", "rnn_name", "max_suggestion_c
 
 
 def train_defaults(argv: Sequence[str]) -> Train:
-    """The options of `puffer-jax train` that its flags then change: those in a file or a run.
+    """The options of `puffer-jax train` before its flags: the defaults, or those of a file or run.
 
     Args:
-        argv: of the command line; only --config, --recommended and --resume are looked at.
+        argv: the command line; only --config, --recommended and --resume matter.
 
     Raises:
         ValueError: the file or the run cannot be read, or has options that do not exist.
@@ -214,9 +216,9 @@ def read_settings(folder: Path) -> Train:
     return _checked(path, values)
 
 
-def _checked(where: Any, values: Mapping[str, Any]) -> Train:
-    """`Train` of plain values, refusing what flags would not give."""
-    kinds: dict[str, Any] = {"vec": VecOptions, "policy": PolicyOptions, "train": TrainOptions}
+def _checked(where: Path, values: Mapping[str, Any]) -> Train:
+    """`Train` from plain values, refusing what flags would not allow."""
+    kinds: dict[str, type] = {"vec": VecOptions, "policy": PolicyOptions, "train": TrainOptions}
     _check_names(where, "option", values, _fields(Train))
     settled: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     for group, kind in kinds.items():
@@ -231,7 +233,7 @@ def _checked(where: Any, values: Mapping[str, Any]) -> Train:
     return Train(**settled)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: object, kind: object) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_args(kind):
@@ -239,18 +241,18 @@ def _fits(value: Any, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _fields(kind: Any) -> list[str]:
+def _fields(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _check_names(where: Any, what: str, names: Iterable[str], known: Iterable[str]) -> None:
+def _check_names(where: Path, what: str, names: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"{where}: no such {what}: {', '.join(near(unknown, known))}")
 
 
-def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_arguments(pairs: Iterable[str]) -> Arguments:
     """NAME=VALUE as keyword arguments; a value that is a Python literal is evaluated."""
     arguments = {}
     for pair in pairs:
@@ -264,11 +266,11 @@ def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
     return arguments
 
 
-def make_logger(settings: Train, folder: Path) -> Any:
+def make_logger(settings: Train, folder: Path) -> Logger:
     """The loggers that `--log` names, as one."""
     from puffer_jax.run import loggers
 
-    made: list[Any] = []
+    made: list[Logger] = []
     for kind in settings.log:
         match kind:
             case "jsonl":

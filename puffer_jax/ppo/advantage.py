@@ -30,9 +30,9 @@ def puff_advantage(
 
     Args:
         values: the values of the observations.
-        rewards: those that came with the observations.
+        rewards: the rewards that came with the observations.
         terminals: 1.0 where the episode had ended when the observation came.
-        ratio: of the current policy's probability of the action to that of the one that acted.
+        ratio: the current policy's probability of the action over the acting policy's.
         gamma: the discount.
         gae_lambda: the decay of the trace.
         vtrace_rho_clip: rho, the bound of the ratio in delta.
@@ -41,10 +41,10 @@ def puff_advantage(
     """
     values, rewards, terminals, ratio = map(jnp.asarray, (values, rewards, terminals, ratio))
     alive = 1 - terminals[:, 1:]
-    before = values[:, :-1]
+    current = values[:, :-1]
     rho = jnp.minimum(ratio[:, :-1], vtrace_rho_clip)
     c = jnp.minimum(ratio[:, :-1], vtrace_c_clip)
-    delta = rho * (rewards[:, 1:] + gamma * values[:, 1:] * alive - before)
+    delta = rho * (rewards[:, 1:] + gamma * values[:, 1:] * alive - current)
     decay = jnp.asarray(gamma * gae_lambda * c * alive)
     if mask is not None:
         played = jnp.asarray(mask)[:, :-1]
@@ -56,7 +56,7 @@ def puff_advantage(
 def priorities(
     advantages: Float[Array, "segments time"], prio_alpha: ArrayLike
 ) -> Float[Array, " segments"]:
-    """Weights of the segments to draw, (sum |A|) ** alpha, which sum to 1 up to 1e-6."""
+    """Weights for drawing segments, (sum |A|) ** alpha, scaled to sum to 1 up to 1e-6."""
     weights = jnp.abs(advantages).sum(axis=1) ** prio_alpha
     weights = jnp.where(jnp.isfinite(weights), weights, 0)
     return (weights + 1e-6) / (weights.sum() + 1e-6)

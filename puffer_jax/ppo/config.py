@@ -16,7 +16,7 @@ Auto = Literal["auto"]
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
 
-# Switches of torch without a meaning here: XLA always compiles, and JAX picks the device.
+# Switches for torch that mean nothing here: XLA always compiles, and JAX picks the device.
 _TORCH_ONLY = frozenset(
     "device torch_deterministic cpu_offload compile compile_mode compile_fullgraph name project "
     "tag neptune wandb env_batch_size".split()
@@ -30,13 +30,13 @@ def option(
     positive: bool = False,
     within: tuple[int, int] | None = None,
 ) -> Any:
-    """A field of a configuration, with the values it may have beyond what its type says.
+    """A field of a configuration, with limits on its value that its type does not express.
 
     Args:
         default: its value if none is given.
-        traced: whether it is a number of the update that may change without a new compilation.
+        traced: whether it is a number in the update that may change without recompiling.
         positive: whether it must be greater than 0.
-        within: its least and its greatest value.
+        within: its least and greatest values.
     """
     metadata = {"traced": traced, "positive": positive, "within": within}
     return dataclasses.field(default=default, metadata=metadata)
@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
         minibatch_segments: number of rows in a minibatch.
         minibatches: number of minibatches in an epoch.
         accumulate: number of minibatches whose gradients make one optimizer step.
-        epochs: number of epochs in the whole training.
+        epochs: number of epochs in the whole run.
     """
 
     agents: int
@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """Steps of one epoch."""
+        """Number of steps in an epoch."""
         return self.segments * self.horizon
 
 
@@ -84,7 +84,7 @@ class PuffeRLConfig:
         anneal_lr: whether the learning rate falls along a cosine to 0 at `total_timesteps`, epoch
             by epoch.
         optimizer: "muon" or "adam".
-        adam_beta1: decay of the momentum, of both optimizers.
+        adam_beta1: decay of the momentum, in both optimizers.
         adam_beta2: decay of Adam's second moment.
         adam_eps: Adam's epsilon.
         max_grad_norm: largest 2-norm of the gradients; larger ones are scaled down to it.
@@ -95,7 +95,7 @@ class PuffeRLConfig:
         max_minibatch_size: most steps in a forward pass; a larger `minibatch_size` accumulates
             gradients.
         update_epochs: passes over the batch; may be a fraction.
-        gamma: discount of the rewards that follow.
+        gamma: discount of future rewards.
         gae_lambda: decay of the sum of temporal differences that makes the advantage.
         vtrace_rho_clip: bound of the importance ratio in the temporal difference.
         vtrace_c_clip: bound of the importance ratio in the trace.
@@ -104,7 +104,7 @@ class PuffeRLConfig:
         vf_clip_coef: clip of the change of a value.
         ent_coef: weight of the entropy bonus.
         prio_alpha: segments are drawn in proportion to (sum of |advantage|) ** alpha.
-        prio_beta0: initial exponent of the importance weights that correct for it.
+        prio_beta0: initial exponent of the importance weights that correct for `prio_alpha`.
         precision: "float32" or "bfloat16"; must be what the policy was built for (`dtype`).
         use_rnn: whether the policy must have a recurrent state; None: it may have one.
         data_dir: folder of all runs.
@@ -118,19 +118,18 @@ class PuffeRLConfig:
         normalize_rewards: whether rewards are divided by the running deviation of the discounted
             return, after `reward_scale` and `reward_clip`. Returns in logs are those of the
             environment.
-        reward_scale: factor of the rewards, applied before the clamp; values then stay near 1,
-            which the clip of a value's change is made for.
-        reward_clip: rewards are clamped to [-reward_clip, reward_clip]; None, recommended: they
-            are left as they are. The clamp silently changes the task (field reports:
-            PufferDrive#207).
+        reward_scale: factor on the rewards, applied before the clamp; it should keep values near
+            1, which `vf_clip_coef` is made for.
+        reward_clip: rewards are clamped to [-reward_clip, reward_clip]; None (recommended) leaves
+            them as they are. The clamp silently changes the task (field reports: PufferDrive#207).
         recompute_advantage: whether the policy's advantages are scaled with the ratio of the
             current policy. The reference computes that and then overwrites it (PufferLib#306,
             #341).
         bootstrap_truncation: whether a truncated episode, which counts as ended, is credited with
-            the value of its last observation for what would have come. The reference ignores
-            truncation: value leaks in from the next episode. Environments that reset themselves
-            without handing out the last observation (PufferLib's native ones) count as terminated
-            instead.
+            the value of its last observation in place of the rewards it missed. The reference
+            ignores truncation: value leaks in from the next episode. Environments that reset
+            themselves without handing out the last observation (PufferLib's native ones) count as
+            terminated instead.
         bootstrap_last: whether the last step of each segment learns too, from the reward and value
             that follow it. In the reference its advantage is always 0 (PufferLib#363).
         reset_on_done: whether the recurrent state is zeroed where an episode starts, in the rollout
@@ -143,9 +142,10 @@ class PuffeRLConfig:
             not depend on `max_minibatch_size`. The reference sums them.
         use_mask: whether steps that a PufferLib vecenv did not play are left out of the update:
             padded agents, and the step after an episode's end, whose action an emulated
-            environment ignores. Those of gymnasium's environments always are.
-        on_nonfinite: what follows a minibatch with a NaN or infinite loss or gradient: "stop" ends
-            training with a checkpoint, "skip" goes on; neither applies it; "ignore" does.
+            environment ignores. Such steps of gymnasium's environments always are.
+        on_nonfinite: what to do about a minibatch with a NaN or infinite loss or gradient: "stop"
+            ends training with a checkpoint and "skip" goes on, both without applying it; "ignore"
+            applies it.
         checkpoint_keep: number of a run's checkpoints to keep.
 
     Example:
@@ -204,7 +204,7 @@ class PuffeRLConfig:
 
     @classmethod
     def recommended(cls, **changes: Any) -> "PuffeRLConfig":
-        """The configuration we would start from: the quirks off, the rest as the reference."""
+        """The configuration we would start from: the quirks off, the rest as in the reference."""
         better: dict[str, Any] = {
             "reward_clip": None,
             "recompute_advantage": True,
@@ -262,12 +262,12 @@ class PuffeRLConfig:
         """Settle the sizes for `agents`, checking that they divide.
 
         Args:
-            agents: number of agents over all environments; None for a JAX-native environment, of
-                which there can be any number.
+            agents: number of agents over all environments; None for a JAX-native environment,
+                which can be run in any number of copies.
             agents_per_batch: number of agents that act at once; None: all.
 
         Raises:
-            ValueError: the sizes do not fit together; names the nearest that do.
+            ValueError: the sizes do not fit together; the message names the nearest that do.
         """
         batch, horizon = self.batch_size, self.bptt_horizon
         if agents is None:
@@ -336,7 +336,7 @@ class PuffeRLConfig:
 
 
 def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """What `value` must be and is not, by the field's type and its `option`; None if it may be."""
+    """What the field's type or `option` demands and `value` is not; None if it is all of it."""
     union = get_origin(field.type) in (Union, UnionType)
     kinds = get_args(field.type) if union else (field.type,)
     named = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
@@ -356,7 +356,7 @@ def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
 
 
 def _number_like(default: Any, value: Any) -> Any:
-    """A number in the type of the default: 1e6 is what people write for numbers of steps."""
+    """A number as the default's type: people write 1e6 for a number of steps."""
     if isinstance(default, float) and _is_number(value):
         return float(value)
     if isinstance(value, float) and not isinstance(default, float) and value.is_integer():

@@ -57,10 +57,10 @@ class Loop:
         profile: counts the time of the phases "evaluate" and "train".
 
     Attributes:
-        source: see above.
+        source: where experience comes from.
         state: the train state, which updates change.
         stream: the source's stream, see `Source`.
-        key: the key that is split for every batch and every update.
+        key: split for every batch and every update.
         names: see `Learner`.
         programs: the compiled functions: "update" and "acting"; of a pure source also "collect" and
             "epoch".
@@ -121,7 +121,7 @@ class Loop:
         return self.programs["acting"](state)
 
     def saved(self) -> dict[str, PyTree]:
-        """What a checkpoint holds: the stream, too, if the source is pure."""
+        """What a checkpoint holds, including the stream if the source is pure."""
         saved = {"train": self.state, "key": self.key}
         return saved | {"stream": self.stream} if self.source.pure else saved
 

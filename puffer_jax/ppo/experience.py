@@ -10,7 +10,7 @@ from puffer_jax.ppo.moments import Normalization
 # A Python number, or a traced scalar.
 Number = float | int | Array
 
-# As `puffer_jax.split` gives them.
+# As `puffer_jax.split` returns them.
 Params = dict[str, PyTree]
 
 # `PuffeRLConfig.hypers()`.
@@ -18,7 +18,7 @@ Hypers = Mapping[str, Number]
 
 Metrics = dict[str, Array]
 
-# A recurrent policy's, arrays (agents, hidden) by name.
+# Of a recurrent policy: arrays (agents, hidden) by name.
 RecurrentState = dict[str, Array]
 
 
@@ -26,9 +26,9 @@ class Last(NamedTuple):
     """What followed the last action of each segment; arrays (segments,).
 
     Attributes:
-        rewards: for the last action.
+        rewards: the rewards for the last action.
         terminals: 1.0 where it ended the episode.
-        values: of the observation that it led to.
+        values: the values of the observations it led to.
         final_values: see `Experience`.
     """
 
@@ -48,12 +48,12 @@ class Experience(NamedTuple):
         values: the values of the observations.
         rewards: the rewards that came with the observations.
         terminals: 1.0 where the episode had ended when the observation came, else 0.0.
-        starts: whether the observation is the first of an episode; None: it resets no state.
+        starts: whether the observation is the first of an episode; None: that resets no state.
         mask: whether the step was played; None: all were.
-        final_values: the value of the last observation of an episode that was truncated when this
-            one came, else 0; None: truncation is ignored.
+        final_values: where an episode was truncated when this observation came, the value of its
+            last one, else 0; None: truncation is ignored.
         state: the recurrent state before each segment, (segments, hidden); None: zeros.
-        last: what followed; None: the last step of a segment has advantage 0.
+        last: what followed each segment; None: its last step has advantage 0.
     """
 
     observations: PyTree
@@ -73,12 +73,11 @@ class TrainState(NamedTuple):
     """What an update changes.
 
     Attributes:
-        params: the policy's parameters, as `puffer_jax.split` gives them.
+        params: the policy's parameters, as `puffer_jax.split` returns them.
         opt_state: the optimizer's state.
-        epoch: int32, updates from a whole batch so far.
-        nonfinite: int32, optimizer steps so far in which an array of `Learner.names` was not
-            finite.
-        culprit: int32, index into `Learner.names` of the first such array; -1: there was none.
+        epoch: int32, how many batches have been learned from.
+        nonfinite: int32, in how many optimizer steps an array in `Learner.names` was not finite.
+        culprit: int32, index into `Learner.names` of the first such array; -1 if there was none.
         normalization: what is known about observations and rewards; None: neither is normalised.
     """
 
@@ -91,13 +90,13 @@ class TrainState(NamedTuple):
 
 
 class Details(NamedTuple):
-    """The arrays of an update as they are after its last minibatch, to be looked at.
+    """The arrays of an update after its last minibatch, for inspection.
 
     Attributes:
-        advantages: those that the last minibatch was drawn by.
-        ratio: of the new policy to the one that acted, where a minibatch has visited; else 1.
-        values: the new ones where a minibatch has visited, else those of the rollout.
-        priorities: how likely each segment was to be drawn last.
+        advantages: the advantages that the last minibatch was drawn by.
+        ratio: the ratio of the new policy to the acting one where a minibatch has visited, else 1.
+        values: the new values where a minibatch has visited, else the rollout's.
+        priorities: how likely each segment was to be in the last minibatch.
         indices: the rows of each minibatch.
     """
 

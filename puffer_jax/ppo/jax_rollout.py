@@ -1,4 +1,4 @@
-"""Rollouts in JAX-native environments, within one program."""
+"""Rollouts in JAX-native environments, compiled into one program."""
 
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ class Stream(NamedTuple):
         env: the states of the environments, (agents, ...).
         arrival: what the environments handed out last.
         state: the policy's recurrent state.
-        returns: sums of the rewards of the running episodes.
-        lengths: steps of the running episodes.
+        returns: the returns so far of the running episodes.
+        lengths: their lengths so far.
     """
 
     env: PyTree
@@ -37,9 +37,9 @@ class Episodes(NamedTuple):
     """Sums over the episodes that ended in a rollout; all scalars.
 
     Attributes:
-        episodes: how many there were.
-        returns: of all of them together.
-        lengths: of all of them together.
+        episodes: the number of episodes.
+        returns: the sum of their returns.
+        lengths: the sum of their lengths.
     """
 
     episodes: Array
@@ -48,7 +48,7 @@ class Episodes(NamedTuple):
 
     @classmethod
     def none(cls) -> "Episodes":
-        """No episode."""
+        """The sums over no episodes."""
         zero = jnp.zeros((), jnp.float32)
         return cls(jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32))
 
@@ -62,7 +62,7 @@ class JaxSource:
     """Experience from copies of a JAX-native environment; see `Source`.
 
     Args:
-        config: says how many copies to run, and what to store.
+        config: how many copies to run, and what to store.
         env: the environment.
         policy: a policy with the structure of those that will act.
     """
@@ -115,7 +115,7 @@ class JaxSource:
         return stream, experience, episodes
 
     def summary(self, outcome: Episodes) -> tuple[int, Stats]:
-        """The steps of a batch; every episode counts alike, in whichever batch it ended."""
+        """Steps of a batch, and the mean once per episode, so that all episodes weigh the same."""
         count, returns, lengths = (float(x) for x in outcome)
         stats = {}
         if count:
@@ -129,7 +129,7 @@ class JaxSource:
     def _step(
         self, params: Params, carry: tuple[Stream, Episodes], key: PRNGKeyArray
     ) -> tuple[tuple[Stream, Episodes], dict[str, PyTree]]:
-        """One step of all agents; gives a column of the `Experience`."""
+        """One step of all agents; returns a column of the `Experience`."""
         stream, episodes = carry
         arrival = stream.arrival
         act_key, env_key = random.split(key)
@@ -162,7 +162,7 @@ class JaxSource:
     def _final_value(
         self, params: Params, out: Step, state: RecurrentState | None, like: Array
     ) -> Array:
-        """The values of the last observations of the episodes that were cut off, else 0."""
+        """The value of the last observation where an episode was cut off, else 0."""
         cut = out.truncated & ~out.terminated
         zeros = jnp.zeros_like(like)
         if not self._config.bootstrap_truncation:

@@ -28,7 +28,7 @@ def evaluate_segments(
 
 
 def _clamp(x: Array, low: ArrayLike, high: ArrayLike) -> Array:
-    # Like torch's, it passes the gradient at the bounds; jnp.clip halves it there.
+    # Like torch's, this passes the gradient at the bounds; jnp.clip halves it there.
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
@@ -57,12 +57,12 @@ def loss(
         policy: the policy to improve.
         batch: the minibatch's rows; its `values` are what the value loss is clipped around.
         advantages: the advantages of its steps.
-        weights: importance weights of its rows, which correct for drawing by priority.
+        weights: importance weights of its rows, to correct for drawing by priority.
         hypers: `PuffeRLConfig.hypers()`.
         recompute_advantage: see `PuffeRLConfig`.
 
     Returns:
-        The loss, and the metrics by the reference's names, with "ratio" and "values" (rows, time).
+        The loss, and the metrics by the reference's names, plus "ratio" and "values" (rows, time).
     """
     logits, values = evaluate_segments(policy, batch)
     _, logprobs, entropy = sample_logits(logits, action=batch.actions)

@@ -1,15 +1,15 @@
 """The optimizers of PufferLib's trainer as optax transformations.
 
 Every hyper-parameter may be a Python number or a traced scalar, so that one program can be
-`vmap`ped over learning rates. No `init` looks at them: a transformation may be rebuilt inside a
-traced function and go on from the old state. A Python `beta` is the more exact one in float32:
-1 - 0.999 is then rounded once, after the subtraction, as in torch.
+`vmap`ped over learning rates. No `init` depends on them: a transformation may be rebuilt inside a
+traced function and continue from the old state. In float32 a Python `beta` is more exact than a
+traced one: 1 - 0.999 is rounded once, after the subtraction, as in torch.
 """
 
 import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,17 +53,17 @@ def make(
     """The trainer's optimizer: clip by norm, then "adam" or "muon".
 
     Args:
-        name: "adam" or "muon". Muon has no use for `beta2` and `eps`; nor has the reference's.
+        name: "adam" or "muon". Muon ignores `beta2` and `eps`, as the reference's does.
         to_torch: with `from_torch`, what `nn.torch_layout.torch_layout(policy)` returned.
         from_torch: see `to_torch`.
-        learning_rate: this step's, after any schedule.
+        learning_rate: the learning rate of this step, after any schedule.
         max_grad_norm: see `clip_by_global_norm`.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
-        eps: Adam's.
+        eps: Adam's epsilon.
 
     Raises:
-        ValueError: `name` is neither of them.
+        ValueError: `name` is neither of the two.
     """
     if name == "adam":
         return _clipped_adam(learning_rate, max_grad_norm, beta1, beta2, eps)
@@ -88,17 +88,17 @@ def _clipped_adam(
 def make_step(
     name: str, to_torch: Conversion, from_torch: Conversion, **numbers: ArrayLike
 ) -> OptimizerStep:
-    """A step of the trainer's optimizer, as the update takes it.
+    """A step of the trainer's optimizer, as the update calls it.
 
     Args:
         name: see `make`.
         to_torch: see `make`.
         from_torch: see `make`.
-        numbers: the others of its arguments.
+        numbers: the other arguments of `make`.
 
     Returns:
-        (params, opt_state, gradients, skip) -> (params, opt_state), with opt_state as the `init` of
-        `make(...)` gives it; where `skip`, a bool, is True, they stay as they are.
+        (params, opt_state, gradients, skip) -> (params, opt_state), with opt_state as `init` of
+        `make(...)` returns it; where `skip`, a bool, is True, they stay as they are.
     """
     if name == "adam":
         return partial(_adam_step, **numbers)
@@ -106,29 +106,33 @@ def make_step(
 
 
 def _optax_step(
-    transformation: optax.GradientTransformation, params: Any, state: Any, gradients: Any, skip: Any
-) -> tuple[Any, Any]:
+    transformation: optax.GradientTransformation,
+    params: PyTree,
+    state: PyTree,
+    gradients: PyTree,
+    skip: ArrayLike,
+) -> tuple[PyTree, PyTree]:
     change, new_state = transformation.update(gradients, state, params)
     new = optax.apply_updates(params, change), new_state
     return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (params, state))
 
 
-def _adam_step_xla(*arrays: Any, **numbers: Any) -> tuple[Any, Any]:
+def _adam_step_xla(*arrays: PyTree, **numbers: ArrayLike) -> tuple[PyTree, PyTree]:
     return _optax_step(_clipped_adam(**numbers), *arrays)
 
 
 def _adam_step_cpu(
-    params: Any,
-    state: Any,
-    gradients: Any,
-    skip: Any,
+    params: PyTree,
+    state: PyTree,
+    gradients: PyTree,
+    skip: ArrayLike,
     *,
     learning_rate: ArrayLike,
     max_grad_norm: ArrayLike,
     beta1: ArrayLike,
     beta2: ArrayLike,
     eps: ArrayLike,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     scale = _clip_scale(gradients, max_grad_norm)
     empty, moments = state
     leaves, treedef = jax.tree.flatten(params)
@@ -147,7 +151,7 @@ def _adam_step_cpu(
 
 
 def _adam_step_cpu_takes(
-    params: Any, state: Any, gradients: Any, skip: Any, **numbers: Any
+    params: PyTree, state: PyTree, gradients: PyTree, skip: ArrayLike, **numbers: ArrayLike
 ) -> bool:
     return library.takes(*jax.tree.leaves((params, gradients)))
 
@@ -165,14 +169,14 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     that overflow) makes every finite gradient 0 and itself NaN.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         scale = _clip_scale(updates, max_norm)
         return jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _clip_scale(gradients: Any, max_norm: ArrayLike) -> Array:
+def _clip_scale(gradients: PyTree, max_norm: ArrayLike) -> Array:
     return jnp.minimum(1, max_norm / (optax.global_norm(gradients) + 1e-6))
 
 
@@ -185,12 +189,12 @@ def adam(
     1 - beta2^t from a rounded beta2, which with beta2 = 0.999 puts every update off by 1e-5.
     """
 
-    def init(params: Any) -> optax.ScaleByAdamState:
+    def init(params: PyTree) -> optax.ScaleByAdamState:
         # two trees: donating one buffer twice is an error
         mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: _average(m, g, beta1), state.mu, updates)
         nu = jax.tree.map(lambda v, g: _average(v, g * g, beta2), state.nu, updates)
@@ -216,7 +220,7 @@ def _adam_scalars(
 class MuonState(NamedTuple):
     """Muon's state: an exponential average of the gradients, in the layout of the parameters."""
 
-    momentum: Any
+    momentum: PyTree
 
 
 def muon(
@@ -240,20 +244,20 @@ def muon(
         learning_rate: step size.
         beta1: decay of the momentum.
         to_torch: with `from_torch`, what `nn.torch_layout.torch_layout(policy)` returned.
-        from_torch: see there.
+        from_torch: see `to_torch`.
         newton_schulz_dtype: dtype of the Newton-Schulz products; None is the momentum's.
             jnp.bfloat16 is what the reference does with `precision = bfloat16`, since its
             autocast is never left and so covers the optimizer too.
     """
 
-    def init(params: Any) -> MuonState:
+    def init(params: PyTree) -> MuonState:
         return MuonState(
             jax.tree.map(
                 lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
             )
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         momentum = jax.tree.map(lambda m, g: _average(m, g, beta1), state.momentum, updates)
         tensors = to_torch(jax.tree.map(jnp.add, updates, momentum))
         directions = {
@@ -291,11 +295,11 @@ def _orthogonalize(
 def cosine_schedule(
     learning_rate: ArrayLike, total_epochs: ArrayLike
 ) -> Callable[[ArrayLike], Array]:
-    """Learning rate by epoch: torch's `CosineAnnealingLR(T_max=total_epochs)`, stepped once each.
+    """Learning rate by epoch: torch's `CosineAnnealingLR(T_max=total_epochs)`, stepped every epoch.
 
-    It falls from `learning_rate` at epoch 0 to 0 at `total_epochs`, and as in torch rises again
-    after that, to `learning_rate` at twice as many. Where `total_epochs` is 0 (fewer time steps
-    than one batch), torch divides by zero at the first step; here the rate stays constant.
+    It falls from `learning_rate` at epoch 0 to 0 at `total_epochs` and then, as in torch, rises
+    again, to `learning_rate` at twice as many. Where `total_epochs` is 0 (fewer time steps than
+    one batch), torch divides by zero at the first step; here the rate stays constant.
 
     Returns:
         A function of the epoch (a number or a traced scalar) giving a scalar array.

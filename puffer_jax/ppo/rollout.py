@@ -1,4 +1,4 @@
-"""What every rollout does, in JAX-native environments within one program or step by step.
+"""What every rollout does, whether compiled into one program or played step by step.
 
 Both store what the reference's `PuffeRL.evaluate` stores, in its order: row `r * agents + i` is the
 r-th segment of agent i, and a step's reward is the one that came with its observation.
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from puffer_jax.base import spaces
+from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.policies.protocol import is_recurrent
@@ -22,12 +23,12 @@ from puffer_jax.ppo.experience import Experience, Last, Params, RecurrentState
 class Arrival(NamedTuple):
     """What an environment hands to the agents at one step; arrays (agents, ...).
 
-    Checkpoints have its names. Environments on the host give NumPy's arrays, and None in place of
-    what the options do not ask for.
+    Checkpoints contain its names. Environments on the host give NumPy arrays, and None for
+    whatever the options do not ask for.
 
     Attributes:
         obs: the observations, an array or a tree of them.
-        reward: float32, for the action before.
+        reward: float32, for the previous action.
         terminated: whether the episode ended.
         truncated: whether it was cut off.
         start: whether `obs` is the first of an episode.
@@ -48,12 +49,12 @@ class Player:
     """A policy that acts in environments, as pure functions of its parameters.
 
     Args:
-        config: says whether an episode's start resets the state.
+        config: whether an episode's start resets the state.
         policy: a policy with the structure of those that will act.
         action_space: the action space of the environments.
     """
 
-    def __init__(self, config: PuffeRLConfig, policy: nnx.Module, action_space: Any):
+    def __init__(self, config: PuffeRLConfig, policy: nnx.Module, action_space: Space):
         self._config, self._policy, self._space = config, policy, action_space
         self._graphdef, self._recurrent = split(policy)[0], is_recurrent(policy)
 
@@ -112,7 +113,7 @@ def check_fits(config: PuffeRLConfig, policy: nnx.Module) -> None:
     """Check that the policy is what the configuration says.
 
     Raises:
-        ValueError: it is recurrent or not, or of a precision, where the configuration says else.
+        ValueError: it is recurrent, or not, or of a precision, against the configuration.
     """
     recurrent = is_recurrent(policy)
     if config.use_rnn is not None and config.use_rnn != recurrent:
@@ -132,7 +133,7 @@ def check_fits(config: PuffeRLConfig, policy: nnx.Module) -> None:
 
 
 def stored(config: PuffeRLConfig, arrival: Arrival, masked: bool) -> dict[str, PyTree]:
-    """What of an arrival goes into the `Experience`, as the options say."""
+    """The parts of an arrival that the options put into the `Experience`."""
     bound, reward = config.reward_clip, arrival.reward * config.reward_scale
     terminal: Array = arrival.terminated
     if config.bootstrap_truncation:
@@ -166,5 +167,5 @@ def with_following(experience: Experience, after: Last, agents: int) -> Experien
 
 
 def owned(tree: PyTree) -> PyTree:
-    """A copy that may be donated: nobody else has its arrays, and each is in it only once."""
+    """A copy that may be donated: no one else holds its arrays, and none is in it twice."""
     return jax.tree.map(jnp.copy, tree)

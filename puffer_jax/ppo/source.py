@@ -7,7 +7,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from puffer_jax.ppo.config import Sizes
 from puffer_jax.ppo.experience import Experience, Params
 
-# name -> values: of the episodes that ended, and of the environments' infos.
+# name -> values, from the episodes that ended and from the environments' infos.
 Stats = dict[str, list[Any]]
 
 

@@ -22,7 +22,7 @@ class TrainFunction(Protocol):
     """What `make_train` returns."""
 
     def __call__(self, key: PRNGKeyArray, hypers: Hypers | None = None) -> tuple[Params, Metrics]:
-        """Train with a key; `hypers` replace some of those in the configuration."""
+        """Train with a key; `hypers` replaces some of `config.hypers()`."""
         ...
 
 
@@ -32,15 +32,15 @@ def make_train(
     """A whole training run as one pure function, to be jitted, and vmapped over seeds and hypers.
 
     Args:
-        config: `total_timesteps` says how many epochs.
-        env: JAX-native, see `puffer_jax.as_jax_env`.
-        policy: to start from, or a function of `nnx.Rngs` that makes one for each key.
+        config: its `total_timesteps` sets the number of epochs.
+        env: a JAX-native environment, see `puffer_jax.as_jax_env`.
+        policy: the policy to start from, or a function of `nnx.Rngs` that makes one for each key.
 
     Returns:
-        (key, hypers=None) -> (params, metrics): the trained parameters as `puffer_jax.split` gives
-        them; metrics are arrays (epochs,): the losses, "episode_return" and "episode_length" (NaN
-        where no episode ended), "episodes", and "nonfinite", see `TrainState`. `hypers` replaces
-        some of `config.hypers()`.
+        (key, hypers=None) -> (params, metrics): the trained parameters as `puffer_jax.split`
+        returns them; metrics are arrays (epochs,): the losses, "episode_return" and
+        "episode_length" (NaN where no episode ended), "episodes", and "nonfinite", see
+        `TrainState`. `hypers` replaces some of `config.hypers()`.
 
     Example:
         >>> import jax, puffer_jax

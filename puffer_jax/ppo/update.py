@@ -78,8 +78,8 @@ class Learner:
         Args:
             state: the train state so far.
             experience: the batch.
-            key: draws the rows of each minibatch, none twice in one, as `torch.multinomial` does.
-            hypers: replace some of `config.hypers()`, by numbers or tracers.
+            key: draws the rows of each minibatch, without replacement, as `torch.multinomial`.
+            hypers: numbers or tracers that replace some of `config.hypers()`.
             indices: the rows of each minibatch, in place of `key`.
 
         Raises:
@@ -115,11 +115,12 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
     """The update of `pufferlib.pufferl.PuffeRL.train` for policies like `policy`.
 
     Quirks kept by default, each with an option in `PuffeRLConfig`: the advantage of a minibatch is
-    not recomputed for the ratio at hand, and gradients of accumulated minibatches add up. Kept
-    without one: the advantages of the whole batch are computed anew for every minibatch, after the
-    values and ratios of the ones before have been written back (so a value is clipped around its
+    not recomputed for the current ratio, and gradients of accumulated minibatches add up. Kept
+    without one: the advantages of the whole batch are recomputed for every minibatch, after the
+    previous ones have written back their values and ratios (so a value is clipped around its
     latest estimate); advantages are standardised with the unbiased deviation and then weighted;
-    the importance exponent anneals to beta0 + (1 - beta0) alpha; the learning rate steps by epochs.
+    the importance exponent anneals to beta0 + (1 - beta0) alpha; the learning rate changes once an
+    epoch.
     """
     graphdef, params = split(policy)
     to_torch, from_torch = torch_layout(policy)
@@ -136,13 +137,13 @@ class Minibatch(NamedTuple):
 
     Attributes:
         rows: the segments that were drawn.
-        priorities: of all segments.
-        advantages: of the whole batch, with the values and ratios as they were.
+        priorities: the priorities of all segments.
+        advantages: the advantages of the whole batch, with the values and ratios before.
         loss: a scalar.
         metrics: scalars by the reference's names.
-        ratio: of the new policy to the one that acted, at the minibatch's steps.
-        values: the new policy's, at the same steps.
-        gradients: of the loss.
+        ratio: the ratio of the new policy to the acting one, at the minibatch's steps.
+        values: the new policy's values, at the same steps.
+        gradients: the gradients of the loss.
     """
 
     rows: Int[Array, " rows"]
@@ -159,10 +160,10 @@ class _Terms(NamedTuple):
     """What all minibatches of one update share.
 
     Attributes:
-        experience: the batch, with the values that acting gave.
-        hypers: with the replaced ones.
+        experience: the batch, with the values from the rollout.
+        hypers: the hyper-parameters, with replacements.
         beta: the importance exponent.
-        step: the optimizer's, at this epoch's learning rate.
+        step: the optimizer's step, at this epoch's learning rate.
     """
 
     experience: Experience
@@ -175,12 +176,12 @@ def _terms(
     learner: Learner, state: TrainState, experience: Experience, replaced: Hypers | None
 ) -> _Terms:
     config, epochs = learner.config, learner.sizes.epochs
-    # Traced numbers must not widen the arrays; Python's do not, and are exact.
+    # Traced numbers must not widen the arrays; Python numbers do not, and are exact.
     dtype = experience.values.dtype
     traced = {name: jnp.asarray(x, dtype) for name, x in (replaced or {}).items()}
     hypers: Hypers = config.hypers() | traced
     rate, beta0 = hypers["learning_rate"], hypers["prio_beta0"]
-    # An int32 divided is float32, even where everything else is float64.
+    # Dividing an int32 gives float32, even where everything else is float64.
     epoch = state.epoch.astype(float)
     if config.anneal_lr:
         rate = optimizers.cosine_schedule(rate, epochs)(epoch)

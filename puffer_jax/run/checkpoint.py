@@ -1,12 +1,12 @@
-"""Checkpoints of a run: the model as PufferLib reads it, and the full train state to go on from.
+"""Checkpoints of a run: the model as PufferLib reads it, and the full train state to resume from.
 
 A run's folder holds, for each of its last epochs,
 
     model_{epoch:06d}.pt    the policy's weights, `.safetensors` where torch is missing
     state_{epoch:06d}/      orbax: the train state, and a JSON dict
 
-The state is written last and appears whole, by a rename, so a process killed at any moment
-leaves complete checkpoints and hidden litter, which the next `save` removes.
+The state is written last and appears whole, by a rename, so a process killed at any moment leaves
+only complete checkpoints and hidden litter, which the next `save` removes.
 """
 
 import json
@@ -54,12 +54,12 @@ def save(
     """Write a checkpoint and delete old ones; complete on return.
 
     A checkpoint of the same epoch is replaced, by two renames: a process killed between them
-    leaves none of that epoch. Of the checkpoints up to this epoch, the last
-    `keep` stay, this one included; files of other names, and checkpoints of later epochs, are
-    left alone. Only one process at a time may write to a run's folder.
+    leaves none of that epoch. Of the checkpoints up to this epoch, the last `keep` stay, this one
+    included; files with other names, and checkpoints of later epochs, are left alone. Only one
+    process at a time may write to a run's folder.
 
     Args:
-        run: the run's folder; it is made.
+        run: the run's folder; created if missing.
         epoch: the checkpoint's epoch, at least 0.
         policy: the policy that goes into the model file.
         state: a pytree of NumPy and JAX arrays of numbers or booleans, typed PRNG keys, and
@@ -71,8 +71,8 @@ def save(
         The path of the model file.
 
     Raises:
-        ValueError: a bad argument, or a leaf of `state` that is not a number, an array or a key;
-            then nothing is written.
+        ValueError: a bad argument, or a leaf of `state` that is not a number, an array or a key.
+            Nothing is written then.
         TypeError: `metadata` is not JSON, or a layer of the policy has no torch counterpart.
         ImportError: orbax is missing.
     """
@@ -130,15 +130,15 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
         run: the run's folder.
         like: a pytree like the saved one, with the same dtypes and shapes; its values are not
             used. An array comes back as NumPy's where `like` has NumPy's, as JAX's where it has
-            JAX's or a `jax.ShapeDtypeStruct`, on the devices of that in `like` if it is committed
-            to any. JAX's weak types come back strong.
-        epoch: which checkpoint; without one, the latest.
+            JAX's or a `jax.ShapeDtypeStruct`, on the devices that the one in `like` is committed
+            to, if any. JAX's weak types come back strong.
+        epoch: which checkpoint; None: the latest.
 
     Returns:
         `(state, metadata)`.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or none that is complete.
+        FileNotFoundError: there is no such checkpoint, or no complete one.
         ValueError: the checkpoint holds other leaves, shapes or dtypes than `like` (all are
             named), or another version of puffer_jax wrote it.
         ImportError: orbax is missing.
@@ -216,7 +216,7 @@ def _delete(path: Path) -> None:
         path.unlink()
         return
     if not path.name.startswith("."):
-        # Deleting a folder takes time; half of one must not look like a checkpoint.
+        # Deleting a folder takes time; half a folder must not look like a checkpoint.
         path = path.rename(path.with_name(f".{path.name}.old"))
     shutil.rmtree(path)
 
@@ -261,7 +261,7 @@ def _empty(leaf: Any) -> np.ndarray:
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:
-    """Saved data as what `leaf` is."""
+    """Saved data as the kind of leaf that `leaf` is."""
     if isinstance(leaf, np.generic):
         return array[()]
     if isinstance(leaf, np.ndarray):

@@ -1,4 +1,4 @@
-"""A picture of the run in the terminal while it is going on."""
+"""A live picture of the run in the terminal."""
 
 import atexit
 import dataclasses
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat, TypeGuard
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -26,15 +26,15 @@ class Snapshot:
 
     Attributes:
         env: the name of the environment.
-        params: how many parameters the policy has.
+        params: number of the policy's parameters.
         steps: agent steps so far.
         total_steps: agent steps at which the run ends.
-        sps: agent steps per second of late, which give the remaining time.
+        sps: recent agent steps per second, which give the remaining time.
         epoch: updates so far.
         uptime: seconds since the start.
         phases: seconds by phase, as `Profile.seconds` gives them.
         losses: the losses, by name.
-        stats: episode statistics by name; those that are not numbers are left out.
+        stats: episode statistics by name; any that are not numbers are left out.
         message: the last thing that happened.
         utilization: percent by name, such as {"CPU": 51.0}.
     """
@@ -48,13 +48,13 @@ class Snapshot:
     uptime: float
     phases: Mapping[str, float]
     losses: Mapping[str, float]
-    stats: Mapping[str, Any]
+    stats: Mapping[str, object]
     message: str = ""
     utilization: Mapping[str, float] = field(default_factory=dict)
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """Draw a snapshot; it fits 80 columns, and long names are cut."""
+    """Draw a snapshot; it fits 80 columns, and long names are cut short."""
     top = Table.grid(expand=True, padding=(0, 2))
     for ratio in (9, 8, 9):
         top.add_column(ratio=ratio)
@@ -128,7 +128,7 @@ def _times(phases: Mapping[str, float]) -> list[tuple[str, tuple[str, ...]]]:
     return rows
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[SupportsFloat]:
     try:
         float(value)
     except (TypeError, ValueError):
@@ -136,7 +136,7 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, str)
 
 
-def _number(value: Any) -> str:
+def _number(value: SupportsFloat) -> str:
     value = float(value)
     size = abs(value)
     if value == 0 or 1e-3 <= size < 1e3:
@@ -167,7 +167,7 @@ def _duration(seconds: float) -> str:
 
 
 class Dashboard:
-    """Keeps the latest snapshot on the terminal; does nothing where standard output is not one.
+    """Keeps the latest snapshot on the terminal; does nothing if standard output is not one.
 
     `with dashboard:` restores the terminal at the end, and so do `close` and the end of the
     program.
@@ -179,7 +179,7 @@ class Dashboard:
 
     def __init__(self, console: Console | None = None, *, force: bool = False):
         console = console or Console(force_terminal=True if force else None)
-        # rich also goes by FORCE_COLOR, which says nothing about where the output goes.
+        # rich also obeys FORCE_COLOR, which says nothing about where the output goes.
         self._console = console if force or console.file.isatty() else None
         self._live: Live | None = None
 
@@ -198,7 +198,7 @@ class Dashboard:
         self._live.update(picture, refresh=True)
 
     def close(self) -> None:
-        """Leave the last picture on the terminal; `update` would begin a new one."""
+        """Leave the last picture on the terminal; a later `update` begins a new one."""
         if self._live is not None:
             self._live.stop()
             self._live = None

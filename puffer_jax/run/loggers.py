@@ -23,12 +23,12 @@ Logs = Mapping[str, Any]
 
 @runtime_checkable
 class Logger(Protocol):
-    """What the trainer needs a logger to have.
+    """What the trainer needs of a logger.
 
-    An error in `log` ends the training: numbers that are not written are noticed at once.
+    An error in `log` ends the training, so that lost numbers are noticed at once.
 
     Attributes:
-        run_id: the run's name, safe as the name of a folder.
+        run_id: the run's name, fit for a folder.
     """
 
     run_id: str
@@ -52,7 +52,7 @@ def new_run_id() -> str:
 
 
 def _folder_name(folder: Path, run_id: str | None) -> str:
-    """The name of a run whose log is in the folder of the run."""
+    """The name of a run whose log is in `folder`."""
     return run_id or folder.resolve().name or new_run_id()
 
 
@@ -81,11 +81,11 @@ class NoLogger:
 class JSONLLogger:
     """Appends one strict JSON object per line: {"step": ..., "agent_steps": ..., ...}.
 
-    Every line is handed to the operating system at once, so killing the process loses none; the
-    half line of a predecessor that was killed is removed. NaN and infinity become null.
+    Every line is handed to the operating system at once, so killing the process loses none; half a
+    line left by a killed predecessor is removed. NaN and infinity become null.
 
     Args:
-        path: the file; its folder is made. `puffer_jax.plot` reads `data_dir/run_id/log.jsonl`.
+        path: the file; its folder is created. `puffer_jax.plot` reads `data_dir/run_id/log.jsonl`.
         run_id: the run's name; by default, the name of the file's folder.
 
     Raises:
@@ -124,7 +124,7 @@ class JSONLLogger:
         self._file.close()
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: Any) -> object:
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -133,7 +133,7 @@ class TensorBoardLogger:
     """Writes scalars for TensorBoard, through tensorboardX (which needs neither torch nor TF).
 
     Args:
-        folder: where the event file goes; it is made.
+        folder: where the event file goes; created if missing.
         run_id: the run's name; by default, the name of the folder.
 
     Raises:
@@ -161,12 +161,12 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Logs to Weights & Biases; with WANDB_MODE=offline to files, to be synced later.
+    """Logs to Weights & Biases; with WANDB_MODE=offline, to files to be synced later.
 
     Args:
         project: the project's name.
         **init: further arguments of `wandb.init`, such as config, group, tags, dir. `id` is the
-            run's name; without one, a new one.
+            run's name, by default a new one.
 
     Raises:
         ImportError: wandb is missing.
@@ -225,7 +225,7 @@ class MultiLogger:
             logger.log(logs, step)
 
     def close(self, model_path: PathLike | None) -> None:
-        """Close each, whatever the others do.
+        """Close each, even if others fail.
 
         Raises:
             Exception: what one logger raised, or an ExceptionGroup of what several did.

@@ -12,7 +12,7 @@ import numpy as np
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import require
 
-# What a run's name ends with where runs differ only by their seed.
+# The end of a run's name where runs differ only in their seed.
 _SEED = re.compile(r"(_seed|-s)\d+$")
 
 _AXES = {"agent_steps": "agent steps", "uptime": "wall time (s)"}
@@ -21,9 +21,9 @@ _AXES = {"agent_steps": "agent steps", "uptime": "wall time (s)"}
 def plot_runs(runs: Sequence[Path], out: Path, metric: str = "environment/episode_return") -> Path:
     """Draw a metric of some runs against agent steps and against seconds.
 
-    Runs whose names differ only in a trailing `_seed<k>` or `-s<k>` make one line, their mean,
-    in a band from the lowest to the highest. Between its own logs a run is interpolated, and
-    beyond them it does not count.
+    Runs whose names differ only in a trailing `_seed<k>` or `-s<k>` make one line, their mean, in a
+    band from the lowest to the highest. A run is interpolated between its own logs, and does not
+    count beyond them.
 
     Args:
         runs: the runs' folders, each with a `log.jsonl` (see `puffer_jax.JSONLLogger`).
@@ -73,14 +73,14 @@ def plot_runs(runs: Sequence[Path], out: Path, metric: str = "environment/episod
 def curve(run: Path, metric: str) -> dict[str, np.ndarray]:
     """A metric of a run over time, in one piece even if it was killed and resumed.
 
-    What a killed process logged after the checkpoint that its successor resumed from is left out,
-    and the successor's seconds are added from there on.
+    What a killed process logged after the checkpoint its successor resumed from is left out, and
+    the successor's seconds are counted on from there.
 
     Returns:
         `agent_steps`, `uptime` and the metric, each an array (logs,) of float64, steps ascending.
 
     Raises:
-        ValueError: the metric is not there (those that are, are named), or the file is broken.
+        ValueError: the metric is missing (the message names those there are), or the file broken.
         FileNotFoundError: there is no log file.
     """
     path = run / "log.jsonl"
@@ -100,8 +100,8 @@ def curve(run: Path, metric: str) -> dict[str, np.ndarray]:
         rows.append((step, before + seconds, record.get(metric)))
     kept = np.array([row for row in rows if _is_number(row[2])], np.float64)
     if not kept.size:
-        there = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"{path} has no metric {metric!r}; there are: {there}")
+        metrics = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"{path} has no metric {metric!r}; there are: {metrics}")
     return {"agent_steps": kept[:, 0], "uptime": kept[:, 1], metric: kept[:, 2]}
 
 
@@ -121,13 +121,13 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _band(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """x, and the lowest, mean and highest of the curves there."""
+    """x, and the lowest, mean and highest value of the curves at each."""
     grid = np.unique(np.concatenate([x for x, _ in curves]))
-    # Every point of the grid is some curve's own, so none has only NaN.
+    # Every point of the grid belongs to some curve, so none has only NaN.
     values = [np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in curves]
     return grid, np.nanmin(values, 0), np.nanmean(values, 0), np.nanmax(values, 0)

@@ -1,4 +1,4 @@
-"""A run on disk and in the logs: its name, folder, checkpoints and loggers."""
+"""A run on disk and in the logs: its name, folder, checkpoints and logger."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from puffer_jax.run.loggers import Logger, Logs
 
 
 class Run:
-    """The name of a run, and the places where it leaves something.
+    """The name of a run, and where it writes.
 
     Args:
         data_dir: the folder of all runs.
@@ -19,7 +19,7 @@ class Run:
         keep: how many checkpoints to keep.
 
     Attributes:
-        logger: the logger; it may be replaced, and the run then has the name of the other one.
+        logger: the logger; it may be replaced, and the run then takes the name of the new one.
     """
 
     def __init__(self, data_dir: str | Path, logger: Logger, keep: int):

@@ -33,7 +33,7 @@ class StopRequest:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._handle)
-        except ValueError:  # not in the main thread: the signals are not ours
+        except ValueError:  # not in the main thread: the signals are not ours to handle
             pass
         return self
 

@@ -54,7 +54,7 @@ class PuffeRL:
     Args:
         config: a `PuffeRLConfig`, or a PufferLib `args["train"]` dict.
         vecenv: a PufferLib vecenv, a `gymnasium.vector.VectorEnv`, or a JAX-native environment
-            (see `puffer_jax.as_jax_env`), of which `config.num_envs` are run.
+            (see `puffer_jax.as_jax_env`), which is run in `config.num_envs` copies.
         policy: its parameters are copied; `trainer.policy` has the trained ones.
         logger: see `puffer_jax.loggers`; its `run_id` names the run's folder.
 
@@ -63,13 +63,13 @@ class PuffeRL:
         vecenv: the environments.
         logger: where the numbers go; it may be replaced.
         loop: does the work of an epoch, and holds the train state.
-        epoch: updates from a whole batch so far.
+        epoch: number of batches learned from so far.
         global_step: agent steps so far.
-        stats: name -> values, of the episodes since the last log.
-        losses: name -> value, of the last update that was logged.
+        stats: name -> values, for the episodes since the last log.
+        losses: name -> value, for the last update that was logged.
         experience: what `evaluate` collected last, until `train` has learned from it.
-        sizes: see `puffer_jax.config.Sizes`; three of them are also there under the reference's
-            names, total_agents, segments and total_epochs.
+        sizes: see `puffer_jax.config.Sizes`; three are also attributes under the reference's names,
+            total_agents, segments and total_epochs.
         profile: wall time by phase.
         dashboard: what `print_dashboard` draws.
         message: the last thing that happened, for the dashboard.
@@ -151,7 +151,7 @@ class PuffeRL:
 
     @property
     def epoch(self) -> int:
-        """Updates from a whole batch so far."""
+        """Number of batches learned from so far."""
         return int(self.state.epoch)
 
     @property
@@ -196,7 +196,7 @@ class PuffeRL:
             reference.
 
         Raises:
-            RuntimeError: nothing was collected.
+            RuntimeError: nothing has been collected.
             NonFiniteError: see `PuffeRLConfig.on_nonfinite`; a checkpoint has been saved.
         """
         if self.experience is None:
@@ -208,7 +208,7 @@ class PuffeRL:
         return self._after_update(losses)
 
     def run_epoch(self) -> Numbers | None:
-        """`evaluate` and `train`, with a JAX-native environment in one program."""
+        """`evaluate` and `train`; with a JAX-native environment, in one program."""
         losses, steps, stats = self.loop.advance()
         self._count(steps, stats)
         return self._after_update(losses)
@@ -312,9 +312,9 @@ class PuffeRL:
         return path
 
     def restore(self, run: str | Path | None = None, epoch: int | None = None) -> None:
-        """Go on from a checkpoint: of this run or another, the latest or that of `epoch`.
+        """Resume from a checkpoint of this run or another, the latest or that of `epoch`.
 
-        With a JAX-native environment the run goes on bit for bit as if it had not stopped. Host
+        With a JAX-native environment the run continues bit for bit as if it had not stopped. Host
         environments start new episodes.
 
         Raises:

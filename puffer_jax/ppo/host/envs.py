@@ -1,12 +1,13 @@
 """Environments on the host behind one interface: PufferLib's vecenvs and gymnasium's."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
+from puffer_jax.base.spaces import Space
 from puffer_jax.ppo.source import Stats
 from puffer_jax.vector.serial import Serial
 
@@ -24,9 +25,9 @@ class HostBatch(NamedTuple):
         truncated: bool.
         start: bool.
         mask: bool.
-        final_obs: like `obs`, with anything where no episode just ended; None: no episode did, or
-            the environment does not hand them out, or see `HostEnv.shows_final`.
-        stats: of the episodes that ended, and of the environments' infos.
+        final_obs: like `obs`, but arbitrary where no episode just ended; None if none did, if the
+            environment does not hand them out, or if `HostEnv.shows_final`.
+        stats: statistics of the episodes that ended, and from the environments' infos.
     """
 
     agent: int
@@ -47,7 +48,7 @@ class HostEnv(Protocol):
     Attributes:
         num_agents: how many agents there are, over all environments.
         agents_per_batch: how many of them act at once.
-        needs_mask: whether `HostBatch.mask` must be honoured whatever the options say.
+        needs_mask: whether `HostBatch.mask` must be honoured, whatever the options say.
         shows_final: whether the observation that comes with an episode's end is the final one of
             that episode, and not the first of the next.
         overlaps: whether `send` takes JAX's arrays, and need not wait for them to be computed.
@@ -60,8 +61,8 @@ class HostEnv(Protocol):
     needs_mask: bool
     shows_final: bool
     overlaps: bool
-    single_observation_space: Any
-    single_action_space: Any
+    single_observation_space: Space
+    single_action_space: Space
 
     def async_reset(self, seed: int) -> None:
         """Start all episodes."""
@@ -103,7 +104,7 @@ class _Agents:
 
     Attributes:
         first: number of the first agent.
-        waiting: of each agent, whether its next observation is the first of an episode.
+        waiting: for each agent, whether its next observation is the first of an episode.
     """
 
     def __init__(self, first: int, count: int):
@@ -116,8 +117,8 @@ class _Agents:
         returns += batch.reward
         lengths += 1
         if np.count_nonzero(batch.start):
-            # The reward that came with an episode's first observation is not of that episode,
-            # unless the one before it ended in the same step.
+            # The reward that came with an episode's first observation is not part of that
+            # episode, unless the previous one ended in the same step.
             fresh = batch.start & ~done
             returns[fresh] = 0
             lengths[fresh] = 0
@@ -130,11 +131,10 @@ class _Agents:
 
 
 class PufferVecEnv:
-    """A PufferLib vecenv, whose `recv` gives 7 or 8 values, of all agents or of a batch of them.
+    """A PufferLib vecenv, whose `recv` gives 7 or 8 values, for all agents or a batch of them.
 
-    Its emulated environments reset themselves in the step after an episode's end, and say of that
-    step that it was played; its native ones in the same step, and do not hand out the final
-    observation.
+    Emulated environments reset themselves in the step after an episode's end, and report that step
+    as played; native ones reset in the same step, and do not hand out the final observation.
     """
 
     needs_mask = False
@@ -211,8 +211,8 @@ class GymnasiumVecEnv:
     """A `gymnasium.vector.VectorEnv` (1.x) in any `autoreset_mode`.
 
     NEXT_STEP: the observation that comes with an episode's end is its final one, and the action on
-    it is ignored: it is masked. SAME_STEP and DISABLED: it is the first of the next episode (with
-    DISABLED, we reset), and the final one is handed out beside it.
+    it is ignored, so it is masked. SAME_STEP and DISABLED: it is the first of the next episode
+    (with DISABLED, we reset), and the final one is handed out alongside.
     """
 
     needs_mask = True
@@ -296,7 +296,7 @@ def _copy(obs: PyTree) -> PyTree:
 
 
 def _fill(obs: PyTree, final: PyTree, done: np.ndarray) -> PyTree:
-    """`obs` with the rows of `done` taken from gymnasium's `final_obs`, in whichever form."""
+    """`obs` with the rows in `done` taken from gymnasium's `final_obs`, in either of its forms."""
     if isinstance(obs, Mapping):
         if isinstance(final, Mapping):
             return {name: _fill(obs[name], final[name], done) for name in obs}
@@ -313,8 +313,8 @@ def _fill(obs: PyTree, final: PyTree, done: np.ndarray) -> PyTree:
     return filled
 
 
-def _collect(infos: Any) -> Stats:
-    """The numbers in a list of nested infos, by path, as the reference's `evaluate` keeps them."""
+def _collect(infos: Iterable[Mapping[str, Any]]) -> Stats:
+    """The values in a list of nested infos, by path, as the reference's `evaluate` keeps them."""
     stats: Stats = {}
     for info in infos:
         for name, value in _leaves(info):

@@ -22,8 +22,8 @@ class Outputs(NamedTuple):
     """What a policy's step leaves for the experience.
 
     Attributes:
-        action: (agents, ...), as `sample_logits` gives them.
-        scores: (agents, 2), log-probability and value; of a whole rollout (segments, time, 2).
+        action: (agents, ...), as `sample_logits` returns it.
+        scores: (agents, 2), log-probability and value; (segments, time, 2) for a whole rollout.
     """
 
     action: PyTree
@@ -43,15 +43,15 @@ class HostStream(NamedTuple):
 
 
 class HostStep:
-    """The one dispatch of an environment step; what happened is kept on the host.
+    """The only dispatch of an environment step; what happened is kept on the host.
 
-    On CPUs XLA runs a program of at most eight operations in the calling thread, and hands those
-    of longer ones from thread to thread, which takes 0.2 ms: hence so few here and in the kernels.
+    On CPUs XLA runs a program of at most eight operations in the calling thread, and passes a
+    longer one from thread to thread, which takes 0.2 ms: hence so few here and in the kernels.
     """
 
     def __init__(self, player: Player):
         self._player = player
-        # That of the trainer's keys, which are made where this is; the default may change.
+        # As for the trainer's keys, which are made at the same time; the default may change.
         self._impl = jax.random.key_impl(jax.random.key(0))
 
     def __call__(
@@ -69,11 +69,11 @@ class HostStep:
             state: the state before the step.
             obs: the observations of a batch of agents.
             start: whether they are the first of an episode.
-            key: as `jax.random.key_data`, since typed ones cost 20 us a dispatch.
+            key: as `jax.random.key_data`, since typed keys cost 20 us a dispatch.
 
         Returns:
-            The state after the step, the outputs, and the action to send; None: the one that was
-            sampled (in a Box it may have been out of bounds).
+            The state after the step, the outputs, and the action to send, None if it is the sampled
+            one (which in a Box may be out of bounds).
         """
         act_key = jax.random.wrap_key_data(key, impl=self._impl)
         action, logprob, values, state = self._player.act(params, obs, state, start, act_key)
@@ -105,7 +105,7 @@ class Rows:
             buffer[row : row + len(leaf), time] = leaf
 
     def tree(self) -> PyTree:
-        """The arrays themselves, in the form that was written."""
+        """The arrays themselves, in a tree like those that were written."""
         return jax.tree.unflatten(self._treedef, self._leaves)
 
 
@@ -134,11 +134,11 @@ class Recording:
 
     @property
     def full(self) -> bool:
-        """Whether every step of every segment is there."""
+        """Whether every step of every segment has been played."""
         return self._full >= self._sizes.segments
 
     def begin(self, batch: HostBatch, state: RecurrentState | None) -> None:
-        """Find room for a step of a batch, before which its state is `state`.
+        """Find room for a step of a batch; `state` is the one before it.
 
         Raises:
             RuntimeError: there is no room left.
@@ -179,7 +179,7 @@ class Recording:
         return rows.tree()
 
     def first_states(self) -> list[RecurrentState | None]:
-        """The states before the segments, in the order of rows."""
+        """The states before the segments, in row order."""
         return [self._first_states[row] for row in sorted(self._first_states)]
 
 
@@ -187,8 +187,8 @@ class HostSource:
     """Experience from environments on the host; see `Source`.
 
     Args:
-        config: says what to store, and the seed.
-        env: the environments, as `as_host_env` gives them.
+        config: what to store, and the seed.
+        env: the environments, as `as_host_env` returns them.
         policy: a policy with the structure of those that will act.
         profile: counts the time of the phases "env", "forward" and "copy".
 
@@ -264,7 +264,7 @@ class HostSource:
         experience = self._finish(
             params, arrivals._replace(obs=None), outputs, first_states, state, after
         )
-        # Nobody writes to them any more, so that a CPU need not copy them.
+        # Nothing writes to them any more, so on CPUs they need not be copied.
         experience = experience._replace(observations=jax.device_put(arrivals.obs))
         lap("copy")
         return HostStream(states, pending), experience, (recording.steps, recording.stats)
@@ -278,7 +278,7 @@ class HostSource:
         self._env.close()
 
     def _arrival(self, params: Params, state: RecurrentState | None, batch: HostBatch) -> Arrival:
-        """What of a batch the options ask for; `state` is the one before it."""
+        """The parts of a batch that the options ask for; `state` is the one before it."""
         config, final_value = self._config, None
         if config.bootstrap_truncation and not self._env.shows_final:
             cut = batch.truncated & ~batch.terminated
@@ -316,15 +316,15 @@ class HostSource:
         state: RecurrentState | None,
         after: Arrival | None,
     ) -> Experience:
-        """The experience of a rollout, but for its observations.
+        """The experience of a rollout, except its observations.
 
         Args:
             params: the policy's parameters.
             arrivals: (segments, time, ...), without observations.
             outputs: (segments, time, ...).
-            first_states: those before the segments, in the order of rows.
+            first_states: the states before the segments, in row order.
             state: the state after the last actions; None without `bootstrap_last`.
-            after: the arrival after the last actions; the same.
+            after: the arrival after the last actions; None without `bootstrap_last`.
         """
         config, player = self._config, self._player
         action, scores = map(jnp.asarray, outputs)
