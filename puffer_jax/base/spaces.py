@@ -14,6 +14,9 @@ import numpy as np
 Space = Any
 """A space of gymnasium, gymnax, PufferLib or this module, recognised by its attributes."""
 
+Env = Any
+"""An environment, also recognised by its attributes: `env_spec` says which."""
+
 Kind = Literal["dict", "tuple", "multidiscrete", "multibinary", "discrete", "box"]
 
 
@@ -172,7 +175,7 @@ def leaf_shapes(structured: np.dtype) -> list[tuple[int, ...]]:
     return [shape for name in structured.names for shape in leaf_shapes(structured[name])]
 
 
-def env_spec(env: Any) -> EnvSpec:
+def env_spec(env: Env) -> EnvSpec:
     """Read what a policy needs from `env`.
 
     Args:
@@ -190,7 +193,7 @@ def env_spec(env: Any) -> EnvSpec:
     return EnvSpec(_observation(env), _action(_space(env, "action_space")))
 
 
-def _space(env: Any, name: str) -> Space:
+def _space(env: Env, name: str) -> Space:
     for attribute in (f"single_{name}", name):
         space = getattr(env, attribute, None)
         if space is not None:
@@ -204,7 +207,7 @@ def _space(env: Any, name: str) -> Space:
     raise AttributeError(f"{type(env).__name__} has neither `single_{name}` nor `{name}`")
 
 
-def _observation(env: Any) -> Observation:
+def _observation(env: Env) -> Observation:
     space = _space(env, "observation_space")
     if isinstance(space, Observation):
         return space

@@ -1,4 +1,4 @@
-"""One operation a file, and who computes it: a kernel of the platform, or XLA."""
+"""One operation per file, and who computes it: a kernel for the platform, or XLA."""
 
 from puffer_jax.kernels.choice import OPERATIONS as OPERATIONS
 from puffer_jax.kernels.choice import Kernel as Kernel

@@ -1,24 +1,25 @@
-"""Who computes an operation: XLA, or a kernel of the platform that the program is compiled for.
+"""Who computes an operation: XLA, or a kernel for the platform that the program is compiled for.
 
 An operation is declared once, with all its implementations:
 
     _pool = Operation("max_pool", xla=_pool_xla, cpu=Kernel(_pool_cpu, takes=library.takes))
     y = _pool(x)
 
-What calls it knows of no device. `use` and `replace` are for tests and measurements.
+Callers know nothing of devices. `use` and `replace` are for tests and measurements.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
-Function = Callable[..., Any]
+Function = Callable[..., PyTree]
 """(*arrays, **options) -> arrays; an array may also be a pytree of arrays."""
 
-# By XLA's names. Triton compiles for other GPUs, too, but nothing here was ever run on one.
+# To XLA's names. Triton compiles for other GPUs, too, but nothing here was ever run on one.
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 IMPLEMENTATIONS = ("xla", *_PLATFORMS)
@@ -29,8 +30,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         function: with the arguments, results and first derivatives of the operation's `xla`.
-        takes: of the same arguments, arrays or tracers: whether `function` can compute with them.
-            It may look at shapes, dtypes and options, and is asked once a trace.
+        takes: says of the same arguments, arrays or tracers, whether `function` can compute with
+            them. It may look at shapes, dtypes and options, and is asked once per trace.
     """
 
     function: Function
@@ -42,8 +43,8 @@ class _Choice(NamedTuple):
     replaced: tuple[tuple[str, str, Function], ...] = ()
 
 
-# Part of the key of every cache of JAX, so that what `jax.jit` has traced with another choice is
-# not taken; and each thread has its own.
+# Part of the key of all of JAX's caches, so that nothing that `jax.jit` traced under another choice
+# is reused; each thread has its own.
 _choice = jax.make_user_context(_Choice())
 
 OPERATIONS: dict[str, "Operation"] = {}
@@ -53,13 +54,13 @@ OPERATIONS: dict[str, "Operation"] = {}
 class Operation:
     """A function of arrays with an implementation by XLA and perhaps kernels for some platforms.
 
-    Called, it is the kernel of the platform that the program is compiled for, where there is one
-    that takes these arguments; otherwise it is `xla`. In a traced function that is decided when
-    the program is lowered (`jax.lax.platform_dependent`), so one program may serve several.
+    A call runs the kernel for the platform that the program is compiled for, if there is one that
+    takes these arguments; otherwise it runs `xla`. In a traced function that is decided when the
+    program is lowered (`jax.lax.platform_dependent`), so one program may serve several platforms.
 
     Args:
         name: unique.
-        xla: the function by JAX's own operations; it takes everything.
+        xla: the function in JAX's own operations; it takes everything.
         cpu: a kernel for CPUs.
         gpu: a kernel for NVIDIA's GPUs.
         tpu: a kernel for TPUs.
@@ -69,7 +70,7 @@ class Operation:
         implementations: name -> function, "xla" first.
 
     Raises:
-        ValueError: there is an operation of this name.
+        ValueError: there already is an operation of this name.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class Operation:
         self.implementations: dict[str, Function] = {"xla": xla, **functions}
         OPERATIONS[name] = self
 
-    def __call__(self, *arrays: Any, **options: Any) -> Any:
-        """The operation.
+    def __call__(self, *arrays: PyTree, **options: object) -> PyTree:
+        """Compute the operation.
 
         Args:
             arrays: pytrees of arrays.
-            options: handed to the implementation as they are.
+            options: passed to the implementation as they are.
         """
         xla = self._function("xla", options)
         kernels = {
@@ -106,8 +107,8 @@ class Operation:
             return xla(*arrays)
         return jax.lax.platform_dependent(*arrays, default=xla, **kernels)
 
-    def kernels(self, *arrays: Any, **options: Any) -> tuple[str, ...]:
-        """The platforms that have a kernel for these arguments, "cpu", "gpu" or "tpu"."""
+    def kernels(self, *arrays: PyTree, **options: object) -> tuple[str, ...]:
+        """The platforms that have a kernel for these arguments: "cpu", "gpu", "tpu"."""
         allowed = _choice.value.allowed
         return tuple(
             where
@@ -115,7 +116,7 @@ class Operation:
             if where in allowed and kernel.takes(*arrays, **options)
         )
 
-    def _function(self, implementation: str, options: dict[str, Any]) -> Function:
+    def _function(self, implementation: str, options: dict[str, object]) -> Function:
         function = self.implementations[implementation]
         for name, where, other in _choice.value.replaced:
             if (name, where) == (self.name, implementation):
@@ -125,19 +126,19 @@ class Operation:
 
 @contextmanager
 def use(*implementations: str) -> Iterator[None]:
-    """Compute with these implementations only, and with XLA's where they do not serve.
+    """Compute with these implementations only, and with XLA's where none of them applies.
 
         with puffer_jax.kernels.use("xla"):
             ...  # as on a machine without any kernels
 
-    It holds for what this thread traces or runs eagerly meanwhile. Jitted functions are traced
-    anew: what they were compiled to outside is kept, but not run here.
+    It holds for what this thread traces or runs eagerly inside. Jitted functions are traced anew:
+    what was compiled outside is kept, but not run here.
 
     Args:
-        implementations: of "xla", "cpu", "gpu", "tpu".
+        implementations: any of "xla", "cpu", "gpu", "tpu".
 
     Raises:
-        ValueError: a name is none of these.
+        ValueError: a name is not one of these.
     """
     unknown = set(implementations) - set(IMPLEMENTATIONS)
     if unknown:
@@ -149,9 +150,9 @@ def use(*implementations: str) -> Iterator[None]:
 
 @contextmanager
 def replace(operation: str, implementation: str, function: Function) -> Iterator[None]:
-    """Put another function in the place of an implementation, say a wrong one to see it found.
+    """Replace an implementation by another function, say by a wrong one that tests must find.
 
-    It holds as long as `use` does, and for the same thread.
+    It holds where `use` would.
 
     Args:
         operation: a key of `OPERATIONS`.

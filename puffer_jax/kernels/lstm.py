@@ -1,12 +1,11 @@
 """The LSTM over one step and over time."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
@@ -56,7 +55,7 @@ def lstm_step(
     c: Float[Array, "batch hidden"],
     dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "batch hidden"], Float[Array, "batch hidden"]]:
-    """`lstm_cell` with the weights apart: the new h and c."""
+    """`lstm_cell` with weights and biases apart: the new h and c."""
     return _step(weight_ih, weight_hh, bias_ih, bias_hh, x, h, c, dtype=dtype)
 
 
@@ -89,7 +88,7 @@ def _step_cpu_takes(*arrays: Array, dtype: DTypeLike | None) -> bool:
 
 
 def _kernels_compute_in(dtype: DTypeLike | None, x: Array, *others: Array) -> bool:
-    # `x` may be of any dtype: it is cast to that of the others.
+    # `x` may have any dtype: it is cast to that of the others.
     return dtype in (None, others[0].dtype) and x.size > 0 and library.takes(*others)
 
 
@@ -119,30 +118,30 @@ def lstm_scan(
     The state is zeroed before steps where `done` is set.
 
     Its gradient is written out (`jax.custom_vjp`): the gates are kept, the backward loop does one
-    matmul a step, and those for weights and inputs follow it; autodiff keeps twice as much. The
+    matmul per step, and those for weights and inputs follow it; autodiff keeps twice as much. The
     price: no forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
     return _scan(weight_ih, weight_hh, bias, x, h, c, done, dtype=dtype)
 
 
 def _scan_xla(
-    weight_ih: Array, weight_hh: Array, *others: Any, dtype: DTypeLike | None
+    weight_ih: Array, weight_hh: Array, *others: PyTree, dtype: DTypeLike | None
 ) -> tuple[Array, Array, Array]:
     return _lstm_scan(dtype, jnp.concatenate([weight_ih, weight_hh], axis=1), *others)
 
 
-def _scan_cpu(*arrays: Any, dtype: DTypeLike | None) -> tuple[Array, Array, Array]:
+def _scan_cpu(*arrays: PyTree, dtype: DTypeLike | None) -> tuple[Array, Array, Array]:
     *weights, x, h, c, done = arrays
     done = jnp.zeros(x.shape[:2], bool) if done is None else done
     return _scan_kernel(*weights, x.astype(h.dtype), h, c, done)
 
 
-def _scan_cpu_takes(*arrays: Any, dtype: DTypeLike | None) -> bool:
+def _scan_cpu_takes(*arrays: PyTree, dtype: DTypeLike | None) -> bool:
     *weights, x, h, c, _ = arrays
     return _kernels_compute_in(dtype, x, *weights, h, c)
 
 
-def _at(t: Array, sequences: Any) -> Any:
+def _at(t: Array, sequences: PyTree) -> PyTree:
     # Reading and writing rows of (batch, time, ...) saves two transposed copies of the sequence.
     pick = partial(jax.lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
     return jax.tree.map(pick, sequences)
@@ -194,14 +193,14 @@ def _lstm_scan_forward(
     h: Array,
     c: Array,
     done: Array | None,
-) -> tuple[Any, Any]:
+) -> tuple[tuple[Array, Array, Array], PyTree]:
     def step(carry: tuple[Array, ...], t: Array):
         *state, outputs = carry
         x_t, done_t = _at(t, (x, done))
         h, c = _keep(tuple(state), done_t)
         i, f, g, o = _gates(weight, bias, _join(x_t, h), dtype)
         c = f * c + i * g
-        # XLA:CPU runs what it fuses into a write to a buffer of the loop on one core.
+        # XLA:CPU uses only one core for what it fuses into a write to one of the loop's buffers.
         h, *kept = jax.lax.optimization_barrier((o * jnp.tanh(c), c, i, f, g, o))
         return (h, kept[0], _put(outputs, t, h)), kept
 
@@ -212,14 +211,14 @@ def _lstm_scan_forward(
 
 
 def _lstm_scan_backward(
-    dtype: DTypeLike | None, residuals: Any, cotangents: Any
-) -> tuple[Any, ...]:
+    dtype: DTypeLike | None, residuals: PyTree, cotangents: tuple[Array, Array, Array]
+) -> tuple[Array | None, ...]:
     weight, x, h, c, done, outputs, (cs, *gates) = residuals
     d_outputs, dh_last, dc_last = cotangents
     inputs, dtype = x.shape[2], weight.dtype if dtype is None else dtype
     of_x, of_h = jnp.split(weight.astype(dtype), (inputs,), axis=1)
 
-    def step(carry: tuple[Array, ...], row: Any):
+    def step(carry: tuple[Array, ...], row: PyTree):
         dh, dc, c_t, d_gates = carry
         t, (i, f, g, o) = row
         d_h, done_t = _at(t, (d_outputs, done))

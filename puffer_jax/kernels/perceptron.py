@@ -1,4 +1,4 @@
-"""Linear layers of the same vectors, alone or behind a linear layer and GELU."""
+"""Linear layers that read the same vectors, alone or after a linear layer and GELU."""
 
 import math
 
@@ -43,8 +43,8 @@ def perceptron(
 ) -> tuple[Float[Array, "batch _"], ...]:
     """`gelu(x @ w1 + b1) @ w + b` for each w (hidden, outputs), b (outputs,) of `layers`.
 
-    Without any it is the hidden vectors, `(gelu(x @ w1 + b1),)`. All arrays are of one dtype. No
-    forward-mode derivatives (`jax.jvp`) on CPUs.
+    Without `layers` it is the hidden vectors, `(gelu(x @ w1 + b1),)`. All arrays are of one dtype.
+    No forward-mode derivatives (`jax.jvp`) on CPUs.
     """
     return _perceptron(x, w1, b1, *layers)
 

@@ -16,7 +16,7 @@ _COUNTERS = 2**32  # JAX's have 64 bits, the kernels' 32
 
 
 def is_typed(key: Array) -> bool:
-    """Whether a key is of `jax.random.key`, not the words of `jax.random.PRNGKey`."""
+    """Whether a key comes from `jax.random.key`, and is not the words of `jax.random.PRNGKey`."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
@@ -26,7 +26,7 @@ def words_of(key: Array) -> Array:
 
 
 def is_threefry(key: Array) -> bool:
-    """Whether a key is of threefry with the counters that the kernels have."""
+    """Whether a key is one of threefry, with the counters that the kernels use."""
     typed = key if is_typed(key) else jax.random.wrap_key_data(key)
     partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
     return jax.random.key_impl(typed) == THREEFRY and partitionable
@@ -38,7 +38,7 @@ def threefry(words: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array,
 
 
 def has_threefry_kernel(words: UInt32[Array, "2"]) -> bool:
-    """Whether `threefry` is more than `jax.random.split` for small shapes."""
+    """Whether `threefry` has a kernel for small shapes, and is not `jax.random.split`."""
     return bool(_threefry.kernels(words, shape=()))
 
 
@@ -47,13 +47,13 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> Int32[Arr
 
     Args:
         key: typed or not, of any generator.
-        logits: of each row.
+        logits: those of each row.
     """
     return _categorical(key, logits)
 
 
 def can_draw(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> bool:
-    """Whether the CPU kernels draw with this key from these logits."""
+    """Whether the CPU kernels can draw with this key from these logits."""
     return is_threefry(key) and library.takes(logits) and 2 * logits.size < _COUNTERS
 
 

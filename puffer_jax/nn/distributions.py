@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 
 from puffer_jax.nn import random
 
@@ -28,7 +28,7 @@ _WEIGHTS = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
 
 
 def at_least_float32(x: ArrayLike) -> Array:
-    """An array of its own dtype, or of float32 where that is narrower."""
+    """`x` as an array of its own dtype, or of float32 if its own is narrower."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
@@ -45,7 +45,7 @@ def _pytree(cls: type[_Class]) -> type[_Class]:
     names = ["loc", "scale"]
     keys = [jax.tree_util.GetAttrKey(name) for name in names]
 
-    def flatten(x: Any) -> tuple[list[Any], None]:
+    def flatten(x: object) -> tuple[list[PyTree], None]:
         return [getattr(x, name) for name in names], None
 
     jax.tree_util.register_pytree_with_keys(
@@ -76,14 +76,14 @@ class Normal:
         ((8, 2), (8,))
     """
 
-    loc: Any  # an array; Any, because pytree transformations put other things in the fields
-    scale: Any
+    loc: PyTree  # an array, but pytree transformations put other things in the fields
+    scale: PyTree
 
     def parameters(self) -> tuple[Array, Array]:
         """`loc` and `scale`, broadcast, in one dtype, at least float32."""
         dtype = jnp.result_type(self.loc, self.scale, jnp.float32)
         loc, scale = jnp.asarray(self.loc, dtype), jnp.asarray(self.scale, dtype)
-        loc, scale = jnp.broadcast_arrays(loc, scale)  # a tuple since JAX 0.12, before it a list
+        loc, scale = jnp.broadcast_arrays(loc, scale)  # before JAX 0.12, a list
         return loc, scale
 
     def narrow(self, value: Array) -> Array:
@@ -116,7 +116,7 @@ class Normal:
 class TanhNormal(Normal):
     """The law of tanh(u), u ~ N(loc, scale): actions inside (-1, 1), element by element.
 
-    Squashing a draw of a Normal with tanh while keeping the Normal's log-probability, as
+    Squashing a draw from a Normal with tanh while keeping the Normal's log-probability, as
     PufferLib's guide suggests, is wrong: the density also changes by the Jacobian, so that
     log p(tanh(u)) = log N(u) - log(1 - tanh(u)^2) (Haarnoja et al. 2018, appendix C). The last
     term is computed as 2 (log 2 - u - softplus(-2u)), which never overflows.
@@ -207,7 +207,7 @@ def log_prob(
         negative ones included, gives NaN under `jit`, `grad` or `vmap`.
 
     Raises:
-        ValueError: outside of those, for an index outside 0..n-1.
+        ValueError: otherwise, for an index outside 0..n-1.
 
     Example:
         >>> import jax, puffer_jax
@@ -221,8 +221,8 @@ def log_prob(
 def entropy(logits: Float[ArrayLike, "*batch n"]) -> Float[Array, "*batch"]:
     """Entropy of normalised logits, (..., n) -> (...) (reference: `pufferlib.pytorch.entropy`).
 
-    As in the reference, logits are clamped to the smallest finite number, so that -inf counts 0.
-    Unlike there, the gradient at -inf is 0 for any upstream gradient, never NaN.
+    As in the reference, logits are clamped to the smallest finite number, so that -inf counts as
+    0. Unlike in the reference, the gradient at -inf is 0 for any upstream gradient, never NaN.
 
     Example:
         >>> import jax, puffer_jax
@@ -263,7 +263,7 @@ def mask_logits(
 
     Args:
         logits: floating, (..., n), or a tuple or list of such arrays.
-        mask: where True the action is allowed; of the same shape, or a sequence of as many.
+        mask: True where the action is allowed; of the same shape, or a sequence of as many masks.
             In an integer mask (gymnasium's int8 `info["action_mask"]`) all but 0 is allowed.
 
     Returns:

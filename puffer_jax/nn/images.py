@@ -1,11 +1,11 @@
-"""Layers of images."""
+"""Layers for images."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from puffer_jax.kernels.convolution import convolution
@@ -25,8 +25,8 @@ def flatten_channels_first(x: Float[Array, "batch height width channels"]) -> Ar
 class ImageLayers(nnx.Sequential):
     """An `nnx.Sequential` in which a `Conv2d` also computes the ReLU before it, in one pass.
 
-    Only a `jax.nn.relu` right before a layer whose call is `Conv2d`'s; all others are called as
-    they are, also those that were put there later.
+    It does so only for a `jax.nn.relu` right before a layer whose call is `Conv2d`'s; all other
+    layers are called as they are, also those that were put there later.
     """
 
     def __call__(self, x: Array) -> Array:
@@ -50,15 +50,15 @@ def after_relu(layer: Callable[[Array], Array], x: Array) -> Array:
 
 
 class Conv2d(nnx.Conv):
-    """Torch's `Conv2d` for square windows and images (batch, H, W, channels), fast also on CPUs.
+    """Torch's `Conv2d` for square windows and images (batch, H, W, channels), fast on CPUs, too.
 
-    Starts with zeros; `layer_init` and `torch_init` know it.
+    Its weights start as zeros; `layer_init` and `torch_init` take it.
 
     Args:
         in_features: channels that come in.
         out_features: channels that go out.
         window: rows and columns of the kernel.
-        stride: of both.
+        stride: rows and columns from window to window.
         padding: rows and columns of zeros on all sides.
         channels_first: images come in as (batch, channels, H, W), as many environments give them.
         out_channels_first: images go out as (batch, channels, H, W).
@@ -78,8 +78,8 @@ class Conv2d(nnx.Conv):
         channels_first: bool = False,
         out_channels_first: bool = False,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         super().__init__(
             in_features,
@@ -98,9 +98,9 @@ class Conv2d(nnx.Conv):
         self.out_channels_first = out_channels_first
 
     def __call__(
-        self, images: Array, out_sharding: Any = None, *, rectify: bool = False
+        self, images: Array, out_sharding: object = None, *, rectify: bool = False
     ) -> Float[Array, "batch _ _ _"]:
-        """The convolution of images.
+        """Convolve images.
 
         Args:
             images: (batch, H, W, channels), or with `channels_first` (batch, channels, H, W). Bytes

@@ -2,11 +2,12 @@
 
 import math
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from puffer_jax.nn.torch_layout import TorchParameter, torch_parameters
@@ -15,7 +16,7 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 def _affine(layer: nnx.Module, function: str) -> list[TorchParameter]:
-    """Weight and, if there is one, bias."""
+    """The weight and, if there is one, the bias."""
     if not isinstance(layer, nnx.Linear | nnx.Conv):
         raise TypeError(f"{function} takes an nnx.Linear or nnx.Conv; got {type(layer).__name__}")
     return torch_parameters(layer)
@@ -39,7 +40,7 @@ def layer_init(
         `layer`, for use in one expression.
 
     Raises:
-        TypeError: another type of layer.
+        TypeError: the layer is of another type.
 
     Reference: `pufferlib.pytorch.layer_init`; Saxe et al. 2013, arXiv:1312.6120.
 
@@ -72,7 +73,7 @@ def _orthogonal_matrix(key: Array, rows: int, columns: int, dtype: jnp.dtype) ->
 
 def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs) -> Array:
     rows, *rest = parameter.shape
-    # QR knows no half precision.
+    # There is no QR in half precision.
     dtype = jnp.promote_types(parameter.variables[0].dtype, jnp.float32)
     matrix = _orthogonal_matrix(rngs.params(), rows, math.prod(rest), dtype)
     return matrix.reshape(parameter.shape)
@@ -91,7 +92,7 @@ def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
         rngs: draws two keys from the stream `params`.
 
     Raises:
-        TypeError: another type of layer.
+        TypeError: the layer is of another type.
 
     Reference: `torch.nn.Linear.reset_parameters`.
 
@@ -110,7 +111,7 @@ def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
     return layer
 
 
-def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: Any) -> Array:
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> Array:
     """U(-bound, +), drawn with one key of the stream `params`."""
     return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
 
@@ -118,9 +119,9 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: Any) ->
 def reset_orthogonal(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
     """Give every weight of `module` an orthogonal value of gain 1 and zero every bias, in place.
 
-    Goes by torch's names, as the reference does: names with `layer_norm` are left alone, those
-    with `bias` are zeroed, those with `weight` and at least two dimensions become orthogonal,
-    the rest (a learned log-std, say) keeps its value.
+    It goes by torch's names, as the reference does: parameters with `layer_norm` in their name are
+    left alone, those with `bias` are zeroed, those with `weight` and at least two dimensions become
+    orthogonal, and the rest (a learned log-std, say) keep their values.
 
     Reference: the loop in `pufferlib.models.LSTMWrapper.__init__`.
     """

@@ -1,7 +1,7 @@
-"""Linear layers and perceptrons of Flax's modules, several in one pass where they are plain.
+"""Linear layers and perceptrons of Flax's modules, several in one pass if they are plain.
 
-Plain is an `nnx.Linear` that Flax itself would compute as `x @ kernel + bias`. Layers that were
-replaced, subclassed or hooked are called one by one as they are, so that nothing is passed over.
+An `nnx.Linear` is plain if Flax itself would compute it as `x @ kernel + bias`. Layers that were
+replaced, subclassed or hooked are called one by one as they are, so that nothing is bypassed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from puffer_jax.kernels import perceptron as kernels
 from puffer_jax.kernels.perceptron import gelu
 
-# `nnx.capture` exchanges the methods of these classes for a while, a subclass may have its own.
+# `nnx.capture` replaces these classes' methods for a while, and a subclass may have its own.
 _CALLS = {cls: cls.__call__ for cls in (nnx.Linear, nnx.Sequential)}
 
 
@@ -58,7 +58,7 @@ def linear(
 def _plain_arrays(x: Array, layers: Sequence[Callable[[Array], Array]]) -> list[Array] | None:
     """`x` and the kernel and bias of each layer, in the dtype Flax would compute all of them in.
 
-    None if they are not plain, or Flax would compute in several dtypes.
+    None if a layer is not plain, or if Flax would compute them in several dtypes.
     """
     arrays = [x]
     dtypes = set()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx, traverse_util
+from jaxtyping import PyTree
 
 Path = tuple[str | int, ...]
 
@@ -21,7 +22,7 @@ class GraphDef:
     attributes: tuple[tuple[Path, tuple[str, ...]], ...]
 
 
-def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, Any]]:
+def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, PyTree]]:
     """Split a policy into its static structure and a plain nested dict of arrays.
 
     The dict is what `jax.jit`, `jax.grad`, `jax.vmap`, optax and orbax handle fastest.
@@ -43,28 +44,28 @@ def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, Any]]:
         (4, 128)
     """
     graphdef, state = nnx.split(policy)
-    strangers = [
+    others = [
         f"{'.'.join(map(str, path))}: {type(variable).__name__}"
         for path, variable in nnx.to_flat_state(state)
         if not isinstance(variable, nnx.Param)
     ]
-    if strangers:
+    if others:
         raise TypeError(
             "a policy holds only nnx.Param and static values; keep other state outside it. "
-            f"Found {', '.join(strangers)}"
+            f"Found {', '.join(others)}"
         )
     params = nnx.to_pure_dict(state)
     attributes = tuple((path, tuple(vars(module))) for path, module in _submodules(policy))
     return GraphDef(graphdef, tuple(sorted(_shapes(params).items(), key=str)), attributes), params
 
 
-def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
+def merge(graphdef: GraphDef, params: Mapping[str, PyTree]) -> Any:
     """Rebuild a policy from what `split` returned; free under `jax.jit` once traced.
 
     Raises:
         ValueError: `params` lacks an array, has one too many or one of another shape; all
             are listed. (Flax itself matches a plain dict by sorted position only, so a
-            renamed key would permute weights without a word.)
+            renamed key would silently permute weights.)
 
     Example:
         >>> import jax, puffer_jax
@@ -76,11 +77,11 @@ def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
         >>> values.shape
         (3, 1)
     """
-    expected, given = dict(graphdef.shapes), _shapes(params)
-    if expected != given:
+    expected, found = dict(graphdef.shapes), _shapes(params)
+    if expected != found:
         problems = mismatches(
             {_dotted(path): shape for path, shape in expected.items()},
-            {_dotted(path): shape for path, shape in given.items()},
+            {_dotted(path): shape for path, shape in found.items()},
         )
         raise ValueError("the parameters do not fit the policy: " + "; ".join(problems))
     policy = nnx.merge(graphdef.graphdef, params)
@@ -94,16 +95,16 @@ def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
     return policy
 
 
-def mismatches(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
+def mismatches(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
     """Every missing, unexpected and mis-shaped name, one line of text for each kind."""
     wrong = [
-        f"{name} {given[name]} instead of {expected[name]}"
+        f"{name} {found[name]} instead of {expected[name]}"
         for name in expected
-        if name in given and tuple(given[name]) != tuple(expected[name])
+        if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     kinds = {
-        "missing": [f"{name} {expected[name]}" for name in expected if name not in given],
-        "unexpected": [f"{name} {given[name]}" for name in given if name not in expected],
+        "missing": [f"{name} {expected[name]}" for name in expected if name not in found],
+        "unexpected": [f"{name} {found[name]}" for name in found if name not in expected],
         "wrong shape": wrong,
     }
     return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
@@ -117,8 +118,8 @@ def shape_of(shapes: Mapping[str, Shape], name: str, dimensions: int) -> Shape:
     return shape
 
 
-def _shapes(params: Mapping[str, Any]) -> dict[Path, Shape]:
-    flat: dict[Path, Any] = dict(traverse_util.flatten_dict(params))
+def _shapes(params: Mapping[str, PyTree]) -> dict[Path, Shape]:
+    flat: dict[Path, PyTree] = dict(traverse_util.flatten_dict(params))
     return {path: tuple(np.shape(x)) for path, x in flat.items()}
 
 
@@ -126,7 +127,7 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def _submodules(module: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _submodules(module: object, path: Path = ()) -> Iterator[tuple[Path, object]]:
     yield path, module
     items = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
     for name, value in items:

@@ -1,7 +1,7 @@
-"""The numbers of `jax.random`, the same ones, several times faster on CPUs.
+"""The same numbers as those of `jax.random`, several times faster on CPUs.
 
 XLA:CPU runs threefry, JAX's default generator, as loops of small steps, and takes its logarithms
-one by one. `puffer_jax.kernels.random` has kernels for both; all else is left to JAX.
+one by one. `puffer_jax.kernels.random` has kernels for both; the rest is left to JAX.
 """
 
 from functools import cache
@@ -26,10 +26,10 @@ def split(key: PRNGKeyArray, num: int | tuple[int, ...] = 2) -> Array:
 
 
 def fast(key: PRNGKeyArray) -> Array:
-    """A key with which `jax.random` draws the same numbers, faster; `key` where there is none.
+    """A key with which `jax.random` draws the same numbers, faster; `key` itself if there is none.
 
-    It has a dtype of its own, which JAX does not mix with others: use it at once and do not hand
-    it out.
+    It has a dtype of its own, which JAX does not mix with others: use it at once and do not pass
+    it on.
     """
     if is_threefry(key) and kernels.has_threefry_kernel(words_of(key)):
         return jax.random.wrap_key_data(words_of(key), impl=_implementation())

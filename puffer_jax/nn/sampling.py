@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
@@ -64,9 +64,9 @@ def sample_logits(
         -1.3863
     """
     ways = {"action": action is not None, "key": key is not None, "deterministic": deterministic}
-    given = [way for way, is_given in ways.items() if is_given]
-    if len(given) != 1:
-        got = " and ".join(given) or "none of them"
+    chosen = [way for way, is_chosen in ways.items() if is_chosen]
+    if len(chosen) != 1:
+        got = " and ".join(chosen) or "none of them"
         raise ValueError(f"give exactly one of action, key and deterministic=True; got {got}")
     if isinstance(logits, Normal):
         return _sample_continuous(logits, action, key)
@@ -124,7 +124,7 @@ def _score(logits: ArrayLike, action: Array | None, label: str = "") -> tuple[Ar
 def _draw(
     key: PRNGKeyArray, component: int, components: int, logits: ArrayLike
 ) -> tuple[Array, Array, Array]:
-    """(action, logprob, entropy) of a random action of one of so many components."""
+    """(action, logprob, entropy) of a random action for one of the components."""
     logits = at_least_float32(logits)
     return _sample(key, logits, component=component, components=components)
 
@@ -132,9 +132,9 @@ def _draw(
 def _sample_xla(
     key: Array, logits: Array, *, component: int, components: int
 ) -> tuple[Array, Array, Array]:
-    own = random.split(key, components)[component]
+    key = random.split(key, components)[component]
     # Noise added to large logits would be rounded off, hence the normalised ones.
-    return _score(logits, random.categorical(own, _normalised(logits)[0]))
+    return _score(logits, random.categorical(key, _normalised(logits)[0]))
 
 
 def _sample_cpu(
@@ -153,7 +153,9 @@ def _sample_kernel(component: int, key: Array, logits: Array) -> tuple[Array, Ar
 
 
 @_sample_kernel.defjvp
-def _sample_kernel_jvp(component: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _sample_kernel_jvp(
+    component: int, primals: PyTree, tangents: PyTree
+) -> tuple[tuple[Array, ...], PyTree]:
     (key, logits), (_, d_logits) = primals, tangents
     results = action, *_ = _sample_kernel(component, key, logits)
     d_scores = jax.jvp(lambda x: _score(x, action)[1:], (logits,), (d_logits,))[1]

@@ -1,4 +1,4 @@
-"""What puffer_jax knows of any `nnx.Module`: split and merge, and its parameters as torch's.
+"""What puffer_jax knows about any `nnx.Module`: split and merge, and its parameters as torch's.
 
 The exchange with torch is a rule per layer type (`RULES`) applied along attribute paths:
 `policy.encoder.layers[0].kernel` of an `nnx.Linear` is torch's `policy.encoder.0.weight`,
@@ -15,9 +15,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from puffer_jax.nn.params import Shape, merge, mismatches, split
-from puffer_jax.nn.torch_rules import CONTAINERS, RULES, attribute_at, rule_for, same, same_back
+from puffer_jax.nn.torch_rules import (
+    CONTAINERS,
+    RULES,
+    Tensor,
+    attribute_at,
+    rule_for,
+    same,
+    same_back,
+)
+
+Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
+"""From a policy's dict of parameters to tensors by torch's names, or back."""
 
 
 class TorchParameter(NamedTuple):
@@ -28,8 +40,8 @@ class TorchParameter(NamedTuple):
 
     name: str
     variables: tuple[nnx.Param, ...]
-    pack: Callable[..., Any]
-    unpack: Callable[..., tuple[Any, ...]]
+    pack: Callable[..., Tensor]
+    unpack: Callable[..., tuple[Tensor, ...]]
 
     @property
     def shape(self) -> Shape:
@@ -41,7 +53,7 @@ class TorchParameter(NamedTuple):
         """A copy of the current values in torch's layout."""
         return np.array(self.pack(*(np.asarray(v[...]) for v in self.variables)), order="C")
 
-    def from_torch(self, tensor: Any) -> tuple[Any, ...]:
+    def from_torch(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Arrays for `variables` holding the values of `tensor`."""
         return self.unpack(tensor, *(v.shape for v in self.variables))
 
@@ -53,7 +65,7 @@ def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParamete
     of definition. Tied tensors appear once, as in torch.
 
     Raises:
-        TypeError: a layer type with parameters and no rule, or a variable that is no Param.
+        TypeError: a layer has parameters but no rule, or a variable is not a Param.
     """
     rule = rule_for(module)
     if rule is not None:
@@ -75,44 +87,40 @@ def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParamete
                 f"known are {', '.join(sorted(cls.__name__ for cls in RULES))} and bare nnx.Param"
             )
         return parameters
-    own, below = [], []
+    direct, nested = [], []
     for name, value in _attributes(module):
         if isinstance(value, nnx.Param):
-            own.append(TorchParameter(prefix + name, (value,), same, same_back))
+            direct.append(TorchParameter(prefix + name, (value,), same, same_back))
         elif isinstance(value, nnx.Variable):
             raise TypeError(f"{prefix + name}: {type(value).__name__} has no torch counterpart")
         else:
-            below.extend(torch_parameters(value, f"{prefix}{name}."))
-    return own + below
+            nested.extend(torch_parameters(value, f"{prefix}{name}."))
+    return direct + nested
 
 
-def torch_layout(
-    policy: nnx.Module,
-) -> tuple[
-    Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[Mapping[str, Any]], dict[str, Any]]
-]:
+def torch_layout(policy: nnx.Module) -> tuple[Conversion, Conversion]:
     """Two functions between a policy's dict of parameters and torch's names and layouts.
 
     Both only transpose, reshape, join and cut: they are linear, keep every leaf's dtype, trace
     under `jit`, `vmap` and `grad`, and take gradients and optimizer moments as well.
 
     Args:
-        policy: only its structure is used, so `nnx.eval_shape` may have made it.
+        policy: only its structure is used, so it may come from `nnx.eval_shape`.
 
     Returns:
         `to_torch(tree)`: the nested dict that `split` returns, of NumPy or JAX arrays -> torch
-            name -> array, each tensor once, in `named_parameters()` order (where Flax has not
+            name -> array, each tensor once, in `named_parameters()` order (unless Flax has
             sorted the attributes, as `nnx.eval_shape` does).
         `from_torch(tensors)`: its inverse.
 
     Raises:
-        TypeError: a layer has no torch counterpart, or a parameter is in none. The functions
-            raise ValueError for names or shapes that do not fit.
+        TypeError: a layer has no torch counterpart, or a parameter belongs to no layer. The
+            functions raise ValueError for names or shapes that do not fit.
     """
     graphdef, params = split(policy)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
-    def parameters(tree: Mapping[str, Any]) -> tuple[nnx.Module, dict[str, TorchParameter]]:
+    def parameters(tree: Mapping[str, PyTree]) -> tuple[nnx.Module, dict[str, TorchParameter]]:
         merged = merge(graphdef, tree)
         first: dict[tuple[int, ...], TorchParameter] = {}
         for parameter in torch_parameters(merged):
@@ -120,16 +128,16 @@ def torch_layout(
             first.setdefault(tuple(map(id, parameter.variables)), parameter)
         return merged, {parameter.name: parameter for parameter in first.values()}
 
-    def to_torch(tree: Mapping[str, Any]) -> dict[str, Any]:
+    def to_torch(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
         named = parameters(tree)[1]
         return {name: p.pack(*(v.get_value() for v in p.variables)) for name, p in named.items()}
 
-    def from_torch(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def from_torch(tensors: Mapping[str, PyTree]) -> dict[str, PyTree]:
         merged, named = parameters(template)
         expected = {name: parameter.shape for name, parameter in named.items()}
-        given = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
-        if expected != given:
-            problems = "; ".join(mismatches(expected, given))
+        found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+        if expected != found:
+            problems = "; ".join(mismatches(expected, found))
             raise ValueError(f"the tensors do not fit the policy: {problems}")
         for name, parameter in named.items():
             arrays = parameter.from_torch(tensors[name])
@@ -156,7 +164,7 @@ def torch_aliases(module: nnx.Module) -> dict[str, str]:
 
 
 def torch_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
-    """Every module with its name in torch and a final dot; the root's name is empty."""
+    """Every module, with its name in torch and a final dot; the root's name is empty."""
     yield prefix, module
     if rule_for(module) is None:
         for name, value in _attributes(module):
@@ -164,8 +172,8 @@ def torch_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, n
                 yield from torch_modules(value, f"{prefix}{name}.")
 
 
-def _attributes(module: Any) -> Iterator[tuple[str, Any]]:
-    """Torch name and value of every parameter and submodule, in torch's order."""
+def _attributes(module: object) -> Iterator[tuple[str, Any]]:
+    """Torch's name and the value of every parameter and submodule, in torch's order."""
     if isinstance(module, nnx.Sequential):
         module = module.layers
     if isinstance(module, nnx.List):

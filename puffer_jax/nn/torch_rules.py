@@ -3,86 +3,91 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from puffer_jax.nn.params import Shape
 
+Tensor = Array | np.ndarray
+"""A parameter in either layout, as an array of JAX or NumPy."""
 
-def rule_for(module: Any) -> "tuple[Rule, ...] | None":
+
+def rule_for(module: object) -> "tuple[Rule, ...] | None":
     """The rules of a layer's class, or of the nearest class it derives from; None: no rules."""
     return next((RULES[cls] for cls in type(module).__mro__ if cls in RULES), None)
 
 
-def attribute_at(module: Any, path: str) -> Any:
+def attribute_at(module: object, path: str) -> Any:
     """The attribute at a path of names with dots between them."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-Rule = tuple[str, tuple[str, ...], Callable[..., Any], Callable[..., tuple[Any, ...]]]
+Rule = tuple[str, tuple[str, ...], Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]
 """Torch's name, paths of Flax attributes, Flax arrays -> tensor, (tensor, *shapes) -> arrays."""
 
 
-def same(array: Any) -> Any:
+def same(array: Tensor) -> Tensor:
     """The array itself, for parameters that both sides lay out alike."""
     return array
 
 
-def same_back(tensor: Any, shape: Shape) -> tuple[Any]:
+def same_back(tensor: Tensor, shape: Shape) -> tuple[Tensor]:
     """The inverse of `same`."""
     return (tensor,)
 
 
-def _linear(kernel: Any) -> Any:
+def _linear(kernel: Tensor) -> Tensor:
     return kernel.T
 
 
-def _linear_back(tensor: Any, shape: Shape) -> tuple[Any]:
+def _linear_back(tensor: Tensor, shape: Shape) -> tuple[Tensor]:
     return (tensor.T,)
 
 
-def _conv(kernel: Any) -> Any:
+def _conv(kernel: Tensor) -> Tensor:
     # (*window, in, out) -> (out, in, *window)
     spatial = range(kernel.ndim - 2)
     return kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *spatial)
 
 
-def _conv_back(tensor: Any, shape: Shape) -> tuple[Any]:
+def _conv_back(tensor: Tensor, shape: Shape) -> tuple[Tensor]:
     return (tensor.transpose(*range(2, tensor.ndim), 1, 0),)
 
 
-def _concatenate(arrays: list[Any]) -> Any:
+def _concatenate(arrays: list[Tensor]) -> Tensor:
     return arrays[0].__array_namespace__().concat(arrays)  # NumPy's arrays, JAX's and tracers
 
 
-def _attention_in(*kernels: Any) -> Any:
+def _attention_in(*kernels: Tensor) -> Tensor:
     # three (in, heads, head_dim) -> (3 * heads * head_dim, in)
     return _concatenate([kernel.reshape(kernel.shape[0], -1).T for kernel in kernels])
 
 
-def _attention_in_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
+def _attention_in_back(tensor: Tensor, *shapes: Shape) -> tuple[Tensor, ...]:
     rows = tensor.shape[0] // 3
     return tuple(
         tensor[i * rows : (i + 1) * rows].T.reshape(shape) for i, shape in enumerate(shapes)
     )
 
 
-def _attention_bias(*biases: Any) -> Any:
+def _attention_bias(*biases: Tensor) -> Tensor:
     return _concatenate([bias.reshape(-1) for bias in biases])
 
 
-def _attention_bias_back(tensor: Any, *shapes: Shape) -> tuple[Any, ...]:
+def _attention_bias_back(tensor: Tensor, *shapes: Shape) -> tuple[Tensor, ...]:
     rows = tensor.shape[0] // 3
     return tuple(tensor[i * rows : (i + 1) * rows].reshape(s) for i, s in enumerate(shapes))
 
 
-def _attention_out(kernel: Any) -> Any:
+def _attention_out(kernel: Tensor) -> Tensor:
     # (heads, head_dim, out) -> (out, heads * head_dim)
     return kernel.reshape(-1, kernel.shape[-1]).T
 
 
-def _attention_out_back(tensor: Any, shape: Shape) -> tuple[Any]:
+def _attention_out_back(tensor: Tensor, shape: Shape) -> tuple[Tensor]:
     return (tensor.T.reshape(shape),)
 
 

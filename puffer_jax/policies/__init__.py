@@ -2,8 +2,8 @@
 
 Every policy turns observations into a hidden vector (`encode_observations`) and that into
 logits and a value (`decode_actions`); `Recurrent` puts a recurrent core between the two,
-`LSTMWrapper` PufferLib's LSTM. Parameters
-carry torch's names along attribute paths, so the weight exchange needs no tables.
+`LSTMWrapper` PufferLib's LSTM. Parameters carry torch's names along attribute paths, so the weight
+exchange needs no tables.
 
 Matmuls and convolutions run in `dtype` (None: that of the parameters); logits, values and
 states always come out in `param_dtype`.

@@ -3,13 +3,15 @@
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.base.text import near
@@ -20,11 +22,21 @@ from puffer_jax.policies.protocol import Logits, State
 # Flax's own initial kernels would be drawn only to be overwritten.
 zeros = jax.nn.initializers.zeros
 
+Description = dict[str, Any]
+"""A policy, or a part of it, as JSON values; see `puffer_jax.weights.description`."""
+
+
+class Dtypes(TypedDict):
+    """The dtypes that every policy and layer takes."""
+
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+
 
 class Hints(NamedTuple):
-    """What the shapes in a checkpoint cannot tell, see `puffer_jax.policy_from_checkpoint`."""
+    """What the shapes in a checkpoint cannot tell; see `puffer_jax.policy_from_checkpoint`."""
 
-    env: Any = None
+    env: spaces.Env = None
     nvec: tuple[int, ...] | int | None = None
     image_shape: tuple[int, ...] | None = None
     channels_last: bool = False
@@ -34,7 +46,7 @@ class Hints(NamedTuple):
 class FeedForward(nnx.Module):
     """What the feed-forward policies share: the spaces they were built for, and forward.
 
-    A subclass also says what others need to know of it: the sizes that describe it, how they
+    A subclass also says what others need to know about it: the sizes that describe it, how they
     follow from an environment or a checkpoint, and which of PufferLib's policies is its twin.
 
     Attributes:
@@ -50,12 +62,12 @@ class FeedForward(nnx.Module):
     is_multidiscrete = False
     is_dict_obs = False
 
-    def __init__(self, env: Any, dtype: Any, param_dtype: Any):
+    def __init__(self, env: spaces.Env, dtype: DTypeLike | None, param_dtype: DTypeLike):
         self.env_spec = spaces.env_spec(env)
         self.dtype = dtype
         self.param_dtype = param_dtype
 
-    def encode_observations(self, observations: Any, state: State | None = None) -> Array:
+    def encode_observations(self, observations: PyTree, state: State | None = None) -> Array:
         """Hidden vectors (batch, hidden_size); `state` is not used."""
         raise NotImplementedError
 
@@ -63,34 +75,36 @@ class FeedForward(nnx.Module):
         """Logits, and values (batch, 1)."""
         raise NotImplementedError
 
-    def forward_eval(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
+    def forward_eval(
+        self, observations: PyTree, state: State | None = None
+    ) -> tuple[Logits, Array]:
         """Logits and values (batch, 1) for a batch of observations; `state` is not used."""
         return self.decode_actions(self.encode_observations(observations, state=state))
 
-    def forward(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
+    def forward(self, observations: PyTree, state: State | None = None) -> tuple[Logits, Array]:
         """The same as `forward_eval`."""
         return self.forward_eval(observations, state)
 
-    def __call__(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
+    def __call__(self, observations: PyTree, state: State | None = None) -> tuple[Logits, Array]:
         """`forward`."""
         return self.forward(observations, state)
 
     @classmethod
     def suits(cls, image: tuple[int, ...] | None) -> bool:
-        """Whether it is the policy of choice for images of that shape; None: for all else."""
+        """Whether it is the policy of choice for images of that shape (None: for no images)."""
         return False
 
     @classmethod
     def for_env(
         cls,
-        env: Any,
+        env: spaces.Env,
         *,
         hidden_size: int | None = None,
         rngs: nnx.Rngs,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         **options: Any,
-    ) -> Any:
-        """The policy for an environment, see `puffer_jax.environments.Policy`."""
+    ) -> "FeedForward":
+        """The policy for an environment; see `puffer_jax.environments.Policy`."""
         sizes = cls._sizes_for(image_of(env), hidden_size, options)
         known = inspect.signature(cls.__init__).parameters
         wrong = near([option for option in options if option not in known], known)
@@ -101,46 +115,46 @@ class FeedForward(nnx.Module):
     @classmethod
     def _sizes_for(
         cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What the width and the environment's images say of the constructor's arguments."""
+    ) -> dict[str, int]:
+        """The constructor's arguments that follow from the width and the environment's images."""
         return {} if hidden_size is None else {"hidden_size": hidden_size}
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Description:
         """The sizes."""
         return {"sizes": {name: getattr(self, name) for name in self.sizes}}
 
     @classmethod
-    def rebuild(cls, env: Any, description: Mapping[str, Any], **options: Any) -> Any:
-        """A policy of the described sizes; a ValueError if they are none."""
+    def rebuild(cls, env: spaces.Env, description: Description, **options: Any) -> "FeedForward":
+        """A policy of the described sizes; a ValueError if they cannot be sizes."""
         return cls(env, **read_sizes(description, cls.sizes), **options)
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
-        """The description of a policy from its state_dict; None if the keys are not of this class.
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
+        """The description of a policy from its state_dict; None if the keys are not this class's.
 
         Raises:
-            ValueError: the shapes cannot tell enough.
+            ValueError: the shapes do not tell enough.
         """
         raise NotImplementedError
 
     def example_shape(self) -> tuple[int, int, int] | None:
-        """The shape of an observation that fits, where the policy was built without knowing one."""
+        """The shape of an observation that fits, if the policy was built without knowing one."""
         return None
 
-    def reference(self, models: Any, env: Any) -> Any:
+    def reference(self, models: ModuleType, env: spaces.Env) -> object:
         """PufferLib's policy of the same class and sizes.
 
         Args:
             models: the module `pufferlib.models`.
-            env: what PufferLib reads of an environment.
+            env: what PufferLib reads from an environment.
         """
         raise NotImplementedError
 
     @property
-    def _compute_dtype(self) -> Any:
+    def _compute_dtype(self) -> DTypeLike:
         return self.param_dtype if self.dtype is None else self.dtype
 
-    def _dtypes(self) -> dict[str, Any]:
+    def _dtypes(self) -> Dtypes:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def _linear(
@@ -167,7 +181,7 @@ class FeedForward(nnx.Module):
             )
         return shape
 
-    def _scaled_images(self, images: Any) -> Array:
+    def _scaled_images(self, images: PyTree) -> Array:
         """Numbers 0..255 as 0..1, except for bytes, which `Conv2d` scales."""
         images = jnp.asarray(images)
         if images.dtype == jnp.uint8:
@@ -175,22 +189,22 @@ class FeedForward(nnx.Module):
         return images.astype(self._compute_dtype) / 255.0
 
 
-def read_sizes(description: Mapping[str, Any], sizes: Mapping[str, type]) -> dict[str, Any]:
+def read_sizes(description: Description, sizes: Mapping[str, type]) -> dict[str, int]:
     """The sizes in a description, which may say anything.
 
     Raises:
-        ValueError: a size of another type or below 1.
+        ValueError: a size has another type or is below 1.
         KeyError: a size is missing.
     """
-    given = {name: description["sizes"][name] for name in sizes}
-    for name, size in given.items():
+    found = {name: description["sizes"][name] for name in sizes}
+    for name, size in found.items():
         if type(size) is not sizes[name] or not (sizes[name] is bool or size > 0):
             raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
-    return given
+    return found
 
 
-def reference_of(policy: Any, models: Any, env: Any) -> Any:
-    """PufferLib's twin of `policy`, see `FeedForward.reference`.
+def reference_of(policy: Any, models: ModuleType, env: spaces.Env) -> Any:
+    """PufferLib's twin of `policy`; see `FeedForward.reference`.
 
     Raises:
         ValueError: there is none.
@@ -200,8 +214,8 @@ def reference_of(policy: Any, models: Any, env: Any) -> Any:
     return policy.reference(models, env)
 
 
-def image_of(env: Any) -> tuple[int, ...] | None:
-    """The shape of image observations, where a policy for images can act."""
+def image_of(env: spaces.Env) -> tuple[int, ...] | None:
+    """The shape of image observations; None where no policy for images can act."""
     space = getattr(env, "single_observation_space", None) or env.observation_space
     action = spaces.env_spec(env).single_action_space
     if spaces.kind_of(space) != "box" or not isinstance(action, spaces.Discrete):
@@ -210,12 +224,12 @@ def image_of(env: Any) -> tuple[int, ...] | None:
     return tuple(space.shape) if is_image else None
 
 
-def described_array(shape: tuple[int, ...] | None) -> dict[str, Any]:
+def described_array(shape: tuple[int, ...] | None) -> Description:
     """The observation space of a description: an array, not a Dict or Tuple."""
     return {"shape": shape, "structured": None, "sample_dtype": None}
 
 
-def is_flat(observations: Any, layout: spaces.Observation) -> bool:
+def is_flat(observations: PyTree, layout: spaces.Observation) -> bool:
     """Whether these are concatenated leaves, not the bytes of an emulated environment."""
     if layout.sample_dtype is None:
         return True

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.policies.protocol import is_recurrent
@@ -35,7 +35,7 @@ class Policy(nnx.Module):
         self.policy = policy
         self.is_continuous = policy.is_continuous
 
-    def get_value(self, x: Any, state: Any = None) -> Array:
+    def get_value(self, x: PyTree, state: object = None) -> Array:
         """Values (batch, 1) of the observations `x`; `state` is not used.
 
         Raises:
@@ -46,18 +46,18 @@ class Policy(nnx.Module):
 
     def get_action_and_value(
         self,
-        x: Any,
-        state: Any = None,
+        x: PyTree,
+        state: object = None,
         action: ArrayLike | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Array, Array, Array, Array]:
         """Sample actions with `key`, or score the given `action`.
 
-        CleanRL itself passes the action as second argument; here, as in PufferLib, that is the
-        state, so write `action=`.
+        CleanRL itself passes the action as the second argument; here, as in PufferLib, that is
+        the state, so write `action=`.
 
         Returns:
-            action, logprob (batch,), entropy (batch,), see `sample_logits`; values (batch, 1).
+            action, logprob (batch,) and entropy (batch,), see `sample_logits`; values (batch, 1).
 
         Raises:
             TypeError: `state` is an array.
@@ -76,7 +76,7 @@ class RecurrentPolicy(nnx.Module):
     `jax.jit` and `jax.lax.scan`.
 
     Args:
-        policy: an `LSTMWrapper`, or a module whose `initial_state` and `forward` are like its.
+        policy: an `LSTMWrapper`, or a module with an `initial_state` and a `forward` like its.
 
     Raises:
         TypeError: the policy is not recurrent.
@@ -90,8 +90,8 @@ class RecurrentPolicy(nnx.Module):
         self.policy = policy
         self.is_continuous = policy.is_continuous
 
-    def get_value(self, x: Any, state: Any = None, *, done: ArrayLike | None = None) -> Array:
-        """Values (batch, time), time being 1 where `x` has no time axis.
+    def get_value(self, x: PyTree, state: object = None, *, done: ArrayLike | None = None) -> Array:
+        """Values (batch, time); time is 1 if `x` has no time axis.
 
         Args:
             x: observations.
@@ -100,16 +100,16 @@ class RecurrentPolicy(nnx.Module):
                 starts a new episode.
 
         Raises:
-            TypeError: `state` is no dict.
-            ValueError: a shape that does not fit.
+            TypeError: `state` is not a dict.
+            ValueError: a shape does not fit.
         """
         _check_state(state)
         return self.policy.forward(x, state, _array(done))[1]
 
     def get_action_and_value(
         self,
-        x: Any,
-        state: Any = None,
+        x: PyTree,
+        state: object = None,
         action: ArrayLike | None = None,
         key: PRNGKeyArray | None = None,
         *,
@@ -129,18 +129,18 @@ class RecurrentPolicy(nnx.Module):
             `sample_logits`; values (batch, time); the state after the last step.
 
         Raises:
-            TypeError: `state` is no dict.
+            TypeError: `state` is not a dict.
             ValueError: not exactly one of `action` and `key` is given, or a shape does not fit.
         """
         _check_state(state)
         logits, values, new = self.policy.forward(x, state, _array(done))
         if "hidden" in new:
-            # That of every step; a carried state must not grow a time axis.
+            # It holds every step's output; a carried state must not grow a time axis.
             new = {**new, "hidden": new["hidden"][:, -1]}
         return *sample_logits(logits, action, key=key), values, new
 
 
-def _check_state(state: Any) -> None:
+def _check_state(state: object) -> None:
     if state is not None and not isinstance(state, Mapping):
         raise TypeError(
             f"the second argument is the state, a dict or None; got {type(state).__name__}. "

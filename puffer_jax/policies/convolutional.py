@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.nn.images import Conv2d, ImageLayers, flatten
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.linear import linear
 from puffer_jax.nn.params import Shape, shape_of
-from puffer_jax.policies.base import FeedForward, Hints, described_array
+from puffer_jax.policies.base import Description, FeedForward, Hints, described_array
 from puffer_jax.policies.protocol import State
 
 
@@ -26,19 +29,19 @@ class Convolutional(FeedForward):
 
     Args:
         env: gives the spaces; actions are Discrete.
-        framestack: channels of the image; 4 without LSTM and 1 with it is customary.
-        flat_size: numbers that leave the convolutions, 64 * h * w.
+        framestack: channels of the image; customary are 4, or 1 with an LSTM.
+        flat_size: numbers that the convolutions give, 64 * h * w.
         input_size: not used, as in the reference.
         hidden_size: width of the encoding.
-        output_size: width the value head reads; must be `hidden_size`.
-        channels_last: where the channels are.
+        output_size: width that the value head reads; must be `hidden_size`.
+        channels_last: whether the channels are the last axis.
         downsample: keep every n-th pixel.
         rngs: stream `params`.
         dtype: of convolutions and matmuls.
         param_dtype: of parameters, logits and values.
 
     Raises:
-        ValueError: `output_size` is not `hidden_size`; `framestack` or `flat_size` do not fit
+        ValueError: `output_size` is not `hidden_size`; `framestack` or `flat_size` does not fit
             the image; the action space is not Discrete.
 
     Reference: `pufferlib.models.Convolutional`; Mnih et al. 2015.
@@ -70,7 +73,7 @@ class Convolutional(FeedForward):
 
     def __init__(
         self,
-        env: Any,
+        env: Env,
         *,
         framestack: int,
         flat_size: int,
@@ -80,8 +83,8 @@ class Convolutional(FeedForward):
         channels_last: bool = False,
         downsample: int = 1,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         super().__init__(env, dtype, param_dtype)
         if hidden_size != output_size:
@@ -140,7 +143,7 @@ class Convolutional(FeedForward):
             )
 
     def encode_observations(
-        self, observations: Any, state: State | None = None
+        self, observations: PyTree, state: State | None = None
     ) -> Float[Array, "batch hidden"]:
         """Hidden vectors (batch, hidden_size); no time axis."""
         images = self._scaled_images(observations)
@@ -163,7 +166,7 @@ class Convolutional(FeedForward):
     @classmethod
     def _sizes_for(
         cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    ) -> dict[str, int]:
         sizes = super()._sizes_for(image, hidden_size, options)
         if image is None:
             return sizes
@@ -175,7 +178,7 @@ class Convolutional(FeedForward):
         return sizes | {"framestack": channels, "flat_size": flat_size, "channels_last": last}
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
         """See `FeedForward.from_keys`."""
         if not {"network.0.weight", "network.7.weight", "actor.weight"} <= shapes.keys():
             return None
@@ -205,14 +208,14 @@ class Convolutional(FeedForward):
         shape = (height, width, self.framestack)
         return shape if self.channels_last else (shape[2], *shape[:2])
 
-    def reference(self, models: Any, env: Any) -> Any:
+    def reference(self, models: ModuleType, env: Env) -> object:
         """PufferLib's `Convolutional`."""
         names = [name for name in self.sizes if name != "input_size"]
         return models.Convolutional(env, **{name: getattr(self, name) for name in names})
 
 
 def _output_sides(height: int, width: int, downsample: int) -> tuple[int, int]:
-    """Height and width of what leaves the convolutions."""
+    """Height and width of what the convolutions give."""
     sides = [-(-side // downsample) for side in (height, width)]
     for window, stride in ((8, 4), (4, 2), (3, 1)):
         sides = [(side - window) // stride + 1 for side in sides]

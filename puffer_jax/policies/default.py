@@ -1,19 +1,21 @@
 """`Default`: one linear layer and GELU for flat observations."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.linear import linear, perceptron
 from puffer_jax.nn.params import Shape, shape_of
-from puffer_jax.policies.base import FeedForward, Hints, described_array, is_flat
+from puffer_jax.policies.base import Description, FeedForward, Hints, described_array, is_flat
 from puffer_jax.policies.nativize import flatten_observations, nativize_dtype, nativize_tensor
 from puffer_jax.policies.protocol import Logits, State
 
@@ -26,8 +28,8 @@ class Default(FeedForward):
     (batch, *leaf), or as the leaves already concatenated to a float array
     (batch, features).
 
-    Quirk kept: from an *emulated* Tuple space the raw bytes are read as numbers, as the
-    reference does, since the sizes in its checkpoints follow from it. Discrete observations
+    Quirk kept: the raw bytes of an *emulated* Tuple space are read as numbers, as in the
+    reference, since the sizes in its checkpoints follow from that. Discrete observations
     enter as one number, not as a one-hot vector.
 
     Args:
@@ -61,12 +63,12 @@ class Default(FeedForward):
 
     def __init__(
         self,
-        env: Any,
+        env: spaces.Env,
         hidden_size: int = 128,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         super().__init__(env, dtype, param_dtype)
         action = self.env_spec.single_action_space
@@ -90,7 +92,7 @@ class Default(FeedForward):
         self.value = self._linear(hidden_size, 1, 1.0, rngs=rngs)
 
     def encode_observations(
-        self, observations: Any, state: State | None = None
+        self, observations: PyTree, state: State | None = None
     ) -> Float[Array, "batch hidden"]:
         """Hidden vectors (batch, hidden_size); no time axis.
 
@@ -99,7 +101,9 @@ class Default(FeedForward):
         """
         return perceptron(self._features(observations), self.encoder)[0]
 
-    def forward_eval(self, observations: Any, state: State | None = None) -> tuple[Logits, Array]:
+    def forward_eval(
+        self, observations: PyTree, state: State | None = None
+    ) -> tuple[Logits, Array]:
         """Logits and values (batch, 1) for a batch of observations; `state` is not used."""
         if self._is_overridden():
             return super().forward_eval(observations, state)
@@ -107,13 +111,13 @@ class Default(FeedForward):
         return self._actions(outputs), values.astype(self.param_dtype)
 
     def _is_overridden(self) -> bool:
-        """Whether a subclass, or the instance, has its own half of `forward_eval`."""
+        """Whether a subclass, or the instance, replaces half of `forward_eval`."""
         return any(
             getattr(getattr(self, name), "__func__", None) is not getattr(Default, name)
             for name in ("encode_observations", "decode_actions")
         )
 
-    def _features(self, observations: Any) -> Float[Array, "batch features"]:
+    def _features(self, observations: PyTree) -> Float[Array, "batch features"]:
         layout = self.env_spec.single_observation_space
         dtype = self._compute_dtype
         if layout.structured is not None:
@@ -156,7 +160,7 @@ class Default(FeedForward):
                 return outputs
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
         """See `FeedForward.from_keys`."""
         if not {"encoder.0.weight", "value.weight"} <= shapes.keys():
             return None
@@ -168,12 +172,12 @@ class Default(FeedForward):
             "action": _action_from_keys(shapes, hints),
         }
 
-    def reference(self, models: Any, env: Any) -> Any:
+    def reference(self, models: ModuleType, env: spaces.Env) -> object:
         """PufferLib's `Default`."""
         return models.Default(env, self.hidden_size)
 
 
-def _action_from_keys(shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any]:
+def _action_from_keys(shapes: Mapping[str, Shape], hints: Hints) -> Description:
     if "decoder_mean.weight" in shapes:
         return {"class": "Continuous", "shape": shape_of(shapes, "decoder_mean.weight", 2)[:1]}
     if "decoder.weight" not in shapes:

@@ -6,7 +6,7 @@ uint8 ("bytes"). This module reads such rows inside `jax.jit`, as `pufferlib.pyt
 reads them in torch. Struct layouts are numpy's and byte order is little-endian.
 
 Without `jax_enable_x64` there are no 64-bit arrays, so 64-bit leaves are narrowed as JAX narrows
-any array: integers keep their low 32 bits (values beyond wrap), float64 rounds to the nearest
+any array: integers keep their low 32 bits (larger values wrap), float64 rounds to the nearest
 float32.
 """
 
@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Shaped, UInt8, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree, Shaped, UInt8, UInt32
 
-from puffer_jax.base.spaces import children_of, emulated_dtypes, structured_dtype
+from puffer_jax.base.spaces import Space, children_of, emulated_dtypes, structured_dtype
 
 Observation: TypeAlias = Shaped[Array | np.ndarray, "..."]
 
 # A leaf (dtype, shape, offset, delta), or a dict of native dtypes.
-NativeDtype: TypeAlias = tuple[Any, tuple[int, ...], int, int] | dict[str, Any]
+NativeDtype: TypeAlias = tuple[DTypeLike, tuple[int, ...], int, int] | dict[str, Any]
 
-numpy_to_jax_dtype_dict: dict[np.dtype, Any] = {
+numpy_to_jax_dtype_dict: dict[np.dtype, DTypeLike] = {
     np.dtype(kind): kind
     for kind in (
         *(jnp.float64, jnp.float32, jnp.float16),
@@ -93,7 +94,7 @@ def _native(field: np.dtype, sample: np.dtype, start: int, path: str) -> NativeD
 
 def nativize_tensor(
     observation: Observation, native_dtype: NativeDtype
-) -> Shaped[Array, "..."] | dict[str, Any]:
+) -> Shaped[Array, "..."] | dict[str, PyTree]:
     """The leaves of a batch of emulated observations (`pufferlib.pytorch.nativize_tensor`).
 
     Args:
@@ -101,8 +102,8 @@ def nativize_tensor(
         native_dtype: From `nativize_dtype`. Fields may be nested; Tuple spaces have f0, f1, ...
 
     Returns:
-        An array (batch, *shape) of the leaf's dtype, or a dict of these in field order. As an
-        output of a jitted function a dict is sorted by key, as every pytree.
+        An array (batch, *shape) of the leaf's dtype, or a dict of these in field order. A jitted
+        function returns it sorted by key, like every dict.
 
     Raises:
         ValueError: `observation` is not two-dimensional or too narrow for `native_dtype`.
@@ -126,19 +127,20 @@ def nativize_tensor(
 
 def _read(
     observation: Shaped[Array, "batch width"], native_dtype: NativeDtype, path: str
-) -> Shaped[Array, "batch ..."] | dict[str, Any]:
+) -> Shaped[Array, "batch ..."] | dict[str, PyTree]:
     if isinstance(native_dtype, dict):
         return {k: _read(observation, leaf, f"{path}.{k}") for k, leaf in native_dtype.items()}
     dtype, shape, offset, delta = native_dtype
     dtype, (batch, width) = np.dtype(dtype), observation.shape
     # Elements and bytes differ in delta, except for one-byte leaves, where both readings agree.
-    size, given = math.prod(shape), observation.dtype
-    is_elements = delta == size and given in (dtype, jax.dtypes.canonicalize_dtype(dtype))
-    is_bytes = delta == size * dtype.itemsize and given in (np.uint8, np.int8)
+    size, actual = math.prod(shape), observation.dtype
+    is_elements = delta == size and actual in (dtype, jax.dtypes.canonicalize_dtype(dtype))
+    is_bytes = delta == size * dtype.itemsize and actual in (np.uint8, np.int8)
     if not (is_elements or is_bytes):
         expected = f"{dtype} elements" if delta == size else "uint8 bytes"
-        cast = "this observation was cast to float; " if jnp.issubdtype(given, jnp.floating) else ""
-        raise TypeError(f"{path}: expected {expected}, got {given}; {cast}{_PASS_BYTES}")
+        is_cast = jnp.issubdtype(actual, jnp.floating)
+        cast = "this observation was cast to float; " if is_cast else ""
+        raise TypeError(f"{path}: expected {expected}, got {actual}; {cast}{_PASS_BYTES}")
     if offset + delta > width:
         raise ValueError(
             f"{path} takes elements {offset} to {offset + delta} of a row, but the observation has "
@@ -155,16 +157,16 @@ def _from_bytes(raw: UInt8[Array, "*shape itemsize"], dtype: np.dtype) -> Shaped
     """Little-endian bytes as `dtype`, or as its 32-bit sibling where x64 is off."""
     if dtype == np.bool_:
         return raw[..., 0] != 0
-    here = jax.dtypes.canonicalize_dtype(dtype)
+    narrowed = jax.dtypes.canonicalize_dtype(dtype)
     if dtype.itemsize == 1:
-        return lax.bitcast_convert_type(raw[..., 0], here)
-    if here == dtype:
-        return lax.bitcast_convert_type(raw, here)
+        return lax.bitcast_convert_type(raw[..., 0], narrowed)
+    if narrowed == dtype:
+        return lax.bitcast_convert_type(raw, narrowed)
     words = lax.bitcast_convert_type(raw.reshape(*raw.shape[:-1], 2, 4), jnp.uint32)
     low, high = words[..., 0], words[..., 1]
     if dtype == np.float64:
         return _float32_from_words(low, high)
-    return lax.bitcast_convert_type(low, here)
+    return lax.bitcast_convert_type(low, narrowed)
 
 
 def _float32_from_words(
@@ -172,7 +174,7 @@ def _float32_from_words(
 ) -> Float[Array, "*shape"]:
     """The float64 with these two words, rounded to float32 (half to even) in 32-bit integers.
 
-    Every value comes out as numpy's cast has it, subnormals included; a NaN becomes the quiet NaN.
+    Every value comes out as from numpy's cast, subnormals included; a NaN becomes the quiet NaN.
     """
     one = jnp.uint32(1)
     exponent, fraction = (high >> 20) & 0x7FF, high & 0xFFFFF
@@ -206,12 +208,12 @@ def flattened_tensor_size(native_dtype: NativeDtype) -> int:
     return math.prod(native_dtype[1])
 
 
-def unflatten_observations(flat: Observation, space: Any) -> Any:
+def unflatten_observations(flat: Observation, space: Space) -> PyTree:
     """A batch of flat observations in the form of `space`.
 
     Args:
-        flat: (batch, width) as an emulated environment gives it for `space`, or its bytes. For a
-            leaf space also the values themselves, (batch, *shape) or any shape of that size,
+        flat: (batch, width) as an emulated environment gives it for `space`, or its bytes; for a
+            leaf space, also the values themselves, (batch, *shape) or any shape of that size,
             which are reshaped and keep their dtype.
         space: As for `structured_dtype`.
 
@@ -219,8 +221,8 @@ def unflatten_observations(flat: Observation, space: Any) -> Any:
         Nested dict (Dict) and tuple (Tuple) of arrays (batch, *space.shape); Discrete is (batch,).
 
     Raises:
-        ValueError: `flat` does not have the width of `space`; and as `structured_dtype`.
-        TypeError: `flat` has another dtype; and as `structured_dtype`.
+        ValueError: `flat` does not have the width of `space`; or as in `structured_dtype`.
+        TypeError: `flat` has another dtype; or as in `structured_dtype`.
 
     Example:
         >>> import numpy as np, puffer_jax
@@ -249,7 +251,7 @@ def unflatten_observations(flat: Observation, space: Any) -> Any:
     return _as_space(nativize_tensor(rows, nativize_dtype(emulated)), space)
 
 
-def _as_space(leaves: Any, space: Any) -> Any:
+def _as_space(leaves: PyTree, space: Space) -> PyTree:
     children = children_of(space)
     if children is None:
         return leaves.reshape(leaves.shape[0], *structured_dtype(space).shape)
@@ -258,7 +260,7 @@ def _as_space(leaves: Any, space: Any) -> Any:
 
 
 def flatten_observations(
-    tree: Any, order: Any = None, dtype: Any = jnp.float32
+    tree: PyTree, order: Space | np.dtype = None, dtype: DTypeLike = jnp.float32
 ) -> Shaped[Array, "batch features"]:
     """All leaves of an observation side by side, in one floating dtype.
 
@@ -269,12 +271,12 @@ def flatten_observations(
             `unflatten_observations` or an environment. A tuple has fields f0, f1, ...; a scalar
             leaf may be (batch,) or (batch, 1).
         order: The space or its `structured_dtype`; fixes fields, shapes and the order of columns.
-            Without it dict keys are sorted: under `jit` JAX sorts them anyhow, so it is the only
-            order that does not depend on where the function is called.
+            Without it dict keys are sorted: JAX sorts them under `jit` anyway, so this is the
+            only order that does not depend on where the function is called.
         dtype: The result's dtype.
 
     Raises:
-        ValueError: Keys are missing or unexpected, or leaves have other shapes or batch sizes; all
+        ValueError: Keys are missing or unexpected, or leaves have wrong shapes or batch sizes; all
             are listed.
 
     Example:
@@ -297,7 +299,7 @@ def flatten_observations(
 
 
 def _collect(
-    tree: Any, order: np.dtype | None, path: str, leaves: list[Array], problems: list[str]
+    tree: PyTree, order: np.dtype | None, path: str, leaves: list[Array], problems: list[str]
 ) -> None:
     """Append the leaves of `tree` in order, and what is wrong with them."""
     names = () if order is None else order.names

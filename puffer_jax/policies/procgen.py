@@ -2,19 +2,29 @@
 
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree, Shaped
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.kernels.pooling import max_pool
 from puffer_jax.nn.images import Conv2d, after_relu, flatten_channels_first
 from puffer_jax.nn.initializers import torch_init
 from puffer_jax.nn.linear import linear
 from puffer_jax.nn.params import Shape, shape_of
-from puffer_jax.policies.base import FeedForward, Hints, described_array, zeros
+from puffer_jax.policies.base import (
+    Description,
+    Dtypes,
+    FeedForward,
+    Hints,
+    described_array,
+    zeros,
+)
 from puffer_jax.policies.protocol import State
 
 
@@ -36,10 +46,16 @@ class ResidualBlock(nnx.Module):
     torch_names: ClassVar = {"conv0": "conv0", "conv1": "conv1"}
 
     def __init__(
-        self, channels: int, *, rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
+        self,
+        channels: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
-        self.conv0 = _conv3x3(channels, channels, rngs, dtype, param_dtype)
-        self.conv1 = _conv3x3(channels, channels, rngs, dtype, param_dtype)
+        dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
+        self.conv0 = _conv3x3(channels, channels, rngs, dtypes)
+        self.conv1 = _conv3x3(channels, channels, rngs, dtypes)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Images of the same shape."""
@@ -76,13 +92,13 @@ class ConvSequence(nnx.Module):
         out_channels: int,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self._input_shape = tuple(input_shape)
         self._out_channels = out_channels
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.conv = _conv3x3(input_shape[2], out_channels, rngs, dtype, param_dtype)
+        dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
+        self.conv = _conv3x3(input_shape[2], out_channels, rngs, dtypes)
         self.res_block0 = ResidualBlock(out_channels, rngs=rngs, **dtypes)
         self.res_block1 = ResidualBlock(out_channels, rngs=rngs, **dtypes)
 
@@ -138,13 +154,13 @@ class ProcgenResnet(FeedForward):
 
     def __init__(
         self,
-        env: Any,
+        env: Env,
         cnn_width: int = 16,
         mlp_width: int = 256,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         super().__init__(env, dtype, param_dtype)
         self.cnn_width = cnn_width
@@ -172,7 +188,7 @@ class ProcgenResnet(FeedForward):
         self.value = self._linear(mlp_width, 1, 1.0, rngs=rngs)
 
     def encode_observations(
-        self, observations: Any, state: State | None = None
+        self, observations: PyTree, state: State | None = None
     ) -> Float[Array, "batch hidden"]:
         """Hidden vectors (batch, mlp_width); no time axis."""
         return self.network(self._scaled_images(observations))
@@ -190,11 +206,11 @@ class ProcgenResnet(FeedForward):
     @classmethod
     def _sizes_for(
         cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    ) -> dict[str, int]:
         return {} if hidden_size is None else {"mlp_width": hidden_size}
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
         """See `FeedForward.from_keys`."""
         if not {"network.0.conv.weight", "network.5.weight", "actor.weight"} <= shapes.keys():
             return None
@@ -213,18 +229,17 @@ class ProcgenResnet(FeedForward):
             "action": {"class": "Discrete", "n": shape_of(shapes, "actor.weight", 2)[0]},
         }
 
-    def reference(self, models: Any, env: Any) -> Any:
+    def reference(self, models: ModuleType, env: Env) -> object:
         """PufferLib's `ProcgenResnet`, with what PufferLib's own LSTMWrapper asks of a policy."""
 
         class ProcgenResnet(models.ProcgenResnet):
             is_continuous = False
 
-            def encode_observations(self, x: Any, state: Any = None) -> Any:
+            def encode_observations(self, x: object, state: object = None) -> object:
                 return super().encode_observations(x)
 
         return ProcgenResnet(env, self.cnn_width, self.mlp_width)
 
 
-def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> Conv2d:
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtypes: Dtypes) -> Conv2d:
     return torch_init(Conv2d(inputs, outputs, 3, padding=1, rngs=rngs, **dtypes), rngs=rngs)

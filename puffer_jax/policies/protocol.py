@@ -3,7 +3,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from puffer_jax.nn.distributions import Normal
 
@@ -24,7 +24,7 @@ class Policy(Protocol):
     hidden_size: int
     is_continuous: bool
 
-    def encode_observations(self, observations: Any, state: State | None = None) -> Array:
+    def encode_observations(self, observations: PyTree, state: State | None = None) -> Array:
         """Hidden vectors (batch, hidden_size)."""
         ...
 
@@ -48,18 +48,18 @@ class RecurrentPolicy(Protocol):
         ...
 
     def forward_eval(
-        self, observations: Any, state: State | None = None
+        self, observations: PyTree, state: State | None = None
     ) -> tuple[Logits, Array, State]:
         """One step: logits, values (batch, 1) and the new state."""
         ...
 
     def forward(
-        self, observations: Any, state: State | None = None, done: ArrayLike | None = None
+        self, observations: PyTree, state: State | None = None, done: ArrayLike | None = None
     ) -> tuple[Logits, Array, State]:
         """Segments (batch, time, *obs): logits (batch * time, ...), values (batch, time), state."""
         ...
 
 
-def is_recurrent(policy: Any) -> bool:
+def is_recurrent(policy: object) -> bool:
     """Whether the policy carries a state from step to step, that is, has `initial_state`."""
     return hasattr(policy, "initial_state")

@@ -1,14 +1,15 @@
 """`Recurrent`: a recurrent core between a policy's encoder and its heads."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.base.text import near
@@ -16,7 +17,15 @@ from puffer_jax.nn.cores import CORES, Core
 from puffer_jax.nn.cores.lstm import LSTM
 from puffer_jax.nn.initializers import reset_orthogonal
 from puffer_jax.nn.params import Shape
-from puffer_jax.policies.base import FeedForward, Hints, is_flat, read_sizes, reference_of
+from puffer_jax.policies.base import (
+    Description,
+    Dtypes,
+    FeedForward,
+    Hints,
+    is_flat,
+    read_sizes,
+    reference_of,
+)
 from puffer_jax.policies.protocol import Logits, Policy, State
 
 
@@ -39,8 +48,8 @@ class Recurrent(nnx.Module):
         env: gives the observation space.
         policy: any module with `encode_observations`, `decode_actions`, `is_continuous`.
         core: a `puffer_jax.GRU`, say; see `puffer_jax.nn.cores.Core`. Its `input_size` is the
-            width of the policy's encoding, its `hidden_size` of what the policy's heads read.
-        rngs: stream `params`, of the policy's new weights; None keeps those it has.
+            width of the policy's encoding, its `hidden_size` that of what the policy's heads read.
+        rngs: stream `params`, for the policy's new weights; None keeps those it has.
 
     Raises:
         ValueError: the core's `input_size` or `hidden_size` is not the policy's `hidden_size`.
@@ -60,7 +69,7 @@ class Recurrent(nnx.Module):
 
     torch_names: ClassVar = {"policy": "policy"}
 
-    def __init__(self, env: Any, policy: Any, core: Core, *, rngs: nnx.Rngs | None):
+    def __init__(self, env: spaces.Env, policy: Any, core: Core, *, rngs: nnx.Rngs | None):
         self._check_sizes(policy, core.input_size, core.hidden_size)
         if rngs is not None:
             reset_orthogonal(policy, rngs=rngs)  # type: ignore[arg-type]
@@ -76,12 +85,12 @@ class Recurrent(nnx.Module):
 
     @property
     def core(self) -> Core:
-        """The core, which is the attribute of its name."""
+        """The core, which is stored under its own name."""
         return getattr(self, self.core_name)
 
     @property
     def torch_aliases(self) -> dict[str, str]:
-        """PufferLib's wrapper lists the core's parameters twice, for whole segments and steps."""
+        """PufferLib's wrapper lists the core's parameters twice: for segments and for steps."""
         names = getattr(self.core, "cell_names", {}).items()
         return {f"cell.{alias}": f"{self.core_name}.{name}" for alias, name in names}
 
@@ -101,19 +110,19 @@ class Recurrent(nnx.Module):
         return {"hidden": hidden, **self.core.initial_state(batch_size)}
 
     def forward_eval(
-        self, observations: Any, state: State | None = None
+        self, observations: PyTree, state: State | None = None
     ) -> tuple[Logits, Array, State]:
         """One step.
 
         Args:
             observations: (batch, *obs).
-            state: of the step before; None is the zero state.
+            state: from the step before; None is the zero state.
 
         Returns:
             logits, values (batch, 1), the new state.
 
         Raises:
-            ValueError: a state of another batch size or width.
+            ValueError: the state has another batch size or width.
         """
         encoded = self._encode(observations, state)
         hidden, state = self.core.step(encoded, self._carried(state, encoded.shape[0]))
@@ -121,7 +130,7 @@ class Recurrent(nnx.Module):
         return logits, values, {"hidden": hidden, **state}
 
     def forward(
-        self, observations: Any, state: State | None = None, done: ArrayLike | None = None
+        self, observations: PyTree, state: State | None = None, done: ArrayLike | None = None
     ) -> tuple[Logits, Array, State]:
         """All steps of a batch of segments.
 
@@ -136,7 +145,7 @@ class Recurrent(nnx.Module):
             step, with "hidden" (batch, time, hidden_size).
 
         Raises:
-            ValueError: observations, state or done of another shape.
+            ValueError: observations, state or done have another shape.
         """
         batch, time, flat = self._fold_time(observations)
         encoded = self._encode(flat, state)
@@ -152,12 +161,12 @@ class Recurrent(nnx.Module):
         return logits, values.reshape(batch, time), {"hidden": hidden, **state}
 
     def __call__(
-        self, observations: Any, state: State | None = None, done: ArrayLike | None = None
+        self, observations: PyTree, state: State | None = None, done: ArrayLike | None = None
     ) -> tuple[Logits, Array, State]:
         """`forward`."""
         return self.forward(observations, state, done)
 
-    def _encode(self, observations: Any, state: State | None) -> Float[Array, "batch input"]:
+    def _encode(self, observations: PyTree, state: State | None) -> Float[Array, "batch input"]:
         encoded = self.policy.encode_observations(observations, state=state)
         if encoded.ndim != 2 or encoded.shape[1] != self.input_size:
             raise ValueError(
@@ -180,7 +189,7 @@ class Recurrent(nnx.Module):
                 )
         return {name: state[name] for name in zero}
 
-    def _fold_time(self, observations: Any) -> tuple[int, int, Any]:
+    def _fold_time(self, observations: PyTree) -> tuple[int, int, PyTree]:
         layout = self.env_spec.single_observation_space
         if isinstance(observations, dict | tuple):
             leaf, shape = _first_leaf(observations, layout.structured)
@@ -200,7 +209,7 @@ class Recurrent(nnx.Module):
         fold = lambda x: jnp.reshape(x, (batch * time, *np.shape(x)[extra:]))  # noqa: E731
         return batch, time, jax.tree.map(fold, observations)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Description:
         """The core and its sizes; a custom core gives its full name only."""
         cls = type(self.core)
         if CORES.get(self.core_name) is not cls:
@@ -210,12 +219,18 @@ class Recurrent(nnx.Module):
 
     @classmethod
     def rebuild(
-        cls, env: Any, description: Mapping[str, Any], policy: Any, *, rngs: nnx.Rngs, **dtypes: Any
-    ) -> Any:
+        cls,
+        env: spaces.Env,
+        description: Description,
+        policy: Any,
+        *,
+        rngs: nnx.Rngs,
+        **dtypes: Any,
+    ) -> "Recurrent":
         """The described core around `policy`.
 
         Raises:
-            ValueError: a custom core, or a size that cannot be one.
+            ValueError: the core is a custom one, or a size cannot be a size.
         """
         core = CORES.get(description["core"])
         if core is None:
@@ -227,8 +242,8 @@ class Recurrent(nnx.Module):
         return cls(env, policy, core(**sizes, rngs=rngs, **dtypes), rngs=None)
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
-        """The core in a checkpoint and its sizes, None if it has no known core."""
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
+        """The core in a checkpoint and its sizes; None if it has no known core."""
         for name, core in CORES.items():
             sizes = core.from_keys(shapes)
             if sizes is not None:
@@ -239,7 +254,7 @@ class Recurrent(nnx.Module):
         """See `FeedForward.example_shape`."""
         return self.policy.example_shape()  # type: ignore[attr-defined]
 
-    def reference(self, models: Any, env: Any) -> Any:
+    def reference(self, models: ModuleType, env: spaces.Env) -> object:
         """PufferLib has no such policy."""
         raise ValueError(f"PufferLib has no policy with the core {self.core_name}")
 
@@ -282,14 +297,14 @@ class LSTMWrapper(Recurrent):
 
     def __init__(
         self,
-        env: Any,
+        env: spaces.Env,
         policy: Any,
         input_size: int = 128,
         hidden_size: int = 128,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self._check_sizes(policy, input_size, hidden_size)
         # Before the LSTM draws its weights, so that a seed gives what it always gave.
@@ -297,24 +312,30 @@ class LSTMWrapper(Recurrent):
         lstm = LSTM(input_size, hidden_size, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         super().__init__(env, policy, lstm, rngs=None)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Description:
         """The sizes."""
         return {"sizes": {name: getattr(self, name) for name in LSTM.sizes}}
 
     @classmethod
     def rebuild(
-        cls, env: Any, description: Mapping[str, Any], policy: Any, *, rngs: nnx.Rngs, **dtypes: Any
-    ) -> Any:
-        """An LSTM of the described sizes around `policy`; a ValueError if they are none."""
+        cls,
+        env: spaces.Env,
+        description: Description,
+        policy: Any,
+        *,
+        rngs: nnx.Rngs,
+        **dtypes: Any,
+    ) -> "LSTMWrapper":
+        """An LSTM of the described sizes around `policy`; a ValueError if they cannot be sizes."""
         return cls(env, policy, **read_sizes(description, LSTM.sizes), rngs=rngs, **dtypes)
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any] | None:
-        """The sizes of the LSTM in a checkpoint, None if it has none."""
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
+        """The sizes of the LSTM in a checkpoint; None if it has no LSTM."""
         sizes = LSTM.from_keys(shapes)
         return None if sizes is None else {"class": cls.__name__, "sizes": sizes}
 
-    def reference(self, models: Any, env: Any) -> Any:
+    def reference(self, models: ModuleType, env: spaces.Env) -> object:
         """PufferLib's, around its twin of the wrapped policy."""
         inner = reference_of(self.policy, models, env)
         return models.LSTMWrapper(env, inner, self.input_size, self.hidden_size)
@@ -322,27 +343,27 @@ class LSTMWrapper(Recurrent):
 
 def with_core(
     name: str,
-    env: Any,
+    env: spaces.Env,
     policy: Policy,
     *,
     rngs: nnx.Rngs,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> Recurrent:
-    """`policy` around the core of that name in `puffer_jax.nn.cores.CORES`, as wide as it is.
+    """`policy` with the core of that name in `puffer_jax.nn.cores.CORES`, as wide as itself.
 
     Raises:
         ValueError: there is no such core.
     """
     if name not in CORES:
         raise ValueError(f"no such core: {near([name], CORES)[0]}; there are {', '.join(CORES)}")
-    sizes, dtypes = [policy.hidden_size] * 2, {"dtype": dtype, "param_dtype": param_dtype}
+    sizes, dtypes = [policy.hidden_size] * 2, Dtypes(dtype=dtype, param_dtype=param_dtype)
     if name == "lstm":
         return LSTMWrapper(env, policy, *sizes, rngs=rngs, **dtypes)
     return Recurrent(env, policy, CORES[name](*sizes, rngs=rngs, **dtypes), rngs=rngs)
 
 
-def _first_leaf(tree: Any, structured: np.dtype | None) -> tuple[Any, tuple[int, ...]]:
+def _first_leaf(tree: PyTree, structured: np.dtype | None) -> tuple[PyTree, tuple[int, ...]]:
     if structured is None:
         raise ValueError("dict or tuple observations, but the observation space is neither")
     while structured.names is not None:

@@ -10,7 +10,7 @@ FEED_FORWARD: dict[str, type[FeedForward]] = {
     cls.__name__: cls for cls in (Default, Convolutional, ProcgenResnet)
 }
 
-# Those of PufferLib first: where several fit a checkpoint, the first is taken.
+# PufferLib's come first: if several fit a checkpoint, the first is taken.
 RECURRENT: dict[str, type[Recurrent]] = {cls.__name__: cls for cls in (LSTMWrapper, Recurrent)}
 
 POLICIES: dict[str, type[FeedForward] | type[Recurrent]] = {**FEED_FORWARD, **RECURRENT}

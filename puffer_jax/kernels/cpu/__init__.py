@@ -1,8 +1,8 @@
 """LSTM, convolutions, pooling, perceptrons, random numbers: our own CPU kernels (XLA custom calls).
 
-They are built where they run, for the processor they run on, once: the library is kept in the
+They are built once, where they run and for the processor they run on: the library is kept in the
 user's cache. Without a C++ compiler, or with PUFFER_JAX_NATIVE=0 in the environment, everything
-runs on XLA's own operations and nothing is missing but speed.
+runs on XLA's own operations and nothing but speed is lost.
 
 They compute in float32 and float64, with gradients written out (`jax.custom_vjp`): no
 forward-mode derivatives. Gradients of gradients are those of XLA's operations. Under `jax.vmap`

@@ -1,7 +1,5 @@
 """Adam's kernel."""
 
-from typing import Any
-
 from jaxtyping import Array
 
 from puffer_jax.kernels.cpu.library import call, like
@@ -16,7 +14,13 @@ def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:
         arrays: the parameters and both moments, of that shape and dtype.
 
     Returns:
-        The new ones.
+        The new parameters and moments.
     """
-    options: Any = {"vmap_method": "broadcast_all", "aliases": {2: 0, 3: 1, 4: 2}}
-    return tuple(call("puffer_jax_adam", like(*arrays), numbers, gradient, *arrays, **options))
+    results = call(
+        "puffer_jax_adam",
+        like(*arrays),
+        *(numbers, gradient, *arrays),
+        vmap_method="broadcast_all",
+        aliases={2: 0, 3: 1, 4: 2},
+    )
+    return tuple(results)

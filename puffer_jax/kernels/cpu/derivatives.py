@@ -1,36 +1,34 @@
-"""Functions by kernels whose gradients are by kernels, too."""
+"""Functions computed by kernels whose gradients are computed by kernels, too."""
 
-from collections.abc import Callable
+from collections.abc import Hashable
 from functools import cache, partial
-from typing import Any
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
+from puffer_jax.kernels.choice import Function
 from puffer_jax.kernels.cpu.library import is_floating
-
-Function = Callable[..., Any]
 
 
 def differentiable(forward: Function, backward: Function, plain: Function) -> Function:
-    """A function by kernels whose gradient is by kernels, too.
+    """A function computed by a kernel whose gradient is computed by kernels, too.
 
     Args:
         forward: (keep, *arrays, **options) -> (results, kept): with `keep`, what `backward` needs
-            beside the arrays.
+            besides the arrays.
         backward: (arrays, kept, cotangents, **options) -> the gradients of the floating arrays.
-        plain: the same function by XLA's operations, for the derivatives beyond the first.
+        plain: the same function in XLA's operations, for the derivatives beyond the first.
 
     Returns:
         (*arrays, **options) -> results; options are hashable.
     """
 
     @cache
-    def bound(**options: Any) -> Function:
+    def bound(**options: Hashable) -> Function:
         functions = (partial(function, **options) for function in (forward, backward, plain))
         return _differentiable(*functions)
 
-    def function(*arrays: Array, **options: Any) -> Any:
+    def function(*arrays: Array, **options: Hashable) -> PyTree:
         return bound(**options)(*arrays)
 
     return function
@@ -38,21 +36,21 @@ def differentiable(forward: Function, backward: Function, plain: Function) -> Fu
 
 def _differentiable(forward: Function, backward: Function, plain: Function) -> Function:
     @jax.custom_vjp
-    def gradient(arrays: Any, kept: Any, cotangents: Any) -> Any:
+    def gradient(arrays: PyTree, kept: PyTree, cotangents: PyTree) -> PyTree:
         return backward(arrays, kept, cotangents)
 
-    def gradient_forward(*operands: Any) -> tuple[Any, Any]:
+    def gradient_forward(*operands: PyTree) -> tuple[PyTree, PyTree]:
         return gradient(*operands), operands
 
-    def gradient_backward(operands: Any, d_gradients: Any) -> tuple[Any, ...]:
+    def gradient_backward(operands: PyTree, d_gradients: PyTree) -> tuple[PyTree, ...]:
         arrays, _, cotangents = operands
         floating = [is_floating(array) for array in arrays]
 
-        def plain_of_floating(*some: Array) -> Any:
+        def plain_of_floating(*some: Array) -> PyTree:
             rest = iter(some)
             return plain(*(next(rest) if f else a for f, a in zip(floating, arrays, strict=True)))
 
-        def plain_gradient(some: Any, cotangents: Any) -> Any:
+        def plain_gradient(some: PyTree, cotangents: PyTree) -> PyTree:
             return jax.vjp(plain_of_floating, *some)[1](cotangents)
 
         some = tuple(filter(is_floating, arrays))
@@ -62,7 +60,7 @@ def _differentiable(forward: Function, backward: Function, plain: Function) -> F
 
     gradient.defvjp(gradient_forward, gradient_backward)
 
-    # What is kept is a constant to derivatives beyond the first: `gradient` has all of them.
+    # To derivatives beyond the first, what is kept is a constant: `gradient` has all of them.
     keeping = jax.custom_vjp(partial(forward, True))
     keeping.defvjp(
         lambda *arrays: (keeping(*arrays), arrays),
@@ -70,14 +68,14 @@ def _differentiable(forward: Function, backward: Function, plain: Function) -> F
     )
 
     @jax.custom_vjp
-    def function(*arrays: Array) -> Any:
+    def function(*arrays: Array) -> PyTree:
         return forward(False, *arrays)[0]
 
-    def function_forward(*arrays: Array) -> tuple[Any, Any]:
+    def function_forward(*arrays: Array) -> tuple[PyTree, PyTree]:
         results, kept = keeping(*arrays)
         return results, (arrays, kept)
 
-    def function_backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    def function_backward(residuals: PyTree, cotangents: PyTree) -> tuple[PyTree, ...]:
         arrays, kept = residuals
         rest = iter(gradient(arrays, kept, cotangents))
         return tuple(next(rest) if is_floating(array) else None for array in arrays)

@@ -16,9 +16,9 @@ def convolution(keep: bool, *arrays: Array, windows: Windows) -> tuple[Array, No
     Args:
         keep: not used.
         arrays: x, the images (batch, height, width, inputs); bytes stand for numbers from 0 to
-            1, each is divided by 255. kernel, the weights (window_height, window_width, inputs,
+            1: they are divided by 255. kernel, the weights (window_height, window_width, inputs,
             outputs). bias (outputs,).
-        windows: how they lie on the images, whose borders included they must fit into.
+        windows: how they lie on the images; they must fit into an image with its borders.
     """
     x, kernel, _ = arrays
     shape = (x.shape[0], *x.shape[2:]) if windows.channels_first else x.shape
@@ -32,7 +32,7 @@ def convolution(keep: bool, *arrays: Array, windows: Windows) -> tuple[Array, No
 
 
 def convolution_gradient(
-    arrays: Any, kept: None, d_out: Array, *, windows: Windows
+    arrays: tuple[Array, ...], kept: None, d_out: Array, *, windows: Windows
 ) -> tuple[Array, ...]:
     """Backward of `convolution`: the gradients of x, unless it is of bytes, kernel and bias."""
     d_out = d_out.transpose(0, 2, 3, 1) if windows.out_channels_first else d_out
@@ -60,7 +60,7 @@ def _attributes(windows: Windows) -> dict[str, Any]:
 
 
 def max_pool(keep: bool, x: Array) -> tuple[Array, Array]:
-    """Forward of `puffer_jax.layers.max_pool`; kept is which pixel of each window was taken."""
+    """Forward of `puffer_jax.layers.max_pool`; it keeps which pixel of each window was taken."""
     batch, height, width, channels = x.shape
     shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
     taken = jax.ShapeDtypeStruct(shape if keep else (0,), np.int8)

@@ -14,17 +14,16 @@ from importlib.metadata import version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 _logger = logging.getLogger(__name__)
 
 _FLAGS = (
     *("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
-    "-falign-loops=64",  # the product's loop ran up to a tenth slower wherever else it fell
+    "-falign-loops=64",  # the product's loop ran up to a tenth slower elsewhere
 )
 
 _TYPES = {"float32": "float", "float64": "double"}
@@ -80,7 +79,7 @@ def is_available(dtype: str) -> bool:
 
 @cache
 def _load(dtype: str) -> bool:
-    """Registers the kernels with XLA, built if need be; False where that is not possible."""
+    """Register the kernels with XLA, built if need be; False if that is not possible."""
     if os.environ.get("PUFFER_JAX_NATIVE") == "0":
         return False
     cxx = os.environ.get("CXX")
@@ -94,7 +93,7 @@ def _load(dtype: str) -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_built(compiler, dtype)))
-    # Path.home() raises RuntimeError where there is none.
+    # Path.home() raises RuntimeError if there is none.
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         _logger.warning(
             "the CPU kernels could not be built, so LSTMs, convolutions and perceptrons run on "
@@ -109,7 +108,7 @@ def _load(dtype: str) -> bool:
 
 
 def _key(sources: Traversable, *parts: bytes) -> str:
-    """What a library is known by: all its sources, headers among them, and the other parts."""
+    """What identifies a library: all its sources, headers included, and the other parts."""
     found = sorted(sources.iterdir(), key=lambda file: file.name)
     named = (part for file in found for part in (file.name.encode(), file.read_bytes()))
     return hashlib.sha256(b"\0".join((*named, *parts))).hexdigest()[:16]
@@ -121,8 +120,8 @@ def _built(compiler: str, dtype: str) -> Path:
     extra = shlex.split(os.environ.get("PUFFER_JAX_CXXFLAGS", ""))
     flags = [*_FLAGS, *extra, f"-DNUMBER={_TYPES[dtype]}"]
     # What the compiler predefines tells its version and the processor's instructions.
-    asked = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    target = subprocess.run(asked, capture_output=True, check=True).stdout
+    query = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    target = subprocess.run(query, capture_output=True, check=True).stdout
     key = _key(sources, target, " ".join(flags).encode(), version("jaxlib").encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puffer_jax"
     library = folder / f"{dtype}-{key}.so"
@@ -130,10 +129,10 @@ def _built(compiler: str, dtype: str) -> Path:
         return library
     folder.mkdir(parents=True, exist_ok=True)
     _logger.info("compiling the CPU kernels to %s", library)
-    # Processes that compile at once each write a file of their own; the last one stays.
+    # Processes that compile at the same time each write a file of their own; the last one stays.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         result = Path(scratch) / library.name
-        # It includes all others, found beside it; with -I <threads.h> would be ours, too.
+        # It includes all others, which lie beside it; with -I, <threads.h> would be ours, too.
         source = str(sources / "kernels.cc")
         command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), source]
         subprocess.run([*command, "-o", str(result)], capture_output=True, text=True, check=True)
@@ -143,12 +142,12 @@ def _built(compiler: str, dtype: str) -> Path:
 
 def call(
     name: str,
-    results: Any,
+    results: PyTree,
     *arrays: Array,
     vmap_method: str = "sequential",
     aliases: dict[int, int] | None = None,
-    **attributes: Any,
-) -> Any:
+    **attributes: object,
+) -> PyTree:
     """Call the kernel `name` of the library for the dtype of the first floating array.
 
     Args:
@@ -158,7 +157,7 @@ def call(
         vmap_method: as in `jax.ffi.ffi_call`.
         aliases: index of an operand -> index of the result that is written in its place, since
             fresh memory is slow to touch. XLA copies an operand that is needed afterwards.
-        attributes: the kernel's.
+        attributes: those that the kernel takes.
 
     Returns:
         Arrays in the structure of `results`.

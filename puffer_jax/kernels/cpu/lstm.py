@@ -1,18 +1,16 @@
 """The LSTM's kernels."""
 
-from typing import Any
-
 import jax
 from jaxtyping import Array
 
 from puffer_jax.kernels.cpu.library import call, like
 
 
-def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
+def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
     """Forward of `puffer_jax.layers.lstm_scan`.
 
-    The arrays are as there, weights, x, h, c of one dtype, and `done` bool (batch, time). Kept are
-    all h, as rows (batch * time, hidden), and the gates and c of each step.
+    It takes the same arrays: weights, x, h and c of one dtype, and `done` bool (batch, time). It
+    keeps all h, as rows (batch * time, hidden), and the gates and c of each step.
     """
     *weights, x, h, c, done = arrays
     (batch, time, _), hidden = x.shape, h.shape[1]
@@ -30,7 +28,9 @@ def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], Any]:
     return (outputs, *results[1:]), (outputs, gates)
 
 
-def lstm_gradient(arrays: Any, kept: Any, cotangents: Any) -> tuple[Array, ...]:
+def lstm_gradient(
+    arrays: tuple[Array, ...], kept: tuple[Array, Array], cotangents: tuple[Array, ...]
+) -> tuple[Array, ...]:
     """Backward of `lstm`: the gradients of all arrays but `done`."""
     weight_ih, weight_hh, bias, x, h, c, done = arrays
     (outputs, gates), (d_outputs, *d_states) = kept, cotangents

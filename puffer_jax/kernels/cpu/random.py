@@ -1,7 +1,5 @@
 """Kernels of random numbers."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
@@ -30,11 +28,15 @@ def sample(
     """Actions, log-probabilities and entropies of `puffer_jax.sample_logits`; no derivatives.
 
     Args:
-        key: of threefry.
+        key: one of threefry.
         logits: of one component of the action.
-        component: its index, also of its key among those that `key` is split into.
+        component: its index, also that of its key among those that `key` is split into.
     """
-    of_rows = [jax.ShapeDtypeStruct(logits.shape[:-1], dtype) for dtype in (np.int32, logits.dtype)]
-    results = (*of_rows, of_rows[1])
-    options: Any = {"vmap_method": "broadcast_all", "component": np.int64(component)}
-    return call("puffer_jax_sample", results, key, logits, **options)
+    dtypes = np.int32, logits.dtype, logits.dtype
+    return call(
+        "puffer_jax_sample",
+        tuple(jax.ShapeDtypeStruct(logits.shape[:-1], dtype) for dtype in dtypes),
+        *(key, logits),
+        vmap_method="broadcast_all",
+        component=np.int64(component),
+    )

@@ -11,7 +11,7 @@ from puffer_jax.kernels.cpu.library import call, like
 def recurrence(
     a: Float[Array, "rows time"], b: Float[Array, "rows time"]
 ) -> Float[Array, "rows time"]:
-    """The y with y[:, t] = a[:, t] + b[:, t] * y[:, t + 1], from the last on."""
+    """The y with y[:, t] = a[:, t] + b[:, t] * y[:, t + 1], from the last step to the first."""
     return call("puffer_jax_recur", like(a)[0], a, b)
 
 

@@ -1,4 +1,4 @@
-"""Recurrent cores: what a policy has between its encoder and its heads to remember with.
+"""Recurrent cores: the memory between a policy's encoder and its heads.
 
 A new core is a file in this folder and a line in `CORES`.
 """

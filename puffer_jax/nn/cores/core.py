@@ -19,9 +19,9 @@ class Core(Protocol):
 
     Attributes:
         name: the attribute of the policy that holds the core, and so the prefix of its keys.
-        input_size: width of what it reads.
-        hidden_size: width of what it gives.
-        param_dtype: of states and outputs.
+        input_size: width of its inputs.
+        hidden_size: width of its outputs.
+        param_dtype: dtype of its states and outputs.
     """
 
     name: ClassVar[str]
@@ -47,7 +47,7 @@ class Core(Protocol):
     ) -> tuple[Float[Array, "batch time hidden"], State]:
         """All steps: their outputs and the last state.
 
-        Where `done[:, t]` is set the state is zeroed before step t: `x[:, t]` begins an episode.
+        Where `done[:, t]` is set, the state is zeroed before step t: `x[:, t]` begins an episode.
         """
         ...
 
@@ -65,9 +65,9 @@ class KnownCore(Core, Protocol):
     cell_names: ClassVar[Mapping[str, str]]
 
     # The sizes, then keyword-only `rngs`, `dtype` and `param_dtype`.
-    def __init__(self, *sizes: Any, **options: Any): ...
+    def __init__(self, *sizes: int, **options: Any): ...
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
-        """The sizes of the core in a policy's checkpoint, None if it has no such core."""
+    def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, int] | None:
+        """The sizes of the core in a policy's checkpoint; None if it has no such core."""
         ...

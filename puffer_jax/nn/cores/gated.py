@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from puffer_jax.nn.initializers import uniform
@@ -34,7 +35,7 @@ class GatedCore(nnx.Module):
     cell_names: ClassVar[Mapping[str, str]] = {
         name: f"{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     }
-    # Flax's own merge and clone sort attributes; the order is that of a .bin file.
+    # Flax's own merge and clone sort attributes; this order is that of a .bin file.
     torch_names: ClassVar = {name: name for name in cell_names.values()}
 
     def __init__(
@@ -43,8 +44,8 @@ class GatedCore(nnx.Module):
         hidden_size: int,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -68,16 +69,16 @@ class GatedCore(nnx.Module):
     def _zeros(self, batch_size: int) -> Float[Array, "batch hidden"]:
         return jnp.zeros((batch_size, self.hidden_size), self.param_dtype)
 
-    def _cast(self, part: Any) -> Array:
+    def _cast(self, part: ArrayLike) -> Array:
         # A carried state never changes its dtype.
         return jnp.asarray(part, self.weight_hh_l0.dtype)
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
-        """The sizes of the core in a policy's checkpoint, None if it has no such core."""
+    def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, int] | None:
+        """The sizes of the core in a policy's checkpoint; None if it has no such core."""
         name = f"{cls.name}.weight_ih_l0"
         if name not in shapes:
-            # Of tied keys one is enough, and `cell` does not say of which core.
+            # One of two tied keys is enough, but `cell` does not say which core it belongs to.
             name = "cell.weight_ih"
             rows, hidden = (*shapes.get("cell.weight_hh", ()), 0, 0)[:2]
             if name not in shapes or rows != cls.gates * hidden:

@@ -1,10 +1,11 @@
 """Torch's GRU."""
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from puffer_jax.nn.cores.core import State
@@ -57,7 +58,7 @@ class GRU(GatedCore):
         return outputs, {"gru_h": h}
 
 
-def _affine(x: Array, weight: Array, bias: Array, dtype: Any) -> Array:
+def _affine(x: Array, weight: Array, bias: Array, dtype: DTypeLike | None) -> Array:
     dtype = weight.dtype if dtype is None else dtype
     return (x.astype(dtype) @ weight.astype(dtype).T).astype(bias.dtype) + bias
 
@@ -67,7 +68,7 @@ def _cell(
     h: Float[Array, "batch hidden"],
     weight: Float[Array, "gates hidden"],
     bias: Float[Array, "gates"],
-    dtype: Any,
+    dtype: DTypeLike | None,
 ) -> Float[Array, "batch hidden"]:
     p_r, p_z, p_n = jnp.split(projected, 3, axis=1)
     q_r, q_z, q_n = jnp.split(_affine(h, weight, bias, dtype), 3, axis=1)
@@ -86,7 +87,7 @@ def _scan(
     x: Float[Array, "batch time input"],
     h: Float[Array, "batch hidden"],
     done: Bool[Array, "batch time"] | None,
-    dtype: Any,
+    dtype: DTypeLike | None,
 ) -> tuple[Float[Array, "batch time hidden"], Float[Array, "batch hidden"]]:
     def step(h: Array, row: tuple[Array, Array | None]) -> tuple[Array, Array]:
         projected, done_t = row
@@ -95,7 +96,7 @@ def _scan(
         h = _cell(projected, h, weight_hh, bias_hh, dtype)
         return h, h
 
-    # Of the inputs all products at once, with time first.
+    # All products with inputs at once, time first.
     projected = _affine(jnp.swapaxes(x, 0, 1), weight_ih, bias_ih, dtype)
     h, outputs = jax.lax.scan(step, h, (projected, None if done is None else done.T))
     return jnp.swapaxes(outputs, 0, 1), h

@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.policies.check.rules import _RULES
 from puffer_jax.policies.check.run import _describe, _Run
 
@@ -68,7 +69,7 @@ class PolicyReport:
 
 def check_policy(
     policy: Any,
-    env: Any,
+    env: Env,
     *,
     raise_on_failure: bool = False,
     batch_size: int = 8,
@@ -85,7 +86,7 @@ def check_policy(
         env: gives the spaces, with their bounds, see `puffer_jax.spaces.env_spec`; bounds beyond
             1e6 count as none. An emulated Dict does not tell its bounds: integers of 32 and 64
             bits, the usual Discrete, are then 0 or 1, others take the range of their dtype.
-        raise_on_failure: for tests.
+        raise_on_failure: whether a failure is an error, for tests.
         batch_size: observations in a batch, at least 2; several batches are run.
         seed: of the random observations.
 
@@ -95,7 +96,7 @@ def check_policy(
     Raises:
         ValueError: a check failed and `raise_on_failure` is set, with the report as its text; a
             `batch_size` below 2; an action space no policy supports.
-        TypeError: an attribute of `env` is no space.
+        TypeError: an attribute of `env` is not a space.
         AttributeError: `env` has no spaces.
 
     Example:

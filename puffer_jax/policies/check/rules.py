@@ -1,12 +1,14 @@
 """The rules: functions, marked with `_rule`, that raise `_Broken` with what is wrong."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.nn.params import merge, split
@@ -23,11 +25,14 @@ from puffer_jax.policies.check.run import (
     _differing,
     _named,
     _near,
+    _Outputs,
     _require,
     _Run,
     _step,
     _unusable,
 )
+
+_Function = Callable[[_Run], None]
 
 
 class _Rule(NamedTuple):
@@ -35,16 +40,16 @@ class _Rule(NamedTuple):
     needs: tuple[str, ...]
     only: str
     ok: str
-    function: Callable[[_Run], None]
+    function: _Function
 
 
 _RULES: list[_Rule] = []
 
 
-def _rule(ok: str, *needs: str, only: str = "") -> Callable[[Any], Any]:
+def _rule(ok: str, *needs: str, only: str = "") -> Callable[[_Function], _Function]:
     """Mark a rule: what it means to keep it, the rules it builds on, the policies it is for."""
 
-    def mark(function: Any) -> Any:
+    def mark(function: _Function) -> _Function:
         _RULES.append(_Rule(function.__name__.removeprefix("_"), needs, only, ok, function))
         return function
 
@@ -74,7 +79,7 @@ def _attributes(run: _Run) -> None:
     )
 
 
-@_rule("nnx.Param is all that it holds, so that split and merge work")
+@_rule("it holds nnx.Param only, so that split and merge work")
 def _parameters(run: _Run) -> None:
     split(run.policy)
 
@@ -140,7 +145,7 @@ def _finite(run: _Run) -> None:
     )
 
 
-@_rule("the same observations give the same, and change nothing", "forward", "parameters")
+@_rule("the same observations give the same outputs, and change nothing", "forward", "parameters")
 def _pure(run: _Run) -> None:
     before = split(run.policy)[0]
     again = _differing(run.act(run.observations["random"]), run.outputs["random"], _SAME)
@@ -154,10 +159,10 @@ def _pure(run: _Run) -> None:
     )
 
 
-@_rule("forward_eval and __call__ do as encode and decode", "pure", only="feed-forward")
+@_rule("forward_eval and __call__ do what encode and decode do", "pure", only="feed-forward")
 def _agreement(run: _Run) -> None:
     x = run.observations["random"]
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Callable[[], tuple[object, object]]] = {}
     if hasattr(run.policy, "forward_eval"):
         calls["forward_eval(x, state)"] = lambda: run.policy.forward_eval(x, None)
     if callable(run.policy):
@@ -185,7 +190,7 @@ def _observation(run: _Run) -> None:
     )
 
 
-def _varies(rows: Any) -> bool:
+def _varies(rows: Array | np.ndarray) -> bool:
     return not _near(np.broadcast_to(np.asarray(rows[:1]), rows.shape), rows, _SAME)
 
 
@@ -228,31 +233,31 @@ def _rows(run: _Run) -> None:
     base = run.outputs["random"]
     x, other = (jax.tree.map(np.asarray, run.observations[kind]) for kind in _RANDOM[:2])
 
-    def act(change: Callable[..., Any], *trees: Any) -> dict[str, np.ndarray]:
+    def act(change: Callable[..., np.ndarray], *trees: PyTree) -> dict[str, np.ndarray]:
         changed = jax.tree.map(change, *trees)
         batch = jax.tree.leaves(changed)[0].shape[0]
         outputs = _arrays(run.compiled(changed, run.fresh(batch))[0])
         return {name: np.atleast_1d(y) for name, y in outputs.items()}
 
-    def same(what: str, given: Any, right: Any, tolerance: float) -> None:
-        names = _differing(given, right, tolerance)
+    def same(what: str, outputs: _Outputs, right: _Outputs, tolerance: float) -> None:
+        names = _differing(outputs, right, tolerance)
         _require(
             not names,
             f"a row's {names} depends on {what}; do not reduce, normalise, squeeze or reshape "
             "across axis 0",
         )
 
-    def keep_even(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def keep_even_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         rows = np.arange(run.batch).reshape(-1, *[1] * (a.ndim - 1))
         return np.where(rows % 2 == 0, a, b)
 
-    unchanged, mixed = act(np.asarray, x), act(keep_even, x, other)
-    even, right = ({k: y[::2] for k, y in out.items()} for out in (mixed, unchanged))
-    same("what the other rows hold", even, right, _SAME)
+    unchanged, mixed = act(np.asarray, x), act(keep_even_rows, x, other)
+    kept, right = ({k: y[::2] for k, y in out.items()} for out in (mixed, unchanged))
+    same("what the other rows hold", kept, right, _SAME)
     backwards = act(lambda leaf: leaf[::-1], x)
     same("its place in the batch", {k: y[::-1] for k, y in backwards.items()}, base, _CLOSE)
-    alone = [act(lambda leaf, i=i: leaf[i : i + 1], x) for i in range(run.batch)]
-    joined = {k: np.concatenate([row[k] for row in alone]) for k in base}
+    single = [act(lambda leaf, i=i: leaf[i : i + 1], x) for i in range(run.batch)]
+    joined = {k: np.concatenate([row[k] for row in single]) for k in base}
     same("the size of the batch", joined, base, _CLOSE)
 
 
@@ -262,7 +267,7 @@ def _gradients(run: _Run) -> None:
 
     @jax.jit
     @jax.grad
-    def gradient(params: Any, x: Any) -> Any:
+    def gradient(params: PyTree, x: PyTree) -> ArrayLike:
         policy = merge(graphdef, params)
         outputs = _named(*policy.forward(x)[:2]) if run.recurrent else _step(policy, x, None)[0]
         rng = np.random.default_rng(0)
@@ -271,7 +276,7 @@ def _gradients(run: _Run) -> None:
             for y in outputs.values()
         )
 
-    largest: dict[str, Any] = {}
+    largest: dict[str, np.ndarray] = {}
     for kind in _KINDS:
         # Where the outputs are not finite the gradient cannot be.
         if not _unusable(run.outputs[kind]):
@@ -293,7 +298,7 @@ def _by_name(policy: nnx.Module) -> dict[str, np.ndarray]:
         return {".".join(map(str, path)): np.asarray(g) for path, g in flat.items()}
 
 
-@_rule("forward over time is steps of forward_eval", "carry", only="recurrent")
+@_rule("forward over time does what steps of forward_eval do", "carry", only="recurrent")
 def _time(run: _Run) -> None:
     other = _against_steps(run, None)
     _require(
@@ -316,7 +321,7 @@ def _done(run: _Run) -> None:
 
 
 def _against_steps(run: _Run, done: np.ndarray | None) -> str:
-    """What of `forward` differs from single steps."""
+    """Which results of `forward` differ from those of single steps."""
     x, (batch, time) = run.sequences("random"), (run.batch, _TIME)
     fresh = state = run.policy.initial_state(batch)
     steps = []
@@ -341,7 +346,7 @@ def _against_steps(run: _Run, done: np.ndarray | None) -> str:
     logits, values, last = run.policy.forward(x, fresh, **keyword)
     if other := _differing(_named(logits, values), right, _CLOSE):
         return other
-    # The state may hold more than it is started with, but must lead to the same next step.
+    # The state may hold more than it started with, but must lead to the same next step.
     after, expected = (_step(run.policy, run.observations["random"], s)[0] for s in (last, state))
     return "state" if _differing(after, expected, _CLOSE) else ""
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.nn.distributions import Normal
@@ -24,16 +26,18 @@ _KINDS = ("zero", "lowest", "highest", *_RANDOM)
 
 _TIME = 3
 
-# Of the largest magnitude. Batch sizes, jit and eager round differently, in bfloat16 by a percent;
-# the same program on the same row does not.
+# Relative to the largest magnitude. Other batch sizes, or jit, round differently, in bfloat16 by a
+# percent; the same program on the same row does not.
 _CLOSE, _SAME = 2e-2, 1e-5
+
+_Outputs = Mapping[str, Any]  # arrays by name, or whatever a faulty policy gives
 
 
 class _Broken(Exception):
-    """A rule is; says which and what to do."""
+    """A rule is broken: how, and what to do about it."""
 
 
-def _require(condition: Any, otherwise: str) -> None:
+def _require(condition: object, otherwise: str) -> None:
     if not condition:
         raise _Broken(otherwise)
 
@@ -45,7 +49,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
 
 
-def _draw(space: Any, kind: str, count: int, rng: np.random.Generator) -> Any:
+def _draw(space: spaces.Space, kind: str, count: int, rng: np.random.Generator) -> PyTree:
     """`count` observations of a space, (count, *shape), in the form of the space."""
     match spaces.kind_of(space):
         case "dict":
@@ -72,8 +76,8 @@ def _draw(space: Any, kind: str, count: int, rng: np.random.Generator) -> Any:
     return np.broadcast_to(values, (count, *shape)).astype(dtype)
 
 
-def _unbounded(dtype: np.dtype) -> Any:
-    """A structured dtype as a space; what its leaves may hold is guessed."""
+def _unbounded(dtype: np.dtype) -> SimpleNamespace:
+    """A structured dtype as a space; what its leaves may hold is a guess."""
     if dtype.names is not None:
         return SimpleNamespace(spaces={name: _unbounded(dtype[name]) for name in dtype.names})
     low, high = -np.inf, np.inf
@@ -83,7 +87,7 @@ def _unbounded(dtype: np.dtype) -> Any:
     return SimpleNamespace(low=low, high=high, shape=dtype.shape, dtype=dtype.base)
 
 
-def _fill(struct: np.ndarray, tree: Mapping[str, Any]) -> None:
+def _fill(struct: np.ndarray, tree: Mapping[str, PyTree]) -> None:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             _fill(struct[name], value)
@@ -94,7 +98,7 @@ def _fill(struct: np.ndarray, tree: Mapping[str, Any]) -> None:
 class _Run:
     """A policy under test, its observations, and its outputs on them."""
 
-    def __init__(self, policy: Any, env: Any, batch: int, seed: int):
+    def __init__(self, policy: Any, env: spaces.Env, batch: int, seed: int):
         spec = spaces.env_spec(env)
         self.layout, self.action = spec.single_observation_space, spec.single_action_space
         self.space = getattr(env, "single_observation_space", None)
@@ -105,39 +109,39 @@ class _Run:
         self.outputs: dict[str, dict[str, np.ndarray]] = {}
         self.traces = 0
 
-    def draw(self, kind: str, count: int) -> Any:
+    def draw(self, kind: str, count: int) -> PyTree:
         if self.layout.sample_dtype is None or self.layout.structured is None:
             return jax.tree.map(jnp.asarray, _draw(self.space, kind, count, self.rng))
         packed = np.zeros(count, self.layout.structured)
         _fill(packed, _draw(_unbounded(self.layout.structured), kind, count, self.rng))
         return jnp.asarray(packed.view(self.layout.sample_dtype).reshape(count, -1))
 
-    def sequences(self, kind: str) -> Any:
+    def sequences(self, kind: str) -> PyTree:
         """(batch, time, *obs)."""
         fold = lambda x: x.reshape(self.batch, _TIME, *x.shape[1:])  # noqa: E731
         return jax.tree.map(fold, self.draw(kind, self.batch * _TIME))
 
-    def fresh(self, batch: int) -> Any:
+    def fresh(self, batch: int) -> PyTree:
         return self.policy.initial_state(batch) if self.recurrent else None
 
-    def act(self, observations: Any) -> dict[str, np.ndarray]:
+    def act(self, observations: PyTree) -> dict[str, np.ndarray]:
         """Named outputs, eagerly."""
         return _arrays(_step(self.policy, observations, self.fresh(self.batch))[0])
 
     @cached_property
-    def compiled(self) -> Callable[[Any, Any], Any]:
+    def compiled(self) -> Callable[[PyTree, PyTree], tuple[_Outputs, PyTree]]:
         """`_step`, jitted, as a function of observations and state."""
         graphdef, params = split(self.policy)
 
         @jax.jit
-        def step(params: Any, observations: Any, state: Any) -> Any:
+        def step(params: PyTree, observations: PyTree, state: PyTree) -> tuple[_Outputs, PyTree]:
             self.traces += 1
             return _step(merge(graphdef, params), observations, state)
 
         return partial(step, params)
 
 
-def _step(policy: Any, observations: Any, state: Any) -> tuple[dict[str, Any], Any]:
+def _step(policy: Any, observations: PyTree, state: PyTree) -> tuple[_Outputs, PyTree]:
     """Named outputs and the new state; the state of a policy without memory is None."""
     if state is not None:
         logits, values, state = policy.forward_eval(observations, state)
@@ -148,11 +152,11 @@ def _step(policy: Any, observations: Any, state: Any) -> tuple[dict[str, Any], A
     return _named(logits, values), state
 
 
-def _arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(outputs: _Outputs) -> dict[str, np.ndarray]:
     return {name: np.asarray(y) for name, y in outputs.items()}
 
 
-def _named(logits: Any, values: Any) -> dict[str, Any]:
+def _named(logits: object, values: object) -> _Outputs:
     if isinstance(logits, Normal):
         scale = jnp.broadcast_to(logits.scale, jnp.shape(logits.loc))
         named = {"loc": logits.loc, "scale": scale, "values": values}
@@ -169,19 +173,19 @@ def _named(logits: Any, values: Any) -> dict[str, Any]:
     return named
 
 
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any], tolerance: float) -> str:
+def _differing(a: _Outputs, b: _Outputs, tolerance: float) -> str:
     """Names of the outputs that differ by more than `tolerance` of their largest magnitude."""
     return ", ".join(name for name in b if name not in a or not _near(a[name], b[name], tolerance))
 
 
-def _near(a: Any, b: Any, tolerance: float) -> bool:
+def _near(a: ArrayLike, b: ArrayLike, tolerance: float) -> bool:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     scale = np.abs(b[np.isfinite(b)]).max(initial=0)
     return a.shape == b.shape and np.allclose(a, b, 0, tolerance * scale, equal_nan=True)
 
 
 def _unusable(outputs: Mapping[str, np.ndarray]) -> list[str]:
-    """Outputs no distribution can be made of; -inf beside finite logits is a mask."""
+    """Outputs that make no distribution; -inf beside finite logits is a mask."""
     bad = []
     for name, y in outputs.items():
         largest = y.max(-1) if name.startswith("logits") and y.ndim > 1 else y
