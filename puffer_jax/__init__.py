@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.check import check_policy as check_policy
     from puffer_jax.policies.convolutional import Convolutional as Convolutional
     from puffer_jax.policies.default import Default as Default
+    from puffer_jax.policies.mlp import MLP as MLP
     from puffer_jax.policies.nativize import flatten_observations as flatten_observations
     from puffer_jax.policies.nativize import flattened_tensor_size as flattened_tensor_size
     from puffer_jax.policies.nativize import nativize_dtype as nativize_dtype
@@ -88,6 +89,7 @@ _EXPORTS = {
     ),
     "policies.convolutional": ("Convolutional",),
     "policies.default": ("Default",),
+    "policies.mlp": ("MLP",),
     "policies.nativize": (
         "flatten_observations",
         "flattened_tensor_size",

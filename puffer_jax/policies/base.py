@@ -41,6 +41,7 @@ class Hints(NamedTuple):
     image_shape: tuple[int, ...] | None = None
     channels_last: bool = False
     downsample: int = 1
+    activation: str | None = None
 
 
 class FeedForward(nnx.Module):
@@ -115,7 +116,7 @@ class FeedForward(nnx.Module):
     @classmethod
     def _sizes_for(
         cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """The constructor's arguments that follow from the width and the environment's images."""
         return {} if hidden_size is None else {"hidden_size": hidden_size}
 
@@ -189,7 +190,7 @@ class FeedForward(nnx.Module):
         return images.astype(self._compute_dtype) / 255.0
 
 
-def read_sizes(description: Description, sizes: Mapping[str, type]) -> dict[str, int]:
+def read_sizes(description: Description, sizes: Mapping[str, type]) -> dict[str, Any]:
     """The sizes in a description, which may say anything.
 
     Raises:
@@ -198,7 +199,12 @@ def read_sizes(description: Description, sizes: Mapping[str, type]) -> dict[str,
     """
     found = {name: description["sizes"][name] for name in sizes}
     for name, size in found.items():
-        if type(size) is not sizes[name] or not (sizes[name] is bool or size > 0):
+        kind, numbers = sizes[name], ()
+        if kind is tuple and isinstance(size, list | tuple):
+            numbers = found[name] = tuple(size)  # JSON has only lists
+        elif kind is int:
+            numbers = (size,)
+        if type(found[name]) is not kind or not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
     return found
 

@@ -5,11 +5,17 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from puffer_jax.base import spaces
 from puffer_jax.base.spaces import Env
 from puffer_jax.base.text import near
 from puffer_jax.policies.base import FeedForward, image_of
+from puffer_jax.policies.convolutional import Convolutional
 from puffer_jax.policies.default import Default
+from puffer_jax.policies.mlp import MLP
 from puffer_jax.policies.registry import FEED_FORWARD
+
+# Runs written by 0.1 name no policy, and go on with the one that they began with.
+AUTO_0_1 = "auto 0.1"
 
 
 def Policy(
@@ -25,9 +31,12 @@ def Policy(
 
     Args:
         env: gives the spaces, see `puffer_jax.spaces.env_spec`.
-        name: a policy of `puffer_jax.models`; "auto": Convolutional (the NatureCNN) for uint8
-            images of 84x84 with 1 or 4 channels, ProcgenResnet for those of (64, 64, 3), Default
-            everything else.
+        name: a policy of `puffer_jax.models`; "auto": ProcgenResnet for uint8 images of (64, 64,
+            3), Convolutional (the NatureCNN) for all others of at least 36x36, those from 168x168
+            on downsampled to about 84, MLP for continuous
+            actions, Default for everything else. "auto 0.1" is what "auto" was in that version:
+            images of other sizes than Procgen's and Atari's 84x84, and continuous actions, have
+            Default.
         rngs: for the weights.
         hidden_size: width of the encoding; None: the policy's own default.
         dtype: of the matmuls.
@@ -37,9 +46,17 @@ def Policy(
         ValueError: there is no such policy, it has no such option, or it does not fit the
             environment.
     """
+    image = image_of(env)
     if name == "auto":
-        image = image_of(env)
-        cls = next((cls for cls in FEED_FORWARD.values() if cls.suits(image)), Default)
+        continuous = isinstance(spaces.env_spec(env).single_action_space, spaces.Continuous)
+        otherwise = MLP if continuous else Default
+        cls = next((cls for cls in FEED_FORWARD.values() if cls.suits(image)), otherwise)
+        if cls is Convolutional and image is not None:
+            # The Linear behind the convolutions grows with the image.
+            options = {"downsample": max(1, sorted(image)[1] // 84)} | options
+    elif name == AUTO_0_1:
+        known = image == (64, 64, 3) or (image and 84 in image and {*image} <= {1, 4, 84})
+        cls = next((cls for cls in FEED_FORWARD.values() if known and cls.suits(image)), Default)
     elif name in FEED_FORWARD:
         cls = FEED_FORWARD[name]
     else:

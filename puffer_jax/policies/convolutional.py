@@ -29,12 +29,14 @@ class Convolutional(FeedForward):
 
     Args:
         env: gives the spaces; actions are Discrete.
-        framestack: channels of the image; customary are 4, or 1 with an LSTM.
-        flat_size: numbers that the convolutions give, 64 * h * w.
+        framestack: channels of the image; customary are 4, or 1 with an LSTM. None: as the
+            observation space says.
+        flat_size: numbers that the convolutions give, 64 * h * w. None: worked out likewise.
         input_size: not used, as in the reference.
         hidden_size: width of the encoding.
         output_size: width that the value head reads; must be `hidden_size`.
-        channels_last: whether the channels are the last axis.
+        channels_last: whether the channels are the last axis. None: if `framestack` is None, too,
+            where that is shorter than the first; otherwise they are the first, as in the reference.
         downsample: keep every n-th pixel.
         rngs: stream `params`.
         dtype: of convolutions and matmuls.
@@ -42,7 +44,7 @@ class Convolutional(FeedForward):
 
     Raises:
         ValueError: `output_size` is not `hidden_size`; `framestack` or `flat_size` does not fit
-            the image; the action space is not Discrete.
+            the image, or has to be given; the action space is not Discrete.
 
     Reference: `pufferlib.models.Convolutional`; Mnih et al. 2015.
 
@@ -53,7 +55,7 @@ class Convolutional(FeedForward):
         >>> from puffer_jax.spaces import Box, Discrete
         >>> frames = Box(0, 255, (4, 84, 84), np.uint8)
         >>> env = SimpleNamespace(observation_space=frames, action_space=Discrete(6))
-        >>> policy = puffer_jax.Convolutional(env, framestack=4, flat_size=3136, rngs=nnx.Rngs(0))
+        >>> policy = puffer_jax.Convolutional(env, rngs=nnx.Rngs(0))
         >>> logits, values = policy.forward(np.zeros((2, 4, 84, 84), np.uint8))
         >>> logits.shape
         (2, 6)
@@ -75,12 +77,12 @@ class Convolutional(FeedForward):
         self,
         env: Env,
         *,
-        framestack: int,
-        flat_size: int,
+        framestack: int | None = None,
+        flat_size: int | None = None,
         input_size: int = 512,
         hidden_size: int = 512,
         output_size: int = 512,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         downsample: int = 1,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
@@ -92,6 +94,19 @@ class Convolutional(FeedForward):
                 f"hidden_size is {hidden_size} and output_size {output_size}, but both heads read "
                 f"the same encoding; pass output_size={hidden_size}"
             )
+        shape = self._image_shape()
+        if shape is None and (framestack is None or flat_size is None):
+            raise ValueError(
+                "without an observation space Convolutional needs framestack and flat_size"
+            )
+        if channels_last is None:
+            channels_last = framestack is None and shape is not None and shape[2] < shape[0]
+        if shape is not None:
+            height, width, channels = shape if channels_last else (*shape[1:], shape[0])
+            framestack = channels if framestack is None else framestack
+            sides = _output_sides(height, width, downsample)
+            flat_size = 64 * sides[0] * sides[1] if flat_size is None else flat_size
+        assert framestack is not None and flat_size is not None
         self.framestack = framestack
         self.flat_size = flat_size
         self.input_size = input_size
@@ -157,25 +172,18 @@ class Convolutional(FeedForward):
 
     @classmethod
     def suits(cls, image: tuple[int, ...] | None) -> bool:
-        """Atari's frames: 84x84 with 1 or 4 channels, first or last."""
-        if image is None:
+        """Images that three convolutions leave something of, but for Procgen's."""
+        if image is None or image == (64, 64, 3):
             return False
-        first = image[0] in (1, 4) and image[1:] == (84, 84)
-        return first or (image[2] in (1, 4) and image[:2] == (84, 84))
+        *sides, _ = sorted(image, reverse=True)
+        return min(sides) >= 36
 
     @classmethod
     def _sizes_for(
         cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         sizes = super()._sizes_for(image, hidden_size, options)
-        if image is None:
-            return sizes
-        last = options.get("channels_last", image[2] in (1, 4) and image[0] not in (1, 4))
-        height, width, channels = image if last else (*image[1:], image[0])
-        rows, columns = _output_sides(height, width, options.get("downsample", 1))
-        sizes |= {} if hidden_size is None else {"output_size": hidden_size}
-        flat_size = 64 * rows * columns
-        return sizes | {"framestack": channels, "flat_size": flat_size, "channels_last": last}
+        return sizes | ({} if hidden_size is None else {"output_size": hidden_size})
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:

@@ -5,22 +5,20 @@ from types import ModuleType
 from typing import ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.kernels.perceptron import gelu
-from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.linear import linear, perceptron
 from puffer_jax.nn.params import Shape, shape_of
-from puffer_jax.policies.base import Description, FeedForward, Hints, described_array, is_flat
-from puffer_jax.policies.nativize import flatten_observations, nativize_dtype, nativize_tensor
+from puffer_jax.policies.base import Description, Hints, described_array
+from puffer_jax.policies.flat import Flat, action_from_keys
 from puffer_jax.policies.protocol import Logits, State
 
 
-class Default(FeedForward):
+class Default(Flat):
     """Flattens the observation, one Linear + GELU encoder, linear actor and value heads.
 
     Observations are arrays (batch, *shape). Dict and Tuple observations come as the flat
@@ -57,9 +55,7 @@ class Default(FeedForward):
     """
 
     sizes: ClassVar = {"hidden_size": int}
-    torch_names: ClassVar = {
-        name: name for name in ("decoder_logstd", "encoder", "decoder", "decoder_mean", "value")
-    }
+    torch_names: ClassVar = {**Flat.torch_names, "encoder": "encoder"}
 
     def __init__(
         self,
@@ -71,25 +67,11 @@ class Default(FeedForward):
         param_dtype: DTypeLike = jnp.float32,
     ):
         super().__init__(env, dtype, param_dtype)
-        action = self.env_spec.single_action_space
-        observation = self.env_spec.single_observation_space
         self.hidden_size = hidden_size
-        self.is_continuous = isinstance(action, spaces.Continuous)
-        self.is_multidiscrete = isinstance(action, spaces.MultiDiscrete)
-        self.is_dict_obs = observation.structured is not None
 
-        self.encoder = nnx.Sequential(
-            self._linear(observation.features, hidden_size, rngs=rngs), gelu
-        )
-        match action:
-            case spaces.MultiDiscrete(nvec):
-                self.decoder = self._linear(hidden_size, sum(nvec), 0.01, rngs=rngs)
-            case spaces.Discrete(n):
-                self.decoder = self._linear(hidden_size, n, 0.01, rngs=rngs)
-            case spaces.Continuous((size,)):
-                self.decoder_mean = self._linear(hidden_size, size, 0.01, rngs=rngs)
-                self.decoder_logstd = nnx.Param(jnp.zeros((1, size), param_dtype))
-        self.value = self._linear(hidden_size, 1, 1.0, rngs=rngs)
+        features = self.env_spec.single_observation_space.features
+        self.encoder = nnx.Sequential(self._linear(features, hidden_size, rngs=rngs), gelu)
+        self._make_heads(hidden_size, rngs)
 
     def encode_observations(
         self, observations: PyTree, state: State | None = None
@@ -117,83 +99,29 @@ class Default(FeedForward):
             for name in ("encode_observations", "decode_actions")
         )
 
-    def _features(self, observations: PyTree) -> Float[Array, "batch features"]:
-        layout = self.env_spec.single_observation_space
-        dtype = self._compute_dtype
-        if layout.structured is not None:
-            if isinstance(observations, dict | tuple):
-                return flatten_observations(observations, layout.structured, dtype=dtype)
-            if not is_flat(observations, layout):
-                emulated = {
-                    "observation_dtype": layout.sample_dtype,
-                    "emulated_observation_dtype": layout.structured,
-                }
-                fields = nativize_tensor(observations, nativize_dtype(emulated))
-                return flatten_observations(fields, layout.structured, dtype=dtype)
-        observations = jnp.asarray(observations)
-        flat = observations.reshape(observations.shape[0], -1)
-        if flat.shape[1] != layout.features:
-            raise ValueError(
-                f"observations of shape {observations.shape} do not fit the policy, which was "
-                f"built for {layout.features} numbers each (shape {layout.shape})"
-            )
-        return flat.astype(dtype)
-
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Logits, Array]:
         """Logits, see the class, and values (batch, 1)."""
         outputs, values = linear(hidden, self._heads)
         return self._actions(outputs), values.astype(self.param_dtype)
 
-    @property
-    def _heads(self) -> tuple[nnx.Linear, nnx.Linear]:
-        return self.decoder_mean if self.is_continuous else self.decoder, self.value
-
-    def _actions(self, outputs: Array) -> Logits:
-        outputs = outputs.astype(self.param_dtype)
-        match self.env_spec.single_action_space:
-            case spaces.Continuous():
-                scale = jnp.broadcast_to(jnp.exp(self.decoder_logstd[...]), outputs.shape)
-                return Normal(outputs, scale)
-            case spaces.MultiDiscrete(nvec):
-                return tuple(jnp.split(outputs, np.cumsum(nvec)[:-1], axis=-1))
-            case _:
-                return outputs
+    def input_layers(self) -> tuple[nnx.Linear, ...]:
+        """The encoder's one layer."""
+        return (self.encoder.layers[0],)  # type: ignore[reportReturnType]
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
         """See `FeedForward.from_keys`."""
-        if not {"encoder.0.weight", "value.weight"} <= shapes.keys():
+        keys = {"encoder.0.weight", "value.weight"}
+        if not keys <= shapes.keys() or "encoder.2.weight" in shapes:
             return None
         hidden, features = shape_of(shapes, "encoder.0.weight", 2)
         return {
             "class": cls.__name__,
             "sizes": {"hidden_size": hidden},
             "observation": described_array(hints.image_shape or (features,)),
-            "action": _action_from_keys(shapes, hints),
+            "action": action_from_keys(shapes, hints),
         }
 
     def reference(self, models: ModuleType, env: spaces.Env) -> object:
         """PufferLib's `Default`."""
         return models.Default(env, self.hidden_size)
-
-
-def _action_from_keys(shapes: Mapping[str, Shape], hints: Hints) -> Description:
-    if "decoder_mean.weight" in shapes:
-        return {"class": "Continuous", "shape": shape_of(shapes, "decoder_mean.weight", 2)[:1]}
-    if "decoder.weight" not in shapes:
-        raise ValueError("the state_dict has neither decoder.weight nor decoder_mean.weight")
-    rows, nvec = shape_of(shapes, "decoder.weight", 2)[0], hints.nvec
-    if nvec is None and hints.env is None and rows >= 4:
-        raise ValueError(
-            f"decoder.weight has {rows} rows: Discrete({rows}) or a MultiDiscrete split? Shapes "
-            f"cannot tell; pass env, nvec={rows} or nvec=(...) with sum {rows}"
-        )
-    if isinstance(nvec, tuple | list):
-        if sum(nvec) != rows:
-            raise ValueError(
-                f"nvec={tuple(nvec)} sums to {sum(nvec)}, decoder.weight has {rows} rows"
-            )
-        return {"class": "MultiDiscrete", "nvec": tuple(nvec)}
-    if nvec not in (None, rows):
-        raise ValueError(f"nvec={nvec}, but decoder.weight has {rows} rows")
-    return {"class": "Discrete", "n": rows}

@@ -206,7 +206,7 @@ class ProcgenResnet(FeedForward):
     @classmethod
     def _sizes_for(
         cls, image: tuple[int, ...] | None, hidden_size: int | None, options: Mapping[str, Any]
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         return {} if hidden_size is None else {"mlp_width": hidden_size}
 
     @classmethod

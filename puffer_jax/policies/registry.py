@@ -3,11 +3,12 @@
 from puffer_jax.policies.base import FeedForward
 from puffer_jax.policies.convolutional import Convolutional
 from puffer_jax.policies.default import Default
+from puffer_jax.policies.mlp import MLP
 from puffer_jax.policies.procgen import ProcgenResnet
 from puffer_jax.policies.recurrent import LSTMWrapper, Recurrent
 
 FEED_FORWARD: dict[str, type[FeedForward]] = {
-    cls.__name__: cls for cls in (Default, Convolutional, ProcgenResnet)
+    cls.__name__: cls for cls in (Default, Convolutional, ProcgenResnet, MLP)
 }
 
 # PufferLib's come first: if several fit a checkpoint, the first is taken.

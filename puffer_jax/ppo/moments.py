@@ -13,12 +13,12 @@ class Moments(NamedTuple):
     """Mean and variance of all that has been seen, (features,) or scalars.
 
     Attributes:
-        count: how many samples there were; a scalar.
+        seen: how many samples there were; a scalar.
         mean: their mean; 0 before the first.
         variance: their variance; 1 before the first.
     """
 
-    count: Array
+    seen: Array
     mean: Array
     variance: Array
 
@@ -38,11 +38,11 @@ class Moments(NamedTuple):
         new = weights.sum()
         mean = (samples * weights).sum(0) / jnp.maximum(new, 1)
         variance = ((samples - mean) ** 2 * weights).sum(0) / jnp.maximum(new, 1)
-        total = jnp.maximum(self.count + new, 1)
+        total = jnp.maximum(self.seen + new, 1)
         share, gap = new / total, mean - self.mean
         spread = (1 - share) * self.variance + share * variance
         return Moments(
-            self.count + new,
+            self.seen + new,
             self.mean + share * gap,
             jnp.where(new > 0, spread + share * (1 - share) * gap**2, self.variance),
         )

@@ -93,10 +93,11 @@ def normalize_rewards(
         return experience, normalization
     running, terminals = normalization.discounted, experience.terminals
     assert running is not None
+    agents = running.shape[0]
     played = _played(experience)
     # (rounds * agents, time) -> (rounds * time, agents)
     steps = jax.tree.map(
-        lambda x: x.reshape(-1, len(running), x.shape[1]).swapaxes(1, 2).reshape(-1, len(running)),
+        lambda x: x.reshape(-1, agents, x.shape[1]).swapaxes(1, 2).reshape(-1, agents),
         (experience.rewards.astype(running.dtype), terminals, played),
     )
 

@@ -123,6 +123,7 @@ def policy_from_checkpoint(
     image_shape: tuple[int, ...] | None = None,
     channels_last: bool = False,
     downsample: int = 1,
+    activation: str | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     allow_non_finite: bool = False,
@@ -141,6 +142,7 @@ def policy_from_checkpoint(
             have its sizes checked.
         channels_last: as `Convolutional` was built.
         downsample: as `Convolutional` was built.
+        activation: as `MLP` was built.
         dtype: of the policy's matmuls.
         param_dtype: of its parameters.
         allow_non_finite: see `load_state_dict`.
@@ -163,7 +165,7 @@ def policy_from_checkpoint(
         if description is None:
             named = strip_prefixes(tensors, set())
             shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
-            hints = Hints(env, nvec, image_shape, channels_last, downsample)
+            hints = Hints(env, nvec, image_shape, channels_last, downsample, activation)
             description = infer(shapes, hints)
         policy = build(description, env, {"dtype": dtype, "param_dtype": param_dtype})
         load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
