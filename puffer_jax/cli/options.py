@@ -43,17 +43,27 @@ class VecOptions(SerialOptions, MultiprocessingOptions):
     """Backend for the modes puffer_jax and puffer."""
 
 
+# "auto 0.1" is in the settings of runs that version 0.1 began.
+PolicyName = Literal["auto", "auto 0.1", "Default", "MLP", "Convolutional", "ProcgenResnet"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions:
     """The policy; options left out have its defaults, or come from the environment."""
 
-    name: Literal["auto", "Default", "Convolutional", "ProcgenResnet"] = "auto"
-    """auto: Convolutional for uint8 images of 84x84 with 1 or 4 channels, ProcgenResnet for
-    those of (64, 64, 3), Default for everything else."""
+    name: PolicyName = "auto"
+    """auto: ProcgenResnet for uint8 images of (64, 64, 3), Convolutional for all others of at least
+    36x36, MLP for continuous actions, Default for everything else."""
     core: str | None = None
     """Put a recurrent core between the encoder and the heads: lstm (which is --rnn) or gru."""
     hidden_size: int | None = None
-    """Width of the encoding, and of the core."""
+    """Width of the encoding, and of the core; of an MLP, of both hidden layers."""
+    hidden_sizes: tuple[int, ...] | None = None
+    """MLP: width of each hidden layer."""
+    activation: Literal["tanh", "relu", "gelu", "silu", "elu"] | None = None
+    """MLP: what follows each hidden layer."""
+    separate: bool | None = None
+    """MLP: whether actor and critic have hidden layers of their own."""
     cnn_width: int | None = None
     """ProcgenResnet: channels of the first convolutions."""
     framestack: int | None = None

@@ -14,9 +14,9 @@ import tyro
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
 from puffer_jax.cli.envs import make_envs, make_policy
-from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
+from puffer_jax.cli.options import PolicyName, PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
-from puffer_jax.ppo.config import PuffeRLConfig, read_ini
+from puffer_jax.ppo.config import PuffeRLConfig, preset_path, read_ini
 from puffer_jax.run.loggers import Logger
 
 
@@ -35,9 +35,11 @@ class Train:
     """NAME=VALUE for the environment's constructor; may be given several times."""
     config: Path | None = None
     """A PufferLib .ini file; flags override it."""
-    recommended: bool = False
-    """Start from PuffeRLConfig.recommended(), not from PufferLib's quirks; the file and flags
-    override it."""
+    preset: bool = True
+    """Start from the environment's preset, if puffer_jax has one; see puffer_jax/presets."""
+    recommended: bool | None = None
+    """Start from PuffeRLConfig.recommended(), not from PufferLib's numbers and quirks; presets, the
+    file and flags override it. None: yes, unless there is a file."""
     resume: Path | None = None
     """Resume the run in this folder, with its options unless flags override them."""
     name: str | None = None
@@ -48,6 +50,13 @@ class Train:
     """Project of Weights & Biases."""
     rnn: bool = False
     """Put an LSTM between the policy's encoder and its heads."""
+    eval_every: int | None = None
+    """Agent steps between evaluations in an environment of their own; the best model is kept as
+    best.pt. None: no evaluations."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation."""
+    eval_deterministic: bool = False
+    """Evaluate with the most likely actions instead of sampled ones."""
     vec: VecOptions = dataclasses.field(default_factory=VecOptions)
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
@@ -80,6 +89,7 @@ class Train:
             trainer = PuffeRL(config, envs, policy, NoLogger(run_id))
             if self.resume is not None:
                 trainer.restore()
+            evaluation = self._evaluation()
         except BaseException:
             getattr(envs, "close", lambda: None)()
             raise
@@ -91,8 +101,12 @@ class Train:
         # Only now, so that bad options leave no files behind.
         write_settings(self, trainer.run_folder)
         trainer.logger = make_logger(self, trainer.run_folder)
-        print(f"run {trainer.run_folder}", flush=True)
-        logs = trainer.run()
+        print(f"run {trainer.run_folder}\n{self._start()}\n{trainer.sizes.plan}", flush=True)
+        try:
+            logs = trainer.run(evaluation)
+        finally:
+            if evaluation is not None:
+                evaluation.close()
         print(f"{trainer.global_step} {steps}, {trainer.epoch} epochs: {trainer.close()}")
         for name in ("episode_return", "episode_length"):
             if (value := logs.get(f"environment/{name}")) is not None:
@@ -100,6 +114,36 @@ class Train:
         if not trainer.done:
             print(f"go on with: puffer-jax train --resume {trainer.run_folder}")
         return 0
+
+    def _start(self) -> str:
+        """Where the options come from that no flag gave."""
+        assert self.env is not None  # `run` checks that
+        path = preset_path(self.env)
+        if self.resume is not None:
+            return f"options of {self.resume}"
+        if self.config is not None:
+            return f"options of {self.config}"
+        if self.recommended is False:
+            return "PufferLib's default options"
+        if path is None or not self.preset:
+            return "recommended options"
+        return f"preset {path.name}"
+
+    def _evaluation(self) -> Any:
+        """The evaluations that --eval-every asks for."""
+        from puffer_jax.cli.games import make_game
+        from puffer_jax.run.evaluation import Evaluation
+
+        if self.eval_every is None:
+            return None
+        if self.eval_every < 1 or self.eval_episodes < 1:
+            raise ValueError(
+                f"--eval-every is {self.eval_every}, --eval-episodes {self.eval_episodes}; must be "
+                "positive"
+            )
+        assert self.env is not None
+        game = make_game(self.env, parse_arguments(self.env_arg), None, self.train.seed + 1)
+        return Evaluation(game, self.eval_every, self.eval_episodes, self.eval_deterministic)
 
 
 SETTINGS = "config.json"
@@ -113,7 +157,7 @@ def train_defaults(argv: Sequence[str]) -> Train:
     """The options of `puffer-jax train` before its flags: the defaults, or those of a file or run.
 
     Args:
-        argv: the command line; only --config, --recommended and --resume matter.
+        argv: the command line; only --config, --env, --preset, --recommended and --resume matter.
 
     Raises:
         ValueError: the file or the run cannot be read, or has options that do not exist.
@@ -123,15 +167,25 @@ def train_defaults(argv: Sequence[str]) -> Train:
     # tyro says what is wrong with the flags themselves.
     parser.add_argument("--config", nargs="?")
     parser.add_argument("--resume", nargs="?")
+    parser.add_argument("--env", nargs="?")
     parser.add_argument("--recommended", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--preset", action=argparse.BooleanOptionalAction)
     found = parser.parse_known_args(argv)[0]
     if found.resume is not None:
-        if found.config is not None or found.recommended is not None:
-            raise ValueError("--config and --recommended start a run; they do not go with --resume")
+        if {found.config, found.recommended, found.preset} != {None}:
+            raise ValueError(
+                "--config, --preset and --recommended start a run; they do not go with --resume"
+            )
         return read_settings(Path(found.resume))
-    config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
     if found.config is not None:
+        config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
         return _read_config(Path(found.config), config)
+    if found.recommended is False:
+        return Train(train=TrainOptions(**dataclasses.asdict(PuffeRLConfig())))
+    config = PuffeRLConfig.recommended()
+    path = None if found.env is None or found.preset is False else preset_path(found.env)
+    if path is not None:
+        return _read_config(path, config)
     return Train(train=TrainOptions(**dataclasses.asdict(config)))
 
 
@@ -174,7 +228,7 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
         policy["hidden_size"] = widths[0]
     kinds = {"None": "auto", "Policy": "auto"}
     policy_name = str(base.get("policy_name", "Policy"))
-    known = {**kinds, **{n: n for n in ("Default", "Convolutional", "ProcgenResnet")}}
+    known = {**kinds, **{n: n for n in get_args(PolicyName)}}
     _check_names(path, "policy_name", [policy_name], known)
     recurrent = {"None": False, "Recurrent": True, "LSTMWrapper": True}
     rnn_name = str(base.get("rnn_name"))
@@ -195,7 +249,7 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
 def write_settings(settings: Train, folder: Path) -> None:
     """Write the options of a run to its folder."""
     values = dataclasses.asdict(settings)
-    for name in ("config", "recommended", "resume"):
+    for name in ("config", "preset", "recommended", "resume"):
         del values[name]
     text = json.dumps(values, indent=1).encode()
     write_atomically(folder / SETTINGS, lambda file: file.write(text))
@@ -213,7 +267,12 @@ def read_settings(folder: Path) -> Train:
         values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return _checked(path, values)
+    settings = _checked(path, values)
+    if "eval_every" not in values and settings.policy.name == "auto":
+        # Version 0.1 wrote it, and chose less often among the policies.
+        policy = dataclasses.replace(settings.policy, name="auto 0.1")
+        settings = dataclasses.replace(settings, policy=policy)
+    return settings
 
 
 def _checked(where: Path, values: Mapping[str, Any]) -> Train:
@@ -222,7 +281,8 @@ def _checked(where: Path, values: Mapping[str, Any]) -> Train:
     _check_names(where, "option", values, _fields(Train))
     settled: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     for group, kind in kinds.items():
-        options = settled.get(group, {})
+        given: Mapping[str, Any] = settled.get(group, {})
+        options = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
         _check_names(where, f"key in [{group}]", options, _fields(kind))
         for field in dataclasses.fields(kind):
             if not _fits(options.get(field.name, field.default), field.type):
@@ -236,6 +296,8 @@ def _checked(where: Path, values: Mapping[str, Any]) -> Train:
 def _fits(value: object, kind: object) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     if get_args(kind):
         return any(_fits(value, part) for part in get_args(kind))
     return type(value) is kind or (kind is float and type(value) is int)

@@ -3,18 +3,39 @@
 import ast
 import configparser
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
 
-from puffer_jax.base.text import near
+from puffer_jax.base.text import hint, near
 
 Auto = Literal["auto"]
 
+# With less, none of the tasks in `examples/learning.py` was ever learned.
+_FEWEST_EPOCHS, _FEWEST_UPDATES = 10, 200
+
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
+
+# Found on the tasks of `examples/learning.py`.
+_RECIPE: dict[str, Any] = {
+    "batch_size": "auto",
+    "bptt_horizon": "auto",
+    "num_minibatches": 4,
+    "update_epochs": 4,
+    "optimizer": "adam",
+    "learning_rate": 2.5e-3,
+    "adam_beta1": 0.9,
+    "adam_eps": 1e-5,
+    "max_grad_norm": 0.5,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "normalize_observations": "auto",
+    "normalize_rewards": True,
+}
 
 # Switches for torch that mean nothing here: XLA always compiles, and JAX picks the device.
 _TORCH_ONLY = frozenset(
@@ -67,6 +88,30 @@ class Sizes(NamedTuple):
     def batch(self) -> int:
         """Number of steps in an epoch."""
         return self.segments * self.horizon
+
+    @property
+    def updates(self) -> int:
+        """Number of gradient steps in the whole training."""
+        return self.epochs * self.minibatches // self.accumulate
+
+    @property
+    def plan(self) -> str:
+        """The gradient steps in words, for people."""
+        return (
+            f"{self.updates:,} gradient steps planned: {self.epochs:,} epochs of {self.batch:,} "
+            f"steps, in each {self.minibatches // self.accumulate} minibatches of "
+            f"{self.minibatch_segments * self.horizon * self.accumulate:,}"
+        )
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why the plan cannot work, and what would help; None if it may."""
+        if self.epochs < _FEWEST_EPOCHS or self.updates < _FEWEST_UPDATES:
+            return (
+                f"{self.plan}; that is too few to learn from. More total_timesteps, a smaller "
+                "batch_size, fewer environments, or more update_epochs would help"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -204,8 +249,12 @@ class PuffeRLConfig:
 
     @classmethod
     def recommended(cls, **changes: Any) -> "PuffeRLConfig":
-        """The configuration we would start from: the quirks off, the rest as in the reference."""
+        """A recipe that learns, with PufferLib's quirks switched off.
+
+        The sizes follow from the number of environments and from `total_timesteps`.
+        """
         better: dict[str, Any] = {
+            **_RECIPE,
             "reward_clip": None,
             "recompute_advantage": True,
             "bootstrap_truncation": True,
@@ -216,6 +265,30 @@ class PuffeRLConfig:
             "use_mask": True,
         }
         return cls.from_dict(better | changes)
+
+    @classmethod
+    def preset(cls, env: str, **changes: Any) -> "PuffeRLConfig":
+        """What is known to learn in an environment: `recommended()` and the changes it needs.
+
+        Args:
+            env: its name, as in `puffer-jax train --env`.
+            changes: other values.
+
+        Raises:
+            ValueError: there is no preset for it; those that there are are named.
+
+        Example:
+            >>> from puffer_jax import PuffeRLConfig
+            >>> PuffeRLConfig.preset("CartPole-v1").total_timesteps
+            100000
+        """
+        path = preset_path(env)
+        if path is None:
+            known = [name for names in _presets().values() for name in names]
+            raise ValueError(
+                f"no preset for {env!r}{hint(env, known)}; there are {', '.join(known)}"
+            )
+        return cls.recommended(**read_ini(path).get("train", {}) | changes)
 
     @classmethod
     def from_dict(cls, values: "Mapping[str, Any] | PuffeRLConfig") -> "PuffeRLConfig":
@@ -333,6 +406,19 @@ class PuffeRLConfig:
             accumulate=accumulate,
             epochs=max(1, self.total_timesteps // batch),
         )
+
+
+def preset_path(env: str) -> Path | None:
+    """The file of the preset for an environment, by the name it has in `puffer-jax train`."""
+    return next((path for path, names in _presets().items() if env in names), None)
+
+
+@functools.cache
+def _presets() -> dict[Path, tuple[str, ...]]:
+    """The presets, with the names of the environments they are for."""
+    folder = Path(__file__).parent.parent / "presets"
+    names = {path: read_ini(path)["base"]["env_name"] for path in sorted(folder.glob("*.ini"))}
+    return {path: tuple(str(text).split()) for path, text in names.items()}
 
 
 def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:

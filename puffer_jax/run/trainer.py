@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +213,12 @@ class PuffeRL:
         self._count(steps, stats)
         return self._after_update(losses)
 
-    def run(self) -> Numbers:
+    def run(self, after_epoch: Callable[["PuffeRL"], object] | None = None) -> Numbers:
         """Train until `total_timesteps`, or until Ctrl-C or SIGTERM, and close.
+
+        Args:
+            after_epoch: called with the trainer after each epoch; see
+                `puffer_jax.run.evaluation.Evaluation`.
 
         Returns:
             The last logs.
@@ -223,6 +227,8 @@ class PuffeRL:
         with StopRequest(self._announce_stop) as stop, self.dashboard, self:
             while not (self.done or stop.made):
                 logs = self.run_epoch() or logs
+                if after_epoch is not None:
+                    after_epoch(self)
             logs = logs if logs and logs["agent_steps"] == self.global_step else self.mean_and_log()
             self.print_dashboard()
         return logs
