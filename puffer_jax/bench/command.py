@@ -1,4 +1,4 @@
-"""`puffer-jax bench`: measure the rows, each side in a process of its own, in turns."""
+"""`puffer-jax bench`: measure the rows, each side in its own process, taking turns."""
 
 import datetime
 import fnmatch
@@ -11,42 +11,43 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from puffer_jax.base import packages
+from puffer_jax.bench import report
 from puffer_jax.bench.rows import TORCH, Arrays, Row, rows
 from puffer_jax.bench.worker import Failed, Side, Worker, difference
 
 _INSTALL = f"pip install {packages.TORCH} gymnasium {packages.PUFFERLIB}"
 _MIN_REPEATS, _MAX_REPEATS = 3, 200
-# The median of a few repeats is worth little, so slow rows go on for up to this many times as long.
+# The median of a few repeats is worth little, so slow rows run for up to this many times as long.
 _ENOUGH_REPEATS, _PATIENCE = 9, 5
 _MATMUL = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure puffer_jax beside PufferLib on torch, here and now.
+    """Measure puffer_jax against PufferLib on torch, on this machine.
 
-    Each side runs in a process of its own, and the two take turns, measurement by measurement.
-    Their outputs are compared before anything is timed. Exit code 0, or 1 when outputs differ.
+    Each side runs in its own process, and the two take turns, measurement by measurement. Their
+    outputs are compared before anything is timed. Exit code 0, or 1 when outputs differ.
     """
 
     rows: tuple[str, ...] = ("*",)
-    """Patterns of names, such as eval-* lstm-fwd-*; see --list."""
+    """Patterns of row names, such as eval-* lstm-fwd-*; see --list."""
     json: Path | None = None
     """Write everything here, every sample included."""
     plot: Path | None = None
     """Draw the ratios here (png, pdf, svg)."""
     seconds: float = 6.0
-    """To spend on each row at least. Slow work takes up to five times as long to reach nine rounds;
-    three rounds are always made."""
+    """Seconds to spend on each row, at least. Slow work takes up to five times as long to reach
+    nine rounds; three rounds are always made."""
     threads: int | None = None
-    """For each side. None: as many as there are cores."""
+    """Threads for each side. None: as many as there are cores."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """For both sides. On a GPU each row runs in float32 and in TF32."""
+    """Device for both sides. On a GPU each row runs in float32 and in TF32."""
     list: bool = False
-    """Print the names of the rows, and measure nothing."""
+    """Print the names of the rows and measure nothing."""
 
     def run(self) -> int:
         """Measure, print, and return the exit code."""
@@ -67,8 +68,6 @@ class Bench:
         from rich.console import Console
         from rich.progress import track
 
-        from puffer_jax.bench import report
-
         if self.seconds <= 0 or (self.threads is not None and self.threads < 1):
             raise ValueError(
                 f"seconds is {self.seconds} and threads {self.threads}; both must be positive"
@@ -85,9 +84,9 @@ class Bench:
         precisions = ("float32",) if self.device == "cpu" else ("float32", "tf32")
         for precision in precisions:
             extra = "" if len(precisions) == 1 else f"-{precision}"
-            given = {"json": self.json, "plot": self.plot}
+            paths = {"json": self.json, "plot": self.plot}
             files = {
-                kind: path.with_stem(path.stem + extra) for kind, path in given.items() if path
+                kind: path.with_stem(path.stem + extra) for kind, path in paths.items() if path
             }
             with Arena(threads, self.device, precision, not missing) as arena:
                 header = arena.header()
@@ -96,7 +95,7 @@ class Bench:
                 results = []
                 for row in track(chosen, "rows", console=Console(stderr=True), transient=True):
                     results.append(arena.compete(row, self.seconds))
-                    if files.get("json"):  # so that stopping it loses nothing
+                    if files.get("json"):  # so that an interruption loses nothing
                         report.write_json(files["json"], header, results)
             console.print(report.table(results, header["matmul_flops"]["jax"]))
             for line in report.problems(results):
@@ -119,7 +118,7 @@ class Arena:
     """The two processes, and the contests between them.
 
     Args:
-        threads: for each.
+        threads: threads of each.
         device: "cpu" or "gpu".
         precision: "float32" or "tf32".
         reference: whether there is a torch side.
@@ -138,14 +137,14 @@ class Arena:
             worker.close()
 
     def _worker(self, side: Side) -> Worker:
-        """That side's process; a new one if it ended."""
+        """The side's process; a new one if the last one ended."""
         if side in self._workers and not self._workers[side].alive:
             self._workers.pop(side).close()
         if side not in self._workers:
             self._workers[side] = Worker(side, *self._settings)
         return self._workers[side]
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> report.Header:
         """The versions and settings, and how fast this machine multiplies matrices."""
         threads, device, precision = self._settings
         about, rates = {}, {}
@@ -172,11 +171,9 @@ class Arena:
             "matmul_flops": rates,
         }
 
-    def compete(self, row: Row, seconds: float) -> Any:
-        """Build a row's contestants, compare their outputs, and measure them in turns."""
-        from puffer_jax.bench.report import Measured, Result
-
-        result = Result(row)
+    def compete(self, row: Row, seconds: float) -> report.Result:
+        """Build a row's contestants, compare their outputs, and measure them in turn."""
+        result = report.Result(row)
         outputs: dict[str, Arrays] = {}
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
@@ -184,11 +181,11 @@ class Arena:
                 side: Side = "torch" if name in TORCH else "jax"
                 if side not in self._sides:
                     continue
-                measured = result.measured[name] = Measured()
+                measured = result.measured[name] = report.Measured()
                 try:
                     worker = self._worker(side)
                     if row.unit == "bytes":
-                        # Measured in a process that has done nothing else.
+                        # Memory is measured in a process that has done nothing else.
                         worker = Worker(side, *self._settings)
                         stack.callback(worker.close)
                     answer = worker.ask("open", name, row.family, row.sizes | arguments)
@@ -207,7 +204,7 @@ class Arena:
                     self._workers[side].ask("close")
         return result
 
-    def _rounds(self, result: Any, workers: dict[str, Worker], seconds: float) -> None:
+    def _rounds(self, result: report.Result, workers: dict[str, Worker], seconds: float) -> None:
         spent, rounds = 0.0, 0
         method = "memory" if result.row.unit == "bytes" else "sample"
         while workers and rounds < _MAX_REPEATS:
@@ -220,7 +217,7 @@ class Arena:
                 try:
                     measured.samples.append(worker.ask(method, name))
                 except Failed as error:
-                    # It has fewer samples than the others.
+                    # It would have fewer samples than the others.
                     measured.failed, measured.samples = str(error), []
                     del workers[name]
                 spent += time.perf_counter() - began
@@ -230,7 +227,7 @@ class Arena:
 
 
 def _mismatch(outputs: dict[str, Arrays], tolerance: float) -> str | None:
-    """How the outputs differ from the reference's, or else from the first; None: they agree."""
+    """How the outputs differ from the reference's, or failing that from the first; None: not."""
     judge = next((name for name in TORCH if name in outputs), None)
     judge = judge or next(iter(outputs), None)
     for name, arrays in outputs.items():

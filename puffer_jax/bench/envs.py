@@ -1,7 +1,6 @@
-"""Environments so cheap that the cost of what surrounds them shows. Imports no JAX."""
+"""Environments so cheap that the overhead around them shows. Does not import JAX."""
 
 import time
-from typing import Any
 
 import gymnasium
 import numpy as np
@@ -15,7 +14,7 @@ _STRUCTURED = Dict(
         "place": Box(-1, 1, (2, 2), np.float64),
     }
 )
-_SPACES: dict[str, tuple[Any, Any]] = {
+_SPACES: dict[str, tuple[gymnasium.Space, gymnasium.Space]] = {
     "box": (Box(-1, 1, (4,)), Discrete(2)),
     "structured": (
         _STRUCTURED,
@@ -35,12 +34,12 @@ class Cycle(gymnasium.Env):
         self.samples = [self.observation_space.sample() for _ in range(16)]
         self.pause, self.steps = 1e-3 if kind == "slow" else 0.0, 0
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[object, dict]:
         """The first sample."""
         return self.samples[0], {}
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        """The next."""
+    def step(self, action: object) -> tuple[object, float, bool, bool, dict]:
+        """The next sample."""
         if self.pause:
             time.sleep(self.pause)
         self.steps += 1
@@ -48,5 +47,5 @@ class Cycle(gymnasium.Env):
 
 
 def make(kind: str) -> gymnasium.Env:
-    """`Cycle` of a kind, or gymnasium's CartPole."""
+    """A `Cycle` of a kind, or gymnasium's CartPole."""
     return gymnasium.make("CartPole-v1") if kind == "cartpole" else Cycle(kind)

@@ -1,4 +1,4 @@
-"""The contestants on JAX: ours, and what a user would write without us."""
+"""The contestants on JAX: ours, and what users would write without it."""
 
 import contextlib
 import functools
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import puffer_jax
 from puffer_jax import ppo, vector
@@ -22,7 +24,7 @@ from puffer_jax.kernels.cpu import library
 from puffer_jax.ppo.config import PuffeRLConfig
 
 
-def start(threads: int, device: str, precision: str) -> dict[str, Any]:
+def start(threads: int, device: str, precision: str) -> dict[str, object]:
     """Set the precision; returns what runs here."""
     if precision == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -39,7 +41,7 @@ def forget() -> None:
 
 
 def device_memory() -> int | None:
-    """Peak memory on the device in bytes; None: it has no memory of its own."""
+    """Peak memory on the device in bytes; None if it has no memory of its own."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else None
 
@@ -52,7 +54,7 @@ def matmul(size: int) -> Case:
 
 
 def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
-    """Our policy, with the weights that every side uses."""
+    """Our policy, with the weights that all sides use."""
     dtype = np.uint8 if len(shape) == 3 else np.float32
     space = Box(0, 255, shape, dtype) if len(shape) == 3 else Box(-np.inf, np.inf, shape, dtype)
     env = SimpleNamespace(observation_space=space, action_space=Discrete(actions))
@@ -80,7 +82,7 @@ def evaluate(net: str, batch: int) -> Case:
     obs = rows.observations((batch, 4))
 
     @jax.jit
-    def act(params: Any, obs: Any, state: Any, key: Any) -> Any:
+    def act(params: PyTree, obs: Array, state: PyTree, key: PRNGKeyArray) -> PyTree:
         key, sample_key = puffer_jax.random.split(key)
         logits, values, *rest = puffer_jax.merge(graphdef, params).forward_eval(obs, state)
         sampled = puffer_jax.sample_logits(logits, key=sample_key)
@@ -88,12 +90,12 @@ def evaluate(net: str, batch: int) -> Case:
 
     carried = policy.initial_state(batch) if net == "lstm" else None, jax.random.key(0)
 
-    def call() -> Any:
+    def call() -> PyTree:
         nonlocal carried
         action, _, entropy, values, *carried = act(params, obs, *carried)
         return np.asarray(action), entropy, values, carried[0]
 
-    def outputs(result: Any) -> rows.Arrays:
+    def outputs(result: PyTree) -> rows.Arrays:
         state = {} if result[3] is None else {n: result[3][n] for n in ("lstm_h", "lstm_c")}
         arrays = {"entropy": result[1], "values": result[2], **state}
         return {name: np.asarray(x) for name, x in arrays.items()}
@@ -101,7 +103,7 @@ def evaluate(net: str, batch: int) -> Case:
     return Case(call, outputs)
 
 
-def _loss(outputs: dict[str, Any]) -> Any:
+def _loss(outputs: dict[str, Array]) -> ArrayLike:
     return sum((x**2).mean() for x in outputs.values())
 
 
@@ -114,7 +116,7 @@ def train(
     done: bool = False,
     plain: bool = False,
 ) -> Case:
-    """Logits and values; or a loss of them and its gradients."""
+    """Logits and values, or a loss of them and its gradients."""
     policy = _policy(net, shape, hidden, 6 if len(shape) == 3 else 2)
     obs = jnp.asarray(rows.observations((*lead, *shape)))
     graphdef, params = puffer_jax.split(policy)
@@ -124,14 +126,14 @@ def train(
         starts = jnp.asarray(np.random.default_rng(4).random(lead) < 0.05)
         options = {"done": starts} if done else {}
 
-        def forward(params: Any, obs: Any) -> Any:
+        def forward(params: PyTree, obs: Array) -> PyTree:
             return puffer_jax.merge(graphdef, params).forward(obs, **options)[:2]
 
-    def outputs(params: Any, obs: Any) -> dict[str, Any]:
+    def outputs(params: PyTree, obs: Array) -> dict[str, Array]:
         logits, values = forward(params, obs)
         return {"logits": logits, "values": values.reshape(lead)}
 
-    def arrays(result: Any) -> rows.Arrays:
+    def arrays(result: PyTree) -> rows.Arrays:
         if not backward:
             return {name: np.asarray(x) for name, x in result.items()}
         loss, grads = result
@@ -142,34 +144,34 @@ def train(
 
     objective = jax.value_and_grad(lambda params, obs: _loss(outputs(params, obs)))
     run = jax.jit(objective if backward else outputs)
-    # With `done` it would be another function, which the reference lacks.
+    # With `done` it is another function, which the reference lacks.
     return Case(lambda: jax.block_until_ready(run(params, obs)), None if done else arrays)
 
 
-# --- what a user would write without us ---------------------------------------------------------
+# --- what users would write without ours --------------------------------------------------------
 
 
-def _dense(weights: rows.Arrays, name: str) -> dict[str, Any]:
+def _dense(weights: rows.Arrays, name: str) -> rows.Arrays:
     return {"kernel": weights[f"{name}.weight"].T, "bias": weights[f"{name}.bias"]}
 
 
-def _apply(layer: dict[str, Any], x: Any) -> Any:
+def _apply(layer: dict[str, Array], x: Array) -> Array:
     return x @ layer["kernel"] + layer["bias"]
 
 
-def _cell(weights: rows.Arrays, hidden: int) -> tuple[Any, Any]:
+def _cell(weights: rows.Arrays, hidden: int) -> tuple[nnx.GraphDef, dict[str, rows.Arrays]]:
     """An `nnx.OptimizedLSTMCell` with these weights, split."""
     graphdef, state = nnx.split(nnx.OptimizedLSTMCell(hidden, hidden, rngs=nnx.Rngs(0)))
     bias = weights["lstm.bias_ih_l0"] + weights["lstm.bias_hh_l0"]
-    given = {
+    params = {
         "dense_h": {"kernel": weights["lstm.weight_hh_l0"].T, "bias": bias},
         "dense_i": {"kernel": weights["lstm.weight_ih_l0"].T},
     }
-    assert jax.tree.map(np.shape, nnx.to_pure_dict(state)) == jax.tree.map(np.shape, given)
-    return graphdef, given
+    assert jax.tree.map(np.shape, nnx.to_pure_dict(state)) == jax.tree.map(np.shape, params)
+    return graphdef, params
 
 
-def _heads(weights: rows.Arrays, prefix: str = "policy.") -> dict[str, Any]:
+def _heads(weights: rows.Arrays, prefix: str = "policy.") -> dict[str, PyTree]:
     return {
         "encoder": _dense(weights, f"{prefix}encoder.0"),
         "decoder": _dense(weights, f"{prefix}decoder"),
@@ -177,12 +179,12 @@ def _heads(weights: rows.Arrays, prefix: str = "policy.") -> dict[str, Any]:
     }
 
 
-def _rnn(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
+def _rnn(weights: rows.Arrays) -> tuple[PyTree, Callable[..., PyTree]]:
     """The LSTM policy with `nnx.RNN(nnx.OptimizedLSTMCell)`."""
     graphdef, cell = _cell(weights, weights["lstm.weight_hh_l0"].shape[1])
     params = jax.tree.map(jnp.asarray, _heads(weights) | {"cell": cell})
 
-    def forward(params: Any, obs: Any) -> Any:
+    def forward(params: PyTree, obs: Array) -> tuple[Array, Array]:
         x = nnx.gelu(_apply(params["encoder"], obs), approximate=False)
         x: Any = nnx.RNN(nnx.merge(graphdef, params["cell"]))(x)
         x = x.reshape(-1, x.shape[-1])
@@ -191,9 +193,9 @@ def _rnn(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
     return params, forward
 
 
-def _conv(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
+def _conv(weights: rows.Arrays) -> tuple[PyTree, Callable[..., PyTree]]:
     """NatureCNN with `jax.lax.conv_general_dilated`, channels last."""
-    params: dict[str, Any] = {
+    params: dict[str, PyTree] = {
         name: _dense(weights, torch_name)
         for name, torch_name in (("hidden", "network.7"), ("actor", "actor"), ("value", "value_fn"))
     }
@@ -202,7 +204,7 @@ def _conv(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
         params[f"conv{i}"] = {"kernel": kernel, "bias": weights[f"network.{i}.bias"]}
     params = jax.tree.map(jnp.asarray, params)
 
-    def forward(params: Any, obs: Any) -> Any:
+    def forward(params: PyTree, obs: Array) -> tuple[Array, Array]:
         x = obs.transpose(0, 2, 3, 1).astype(jnp.float32) / 255
         for i, stride in ((0, 4), (2, 2), (4, 1)):
             layer = params[f"conv{i}"]
@@ -225,7 +227,7 @@ def _conv(weights: rows.Arrays) -> tuple[Any, Callable[..., Any]]:
 
 
 def advantage(segments: int, horizon: int) -> Case:
-    """`puff_advantage` of arrays on the device."""
+    """`puff_advantage` on arrays that are on the device."""
     stored = rows.experience(segments, horizon)
     names = ("values", "rewards", "terminals")
     arrays = [jnp.asarray(stored[name]) for name in names]
@@ -239,25 +241,25 @@ def advantage(segments: int, horizon: int) -> Case:
 
 
 def update(net: str, envs: int) -> Case:
-    """One PPO update of a full batch."""
+    """One PPO update with a full batch."""
     policy = _policy(net, (4,), 128, 2)
     graphdef, params = puffer_jax.split(policy)
     config = PuffeRLConfig.from_dict(rows.config_of(envs))
     learner = ppo.make_learner(config, config.sizes(envs), policy)
     experience = ppo.Experience(**jax.tree.map(jnp.asarray, rows.experience(envs, 64)))
     state, key = learner.init(params), jax.random.key(0)
-    given = jax.jit(lambda s, e, i: learner.update(s, e, indices=i)[0].params)
-    learned = given(state, experience, rows.minibatches(envs))
+    fixed = jax.jit(lambda s, e, i: learner.update(s, e, indices=i)[0].params)
+    learned = fixed(state, experience, rows.minibatches(envs))
     run = jax.jit(lambda s, e, k: learner.update(s, e, k)[:2])
 
-    def call() -> Any:
+    def call() -> PyTree:
         nonlocal state, key
         key, update_key = jax.random.split(key)
         state, losses = jax.block_until_ready(run(state, experience, update_key))
         return losses
 
-    def outputs(_: Any) -> rows.Arrays:
-        # The weights after the update with given minibatches.
+    def outputs(_: object) -> rows.Arrays:
+        # The weights after an update with fixed minibatches.
         arrays = puffer_jax.state_dict(puffer_jax.merge(graphdef, learned))
         return {name: x for name, x in arrays.items() if not name.startswith("cell.")}
 
@@ -265,7 +267,7 @@ def update(net: str, envs: int) -> Case:
 
 
 # One worker per core.
-_PROCESSES: dict[str, Any] = {"backend": vector.Multiprocessing, "local_worker": True}
+_PROCESSES: rows.Arguments = {"backend": vector.Multiprocessing, "local_worker": True}
 
 
 def trainer(
@@ -303,14 +305,14 @@ class _Network(NamedTuple):
     Attributes:
         recurrent: whether it has an LSTM.
         params: its parameters.
-        zeros: the zero state of all environments; None: it has no state.
+        zeros: the zero state of all environments; None if it has no state.
         step: (params, state, (observations, start)) -> (state, (log-probabilities, values)).
     """
 
     recurrent: bool
-    params: Any
-    zeros: Any
-    step: Callable[..., Any]
+    params: PyTree
+    zeros: PyTree
+    step: Callable[..., PyTree]
 
 
 def _purejaxrl_network(weights: rows.Arrays, envs: int) -> _Network:
@@ -322,7 +324,7 @@ def _purejaxrl_network(weights: rows.Arrays, envs: int) -> _Network:
         graphdef, params["cell"] = _cell(weights, 128)
         zeros = jnp.zeros((envs, 128)), jnp.zeros((envs, 128))
 
-    def step(params: Any, state: Any, x: Any) -> Any:
+    def step(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
         obs, start = x
         hidden = nnx.gelu(_apply(params["encoder"], obs), approximate=False)
         if recurrent:
@@ -334,7 +336,7 @@ def _purejaxrl_network(weights: rows.Arrays, envs: int) -> _Network:
     return _Network(recurrent, params, zeros, step)
 
 
-def _purejaxrl_loss(network: _Network, params: Any, batch: Any) -> Any:
+def _purejaxrl_loss(network: _Network, params: PyTree, batch: PyTree) -> Array:
     obs, start, action, logprob, value, advantage, target = batch
     if network.recurrent:
         zero = jax.tree.map(lambda z: z[: obs.shape[1]], network.zeros)
@@ -355,17 +357,17 @@ def _purejaxrl_loss(network: _Network, params: Any, batch: Any) -> Any:
 
 def _purejaxrl(
     env: Any, weights: rows.Arrays, envs: int, epochs: int, horizon: int = 64
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """PureJaxRL's training loop, feed-forward or recurrent, as its users write it.
 
-    Minibatches are of steps, or of whole environments where there is a state.
+    Minibatches are made of steps, or of whole environments if there is a state.
     """
     network = _purejaxrl_network(weights, envs)
     recurrent, params, zeros, step = network
     loss = functools.partial(_purejaxrl_loss, network)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(5e-3, eps=1e-5))
 
-    def play(carry: Any, key: Any) -> Any:
+    def play(carry: PyTree, key: PRNGKeyArray) -> PyTree:
         params, env_state, obs, start, state = carry
         action_key, reset_key = jax.random.split(key)
         state, (logprobs, value) = step(params, state, (obs, start))
@@ -380,13 +382,13 @@ def _purejaxrl(
         stored = obs, start, action, logprob, value, reward, done
         return (params, new_state, new, done, state), stored
 
-    def minibatch(carry: Any, batch: Any) -> Any:
+    def minibatch(carry: PyTree, batch: PyTree) -> PyTree:
         params, opt_state = carry
         total, grads = jax.value_and_grad(loss)(params, batch)
         change, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, change), opt_state), total
 
-    def epoch(carry: Any, key: Any) -> Any:
+    def epoch(carry: PyTree, key: PRNGKeyArray) -> PyTree:
         params, opt_state, env_state, obs, start = carry
         play_key, shuffle_key = jax.random.split(key)
         played = (params, env_state, obs, start, zeros)
@@ -395,7 +397,7 @@ def _purejaxrl(
         value, reward, done = stored[4:]
         last = step(params, state, (obs, start))[1][1]
 
-        def backward(carry: Any, x: Any) -> Any:
+        def backward(carry: PyTree, x: PyTree) -> PyTree:
             advantage, after = carry
             value, reward, done = x
             delta = reward + 0.99 * after * (1 - done) - value
@@ -409,11 +411,11 @@ def _purejaxrl(
         if not recurrent:
             batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
 
-        def shuffled(x: Any, order: Any) -> Any:
+        def shuffled(x: Array, order: Array) -> Array:
             x = jnp.take(x, order, axis).reshape(*x.shape[:axis], 4, -1, *x.shape[axis + 1 :])
             return jnp.moveaxis(x, axis, 0)
 
-        def sweep(carry: Any, key: Any) -> Any:
+        def sweep(carry: PyTree, key: PRNGKeyArray) -> PyTree:
             order = jax.random.permutation(key, batch[0].shape[axis])
             parts = jax.tree.map(lambda x: shuffled(x, order), batch)
             return jax.lax.scan(minibatch, carry, parts)
@@ -422,11 +424,11 @@ def _purejaxrl(
         (params, opt_state), losses = jax.lax.scan(sweep, (params, opt_state), keys)
         return (params, opt_state, env_state, obs, start), losses.mean()
 
-    def train(key: Any) -> Any:
+    def train(key: PRNGKeyArray) -> PyTree:
         reset_key, key = jax.random.split(key)
         obs, env_state = jax.vmap(env.reset)(jax.random.split(reset_key, envs))
-        given = jax.tree.map(jnp.asarray, params)
-        carry = given, optimizer.init(given), env_state, obs, jnp.ones(envs, bool)
+        first = jax.tree.map(jnp.asarray, params)
+        carry = first, optimizer.init(first), env_state, obs, jnp.ones(envs, bool)
         return jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
 
     return train

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import require
 from puffer_jax.bench.rows import Row
+
+# The versions, settings and speed of the machine, as `puffer_jax.bench.command.Arena` finds them.
+Header = dict[str, Any]
 
 OURS = "ours"
 # Contestants with a column of their own.
@@ -24,7 +28,7 @@ class Measured:
     Attributes:
         samples: the cost of a unit of work in seconds or bytes, in the order taken.
         first: seconds of the first call, with all compilation.
-        failed: why there are no samples.
+        failed: why there are no samples, if there are none.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -43,8 +47,8 @@ class Result:
 
     Attributes:
         row: what was measured.
-        measured: by contestant.
-        mismatch: how the outputs of the contestants differ; then nothing was timed.
+        measured: what was measured, by contestant.
+        mismatch: how the outputs of the contestants differ; if they do, nothing was timed.
     """
 
     row: Row
@@ -54,7 +58,7 @@ class Result:
     def ratio(self, other: str) -> tuple[float, float, float] | None:
         """How many times cheaper ours is: the ratio of the medians, and the ratios' quartiles.
 
-        The samples are interleaved, so each of theirs is divided by that of ours beside it.
+        The samples are interleaved, so each of theirs is divided by the one of ours next to it.
         """
         pair = self.measured.get(OURS), self.measured.get(other)
         if not all(one and one.samples for one in pair):
@@ -63,9 +67,9 @@ class Result:
         low, high = np.quantile(theirs / ours, (0.25, 0.75))
         return float(np.median(theirs) / np.median(ours)), float(low), float(high)
 
-    def to_dict(self, matmul: float) -> dict[str, Any]:
+    def to_dict(self, matmul: float) -> dict[str, object]:
         """As written to JSON; `matmul` is the operations per second of a large matrix product."""
-        contestants: dict[str, dict[str, Any]] = {}
+        contestants: dict[str, dict[str, object]] = {}
         for name, one in self.measured.items():
             contestants[name] = {"first_call_s": one.first, "failed": one.failed}
             if one.samples:
@@ -88,10 +92,8 @@ class Result:
         }
 
 
-def table(results: Iterable[Result], matmul: float) -> Any:
-    """A rich table; `matmul` is the operations per second of a large matrix product."""
-    from rich.table import Table
-
+def table(results: Iterable[Result], matmul: float) -> Table:
+    """The table to print; `matmul` is the operations per second of a large matrix product."""
     made = Table(show_lines=True)
     for name in ("row", "ours", "torch", "torch.compile", "others"):
         made.add_column(name, justify="left" if name == "row" else "right", no_wrap=name != "row")
@@ -152,7 +154,7 @@ def _times(result: Result, name: str) -> str:
 
 
 def problems(results: Iterable[Result]) -> list[str]:
-    """A line for each thing that was not measured, with its reason."""
+    """A line for everything that was not measured, with the reason."""
     lines = []
     for result in results:
         if result.mismatch:
@@ -163,16 +165,16 @@ def problems(results: Iterable[Result]) -> list[str]:
     return lines
 
 
-def write_json(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
-    """Everything, with the samples; costs are seconds (of a call or a step) or bytes."""
+def write_json(path: Path, header: Header, results: Iterable[Result]) -> None:
+    """Write everything, samples included; costs are seconds (per call or step) or bytes."""
     matmul = header["matmul_flops"]["jax"]
     report = {"header": header, "rows": {r.row.name: r.to_dict(matmul) for r in results}}
     text = json.dumps(report, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
-    """Bars of how many times faster ours is; the suffix says the format (png, pdf, svg).
+def plot(path: Path, header: Header, results: Iterable[Result]) -> None:
+    """Draw bars of how many times faster ours is; the suffix sets the format (png, pdf, svg).
 
     Raises:
         ImportError: matplotlib is missing.
@@ -183,7 +185,7 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     from matplotlib.patches import Patch
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    # What only ours does cannot be compared.
+    # What only ours can do has nothing to be compared with.
     compared = [
         (result.row.name, [(name, result.ratio(name)) for name in result.measured])
         for result in results
@@ -202,13 +204,13 @@ def plot(path: Path, header: dict[str, Any], results: Iterable[Result]) -> None:
     for y, (_, bars) in enumerate(compared):
         height = 0.8 / len(bars)
         for i, (name, (ratio, low, high)) in enumerate(bars):
-            place = y - 0.4 + (i + 0.5) * height
-            axes.barh(place, ratio - 1, 0.9 * height, left=1, color=colors[name])
-            axes.plot((low, high), (place, place), color="black", linewidth=0.8, alpha=0.6)
+            middle = y - 0.4 + (i + 0.5) * height
+            axes.barh(middle, ratio - 1, 0.9 * height, left=1, color=colors[name])
+            axes.plot((low, high), (middle, middle), color="black", linewidth=0.8, alpha=0.6)
             won = ratio >= 1
             axes.annotate(
                 f"{ratio:.2f}",
-                (max(ratio, high) if won else min(ratio, low), place),
+                (max(ratio, high) if won else min(ratio, low), middle),
                 (4 if won else -4, 0),
                 textcoords="offset points",
                 ha="left" if won else "right",

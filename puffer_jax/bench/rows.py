@@ -8,8 +8,11 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 
+# Keyword arguments: names, numbers, switches and shapes, which go to another process.
+Arguments = dict[str, Any]
+
 # The reference's `[train]` section with the recipe for CartPole, for both sides.
-CONFIG: dict[str, Any] = {
+CONFIG: Arguments = {
     "seed": 0,
     "device": "cpu",
     "torch_deterministic": True,
@@ -44,7 +47,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def config_of(envs: int, **more: Any) -> dict[str, Any]:
+def config_of(envs: int, **more: object) -> Arguments:
     """`CONFIG` for epochs of 64 steps of each environment, in four minibatches."""
     return CONFIG | {"batch_size": 64 * envs, "minibatch_size": 16 * envs} | more
 
@@ -54,9 +57,9 @@ class Case(NamedTuple):
 
     Attributes:
         call: does the work once and returns when it is done.
-        outputs: of a call's result, the arrays by name that contestants must agree on.
+        outputs: from a call's result, the arrays by name that contestants must agree on.
         units: how many units of the row's work a call does.
-        rate: None; or `call` measures itself and returns units a second.
+        rate: whether `call` measures itself and returns units per second.
     """
 
     call: Callable[[], Any]
@@ -70,21 +73,21 @@ class Row:
     """One row of the table.
 
     Attributes:
-        name: of the row; patterns select by it.
-        work: in words.
+        name: the row's name, which patterns select by.
+        work: the work in words.
         family: name of the functions that build it, in the module of each side.
         contestants: who takes part: name -> arguments; `TORCH` says on which side.
-        sizes: arguments of all contestants.
-        flops: of one unit of work; 0: not counted.
-        unit: what is shown: seconds of a call, steps a second, or bytes of memory.
-        tolerance: of the outputs, relative to the largest magnitude of each array.
+        sizes: arguments shared by all contestants.
+        flops: operations in one unit of work; 0: not counted.
+        unit: what is shown: seconds per call, steps per second, or bytes of memory.
+        tolerance: how far outputs may differ, relative to the largest magnitude of each array.
     """
 
     name: str
     work: str
     family: str
-    contestants: dict[str, dict[str, Any]]
-    sizes: dict[str, Any] = field(default_factory=dict)
+    contestants: dict[str, Arguments]
+    sizes: Arguments = field(default_factory=dict)
     flops: float = 0.0
     unit: Literal["s", "steps/s", "bytes"] = "s"
     tolerance: float = 1e-4
@@ -92,7 +95,7 @@ class Row:
 
 # Contestants that run in torch's process; all others run in ours.
 TORCH = ("torch", "torch.compile", "pufferlib")
-_THREE: dict[str, dict[str, Any]] = {"ours": {}, "torch": {}, "torch.compile": {"compiled": True}}
+_THREE: dict[str, Arguments] = {"ours": {}, "torch": {}, "torch.compile": {"compiled": True}}
 _SHAPES = {"naturecnn": (4, 84, 84), "resnet": (64, 64, 3)}
 
 
@@ -130,9 +133,7 @@ def _training() -> Iterator[Row]:
     for net, shape in _SHAPES.items():
         for batch in (64, 256):
             sizes = {"net": net, "lead": (batch,), "shape": shape, "hidden": 0}
-            more: dict[str, dict[str, Any]] = (
-                {"lax.conv": {"plain": True}} if net == "naturecnn" else {}
-            )
+            more: dict[str, Arguments] = {"lax.conv": {"plain": True}} if net == "naturecnn" else {}
             flops = batch * network_flops(net, 0, 0, 6)
             yield from _directions(str(batch), "batch {}", sizes, flops, more)
     for net, lead, shape in (("lstm", (512, 64), (64,)), ("naturecnn", (256,), (4, 84, 84))):
@@ -148,7 +149,7 @@ def _training() -> Iterator[Row]:
 
 
 def _directions(
-    name: str, work: str, sizes: dict[str, Any], flops: float, more: dict[str, Any]
+    name: str, work: str, sizes: Arguments, flops: float, more: dict[str, Arguments]
 ) -> Iterator[Row]:
     words = work.format("x".join(map(str, sizes["lead"])), sizes["hidden"])
     for backward in (False, True):
@@ -159,7 +160,7 @@ def _directions(
             _THREE | more,
             sizes | {"backward": backward},
             flops * (3 if backward else 1),
-            # In a backward pass, rounding may decide a ReLU or a maximum the other way.
+            # In a backward pass, rounding may tip a ReLU or a maximum the other way.
             tolerance=2e-3 if backward else 1e-4,
         )
 
@@ -187,12 +188,12 @@ def _learning() -> Iterator[Row]:
 def _trainers() -> Iterator[Row]:
     host = "PuffeRL, gymnasium's CartPole, 64 environments"
     backends = {
-        "": ("ours: Multiprocessing, a local worker, half a batch by turns; torch: Serial", False),
-        "-processes": ("Multiprocessing; ours with a local worker, half a batch by turns", True),
+        "": ("ours: Multiprocessing, a local worker, half batches in turn; torch: Serial", False),
+        "-processes": ("Multiprocessing; ours with a local worker, half batches in turn", True),
     }
     for net in ("default", "lstm"):
         for name, (backend, processes) in backends.items():
-            contestants: dict[str, dict[str, Any]] = {
+            contestants: dict[str, Arguments] = {
                 "ours": {"processes": True},
                 "torch": {"processes": processes},
             }
@@ -225,7 +226,7 @@ def _environments() -> Iterator[Row]:
     }
     backends = {
         "Serial": "",
-        "Multiprocessing": "; ours: one a core, this process among them; PufferLib's: a core less",
+        "Multiprocessing": "; ours: one per core, this process included; PufferLib's: one fewer",
     }
     for backend, processes in backends.items():
         for kind, words in kinds.items():
@@ -250,7 +251,7 @@ def _environments() -> Iterator[Row]:
 
 
 def network_flops(net: str, inputs: int, hidden: int, actions: int) -> float:
-    """Multiplications and additions of one observation's forward pass, matmuls and convolutions."""
+    """Multiplications and additions in one observation's forward pass, matmuls and convolutions."""
     match net:
         case "default":
             return 2.0 * hidden * (inputs + actions + 1)
@@ -270,7 +271,7 @@ def network_flops(net: str, inputs: int, hidden: int, actions: int) -> float:
 
 
 def generic(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Arrays:
-    """Weights of roughly the usual size, the same on every side; `shapes` by torch's names."""
+    """Weights of roughly the usual size, the same on all sides; `shapes` by torch's names."""
     # An LSTMWrapper lists its LSTM's weights under a second name.
     tied = {"cell.weight_ih": "lstm.weight_ih_l0", "cell.weight_hh": "lstm.weight_hh_l0"}
     tied |= {"cell.bias_ih": "lstm.bias_ih_l0", "cell.bias_hh": "lstm.bias_hh_l0"}
@@ -284,7 +285,7 @@ def generic(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Arrays:
 
 
 def observations(shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
-    """Bytes for images (batch, three axes), else normal float32."""
+    """Bytes for images (batch, three axes), otherwise normal float32."""
     random = np.random.default_rng(seed)
     if len(shape) == 4:
         return random.integers(0, 256, shape, np.uint8)
@@ -323,6 +324,6 @@ def stepping(env: Any) -> Case:
 
 
 def minibatches(envs: int, seed: int = 3) -> np.ndarray:
-    """Rows of the 16 minibatches of an update, for comparing; (16, envs / 4)."""
+    """Rows of an update's 16 minibatches, for the comparison; (16, envs / 4)."""
     random = np.random.default_rng(seed)
     return np.stack([random.permutation(envs)[: envs // 4] for _ in range(16)])

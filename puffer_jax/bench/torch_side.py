@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -42,7 +42,7 @@ except ImportError:
     ADVANTAGE = COMPILED if shutil.which("g++") else "its formula in NumPy"
 
 
-def start(threads: int, device: str, precision: str) -> dict[str, Any]:
+def start(threads: int, device: str, precision: str) -> dict[str, object]:
     """Set threads, device and precision; returns what runs here."""
     global DEVICE
     torch.set_num_threads(threads)
@@ -61,7 +61,7 @@ def forget() -> None:
 
 
 def device_memory() -> int | None:
-    """Peak memory on the device in bytes; None: it has no memory of its own."""
+    """Peak memory on the device in bytes; None if it has no memory of its own."""
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None
 
 
@@ -86,7 +86,7 @@ def matmul(size: int) -> Case:
 
 
 def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
-    """The reference's policy, with the weights that every side uses."""
+    """The reference's policy, with the weights that all sides use."""
     kind = (0, 255, shape, np.uint8) if len(shape) == 3 else (-np.inf, np.inf, shape, np.float32)
     space, action = gymnasium.spaces.Box(*kind), gymnasium.spaces.Discrete(actions)
     env = SimpleNamespace(observation_space=space, action_space=action)
@@ -111,12 +111,12 @@ def evaluate(net: str, batch: int, compiled: bool = False) -> Case:
     """`forward_eval` and `sample_logits`, from a host array to a host action."""
     policy = _policy(net, (4,), 128, 2)
     obs = rows.observations((batch, 4))
-    state: dict[str, Any] = {}
+    state: dict[str, torch.Tensor] = {}
     if net == "lstm":
         zeros = torch.zeros(batch, 128, device=DEVICE)
         state = {"lstm_h": zeros, "lstm_c": zeros}
 
-    def act(obs: torch.Tensor, state: dict[str, Any]) -> Any:
+    def act(obs: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         logits, values = policy.forward_eval(obs, state)
         return *pufferlib.pytorch.sample_logits(logits), values
 
@@ -143,7 +143,7 @@ def train(
     backward: bool,
     compiled: bool = False,
 ) -> Case:
-    """Logits and values; or a loss of them and its gradients."""
+    """Logits and values, or a loss of them and its gradients."""
     policy = _policy(net, shape, hidden, 6 if len(shape) == 3 else 2)
     forward: Any = torch.compile(policy) if compiled else policy
     obs = torch.from_numpy(rows.observations((*lead, *shape))).to(DEVICE)
@@ -174,7 +174,7 @@ def train(
 
 
 def _numpy_advantage(values, rewards, terminals, ratio, gamma, decay, rho, c):
-    """What `compute_puff_advantage` computes, where there is nothing to compile it with."""
+    """What `compute_puff_advantage` computes, for machines that cannot compile it."""
     advantages = np.zeros_like(values)
     running = np.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 2, -1, -1):
@@ -186,7 +186,7 @@ def _numpy_advantage(values, rewards, terminals, ratio, gamma, decay, rho, c):
     return advantages
 
 
-def compiled_advantage() -> Any:
+def compiled_advantage() -> Callable[..., np.ndarray]:
     """The reference's own loops, compiled from the source in its wheel."""
     source = (Path(pufferlib.__file__).parent / "extensions" / "pufferlib.cpp").read_text()
     names = ("puff_advantage_row", "puff_advantage")
@@ -210,7 +210,7 @@ def compiled_advantage() -> Any:
 
 
 @functools.cache
-def _pufferl() -> Any:
+def _pufferl() -> ModuleType:
     """The reference's trainer, silenced, and able to run where its extension cannot be loaded."""
     import pufferlib.pufferl as pufferl
 
@@ -229,7 +229,7 @@ def _pufferl() -> Any:
 
 
 def advantage(segments: int, horizon: int) -> Case:
-    """`compute_puff_advantage` of tensors on the device."""
+    """`compute_puff_advantage` on tensors that are on the device."""
     stored = rows.experience(segments, horizon)
     arrays = [stored[name] for name in ("values", "rewards", "terminals")]
     arrays += [np.exp(stored["logprobs"]), np.zeros_like(stored["values"])]
@@ -253,7 +253,7 @@ def _trainer(policy: torch.nn.Module, net: str, envs: int, vecenv: Any) -> Any:
 
 
 def update(net: str, envs: int) -> Case:
-    """`PuffeRL.train` on a buffer that is filled once."""
+    """`PuffeRL.train` with a buffer that is filled once."""
     policy = _policy(net, (4,), 128, 2)
     space, action = gymnasium.spaces.Box(-np.inf, np.inf, (4,)), gymnasium.spaces.Discrete(2)
     vecenv = SimpleNamespace(
@@ -272,7 +272,7 @@ def update(net: str, envs: int) -> Case:
         trainer.train()
     finally:
         torch.multinomial = draw
-    # The weights after the update with given minibatches.
+    # The weights after an update with fixed minibatches.
     learned = _arrays({name: p.clone() for name, p in policy.named_parameters()})
 
     def call() -> None:
@@ -287,7 +287,7 @@ def trainer(net: str, envs: int, processes: bool = False) -> Case:
     creator = functools.partial(_emulated, "cartpole")
 
     def make() -> tuple[Any, Callable[[], None]]:
-        serial: dict[str, Any] = {"backend": pufferlib.vector.Serial}
+        serial: rows.Arguments = {"backend": pufferlib.vector.Serial}
         options = _processes(envs) if processes else serial
         vecenv = pufferlib.vector.make(creator, num_envs=envs, **options)
         made = _trainer(_policy(net, (4,), 128, 2), net, envs, vecenv)
@@ -299,7 +299,7 @@ def trainer(net: str, envs: int, processes: bool = False) -> Case:
 
         return vecenv, epoch
 
-    def anew() -> float:
+    def measured() -> float:
         vecenv, epoch = make()
         with contextlib.closing(vecenv):
             epoch()
@@ -307,8 +307,8 @@ def trainer(net: str, envs: int, processes: bool = False) -> Case:
             epoch()
             return 64 * envs / (time.perf_counter() - began)
 
-    # Its workers spin even while idle.
-    return Case(anew, rate=True) if processes else Case(make()[1], units=64 * envs)
+    # Workers are made for each measurement, since they spin even while idle.
+    return Case(measured, rate=True) if processes else Case(make()[1], units=64 * envs)
 
 
 # --- environments -------------------------------------------------------------------------------
@@ -318,8 +318,8 @@ def _emulated(kind: str, buf: Any = None, seed: int = 0) -> Any:
     return pufferlib.emulation.GymnasiumPufferEnv(bench_envs.make(kind), buf=buf, seed=seed)
 
 
-def _processes(envs: int) -> dict[str, Any]:
-    # They spin while they wait, so with a worker on every core they starve the parent.
+def _processes(envs: int) -> rows.Arguments:
+    # Its workers spin while they wait, so with one on every core they starve the parent.
     cores = len(os.sched_getaffinity(0)) - 1
     workers = max(n for n in (1, 2, 4, 8) if n <= max(cores, 1))
     backend = pufferlib.vector.Multiprocessing
@@ -329,12 +329,12 @@ def _processes(envs: int) -> dict[str, Any]:
 def vecenv(kind: str, backend: str) -> Case:
     """Steps per second of `pufferlib.vector`."""
     creator = functools.partial(_emulated, kind)
-    options: dict[str, Any] = {"backend": getattr(pufferlib.vector, backend), "num_envs": 8}
+    options: rows.Arguments = {"backend": getattr(pufferlib.vector, backend), "num_envs": 8}
     if backend == "Multiprocessing":
         options |= _processes(8)
 
     def call() -> float:
-        # Made anew for each measurement, since its workers spin even while idle.
+        # Made for each measurement, since its workers spin even while idle.
         with contextlib.closing(pufferlib.vector.make(creator, **options)) as made:
             return vector.measure(made, rows.SECONDS)
 

@@ -1,4 +1,4 @@
-"""A process for each side, one of which works at a time: both ends of its pipe."""
+"""A process for each side, of which one works at a time: both ends of its pipe."""
 
 import gc
 import importlib
@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from puffer_jax.bench.rows import Arrays, Case
+from puffer_jax.bench.rows import Arguments, Arrays, Case
 
 Side = Literal["jax", "torch"]
-# The least a measurement lasts; shorter calls are repeated within it.
+# Seconds that a measurement lasts at least; shorter calls are repeated within it.
 _SHORTEST = 0.02
-# Torch's threads spin for a while after a call, and would slow down whatever comes next.
+# Torch's threads spin for a while after a call and would slow down whatever comes next.
 _PAUSE = 0.01
 
 
@@ -30,9 +30,9 @@ class Worker:
 
     Args:
         side: "jax" or "torch".
-        threads: that it may use: cores, for JAX.
+        threads: how many threads it may use; for JAX, how many cores.
         device: "cpu" or "gpu".
-        precision: of matrix products: "float32", or "tf32" on a GPU.
+        precision: precision of matrix products: "float32", or "tf32" on a GPU.
     """
 
     def __init__(self, side: Side, threads: int, device: str, precision: str):
@@ -52,9 +52,9 @@ class Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
-        self.about: dict[str, Any] = self.ask("start", side, threads, device, precision)
+        self.about: dict[str, object] = self.ask("start", side, threads, device, precision)
 
-    def ask(self, method: str, *arguments: Any) -> Any:
+    def ask(self, method: str, *arguments: object) -> Any:
         """Call a method of `_Server` there.
 
         Raises:
@@ -74,7 +74,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def close(self) -> None:
@@ -89,13 +89,13 @@ class Worker:
 
 
 class _Server:
-    """The other end."""
+    """The child's end."""
 
     def __init__(self) -> None:
         self.cases: dict[str, tuple[Case, int]] = {}
         self.contestants: Any = None
 
-    def start(self, side: Side, threads: int, device: str, precision: str) -> dict[str, Any]:
+    def start(self, side: Side, threads: int, device: str, precision: str) -> dict[str, object]:
         """Load a side's framework; returns the versions, and what runs where."""
         if device == "cpu" and hasattr(os, "sched_setaffinity"):
             # JAX takes as many threads as there are cores.
@@ -103,8 +103,8 @@ class _Server:
         self.contestants = importlib.import_module(f"puffer_jax.bench.{side}_side")
         return self.contestants.start(threads, device, precision)
 
-    def open(self, name: str, family: str, arguments: dict[str, Any]) -> tuple[float, Any]:
-        """Build a case and call it once; returns the seconds that took, and the outputs."""
+    def open(self, name: str, family: str, arguments: Arguments) -> tuple[float, Arrays | None]:
+        """Build a case and call it once; returns the seconds the call took, and the outputs."""
         case = getattr(self.contestants, family)(**arguments)
         began = time.perf_counter()
         result = case.call()
@@ -125,7 +125,7 @@ class _Server:
         time.sleep(_PAUSE)
         if case.rate:
             return 1 / case.call()
-        # Once unmeasured: caches and recently freed memory are still another case's.
+        # Once unmeasured: caches and recently freed memory still belong to another case.
         case.call()
         began = time.perf_counter()
         for _ in range(repeats):
@@ -133,7 +133,7 @@ class _Server:
         return (time.perf_counter() - began) / (repeats * case.units)
 
     def memory(self, name: str) -> int:
-        """Peak memory in bytes of the whole process during some calls."""
+        """Peak memory in bytes of the whole process over a few calls."""
         case, _ = self.cases[name]
         on_device = self.contestants.device_memory()
         if on_device is None:
@@ -155,7 +155,7 @@ class _Server:
 def serve() -> None:
     """Answer requests until the pipe closes."""
     requests = sys.stdin.buffer
-    # Nothing that is printed may get between the answers.
+    # Nothing that is printed may come between the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = _Server()
@@ -176,7 +176,7 @@ def serve() -> None:
 def difference(here: Arrays, there: Arrays) -> tuple[float, str]:
     """The largest error relative to the magnitude of its array, and that array's name.
 
-    Compared is what both have; with nothing in common, the error is infinite.
+    Only arrays that both have are compared; with none in common, the error is infinite.
     """
     worst = -1.0, ""
     for name in here.keys() & there.keys():

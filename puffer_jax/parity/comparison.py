@@ -1,55 +1,47 @@
-"""Prove that a torch policy and its JAX port compute one function, or show where they part.
-
-    report = compare(torch_policy, jax_policy, observations)
-    print(report)
-    report.assert_close()
-
-Both run in float64 and in float32. In float64 only another formula makes a visible difference.
-In float32 both are held to torch's float64 result, and torch's own error is the yardstick for
-ours.
-"""
+"""A comparison: both sides run, and a row for each array that they have in common."""
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
+from numpy.typing import ArrayLike
 
 from puffer_jax.nn.torch_layout import torch_aliases
 from puffer_jax.parity.jax_side import run_jax
 from puffer_jax.parity.report import PRECISIONS, Errors, Kind, Report, Row
-from puffer_jax.parity.shared import Arrays, Inputs, Run
+from puffer_jax.parity.shared import Arrays, Inputs, Run, TorchModule
 from puffer_jax.parity.torch_side import import_torch, run_torch
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.weights.state_dicts import state_dict
 
 
 def compare(
-    torch_policy: Any,
+    torch_policy: TorchModule,
     jax_policy: nnx.Module,
-    observations: Any,
-    state: Mapping[str, Any] | None = None,
-    done: Any = None,
+    observations: PyTree,
+    state: Mapping[str, ArrayLike] | None = None,
+    done: ArrayLike | None = None,
     *,
     seed: int = 0,
 ) -> Report:
-    """Run both policies, forward and backward, and measure how far they are apart.
+    """Run both policies, forward and backward, and measure how far apart they are.
 
-    Compared are the training call, `forward_eval` where both have it, the gradients of a random
+    It compares the training call, `forward_eval` where both have it, the gradients of a random
     linear loss over the logits and values of both w.r.t. every parameter, and the output of every
     layer, in float64 and float32. The policies themselves are left as they are.
 
     Outputs and gradients are those of the untouched policy, which may compute several layers in
     one pass. The layers' outputs come from a second run, in which each layer is called and
-    recorded: they say where two policies part, not what the first run computed on its way.
+    recorded: they show where two policies part, not what the first run computed on its way.
 
     It works on any `torch.nn.Module` and any `nnx.Module` whose parameters carry the same names
     (see `puffer_jax.modules`), with `forward` or with `encode_observations` and
-    `decode_actions`. Casts to float32 inside the torch policy become casts to float64 for the
-    float64 run; of ours the attributes `dtype` and `param_dtype` are set.
+    `decode_actions`. For the float64 run, casts to float32 inside the torch policy become casts to
+    float64, and the attributes `dtype` and `param_dtype` of ours are set.
 
     Args:
         torch_policy: the original.
@@ -58,10 +50,10 @@ def compare(
         observations: an array, or a dict or tuple of arrays, (batch, *obs). For recurrent
             policies (batch, time, *obs), or (batch, *obs) if `torch_policy.obs_shape` says so;
             `forward_eval` gets the first step.
-        state: of a recurrent policy, {"lstm_h", "lstm_c"} of an LSTMWrapper; None is zero.
+        state: a recurrent policy's state, {"lstm_h", "lstm_c"} for an LSTMWrapper; None: zeros.
         done: (batch, time), where an episode begins. PufferLib cannot reset within a segment,
             so the torch side then runs step by step.
-        seed: of the loss.
+        seed: the seed of the loss.
 
     Raises:
         ImportError: torch is missing.
@@ -98,11 +90,11 @@ def compare(
 
 
 def _inputs(
-    torch_policy: Any,
+    torch_policy: TorchModule,
     jax_policy: nnx.Module,
-    observations: Any,
-    state: Mapping[str, Any] | None,
-    done: Any,
+    observations: PyTree,
+    state: Mapping[str, ArrayLike] | None,
+    done: ArrayLike | None,
     seed: int,
 ) -> Inputs:
     state_names = ()
@@ -129,7 +121,7 @@ def _saying(note: str) -> Iterator[None]:
         raise
 
 
-def _differing_weights(torch_policy: Any, jax_policy: nnx.Module) -> Iterator[str]:
+def _differing_weights(torch_policy: TorchModule, jax_policy: nnx.Module) -> Iterator[str]:
     ours = state_dict(jax_policy)
     for name, parameter in torch_policy.named_parameters():
         tensor = parameter.detach().cpu().double().numpy()
@@ -139,7 +131,7 @@ def _differing_weights(torch_policy: Any, jax_policy: nnx.Module) -> Iterator[st
             yield f"{name} ({tensor.shape} in torch, {ours[name].shape} in JAX)"
         elif not np.array_equal(tensor, ours[name].astype(np.float64), equal_nan=True):
             yield name
-    # Torch lists tied parameters once, ours may be tied where torch has no second name.
+    # Torch lists tied parameters once; ours may be tied where torch has no second name.
     known = dict(torch_policy.named_parameters(remove_duplicate=False)) | torch_aliases(jax_policy)
     yield from (f"{name} (missing in torch)" for name in ours if name not in known)
 
@@ -166,7 +158,7 @@ def _rows(kind: Kind, theirs: list[Arrays], ours: list[Arrays]) -> Iterator[Row]
 
 
 def _layer_views(here: list[np.ndarray], shape: tuple[int, ...]) -> Iterator[list[np.ndarray]]:
-    """As it is, with channels first as torch has them, and with time folded into the batch."""
+    """The arrays as they are, with torch's channels first, and with time folded into the batch."""
     yield here
     if here[0].ndim >= 3:
         yield [np.moveaxis(array, -1, 1) for array in here]
@@ -196,7 +188,7 @@ def _failed(name: str, kind: Kind, shape: tuple[int, ...], problem: str) -> Row:
 
 
 def _difference(array: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, float]:
-    """Elementwise, infinite where only one side is a number; and the reference's magnitude."""
+    """The elementwise one, infinite if only one side is a number; and the reference's magnitude."""
     array, reference = array.astype(np.float64), reference.astype(np.float64)
     equal = (array == reference) | (np.isnan(array) & np.isnan(reference))
     with np.errstate(invalid="ignore"):

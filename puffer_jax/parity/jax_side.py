@@ -2,18 +2,20 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
+from jaxtyping import Array, PyTree
 
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.torch_layout import torch_modules
 from puffer_jax.parity.shared import (
     Inputs,
+    Outputs,
     Run,
     cast_floats,
     decode_encoded,
@@ -24,43 +26,47 @@ from puffer_jax.parity.shared import (
 )
 from puffer_jax.weights.state_dicts import state_dict
 
+T = TypeVar("T")
+
 
 def run_jax(
     policy: nnx.Module, inputs: Inputs, precision: str, differentiated: frozenset[str]
 ) -> Run:
     """Run the policy, forward and backward, in "float64" or "float32".
 
-    Outputs and gradients are those of the policy as it is, with all the ways it has to compute
-    several layers in one pass. The layers' outputs come from a second pass, with recorders.
+    Outputs and gradients are those of the policy as it is, which may compute several layers in one
+    pass. The layers' outputs come from a second pass, with recorders.
 
     Args:
         policy: left as it is.
-        inputs: as torch had them.
-        precision: of parameters, inputs and computation.
-        differentiated: the outputs that torch made its loss of.
+        inputs: the inputs that torch had.
+        precision: the precision of parameters, inputs and computation.
+        differentiated: the outputs that make up torch's loss.
     """
     graphdef, params = split(policy)
     dtype = jnp.dtype(precision)
 
-    def build(params: Any) -> Any:
+    def build(params: PyTree) -> Any:
         module = merge(graphdef, params)
         _set_dtypes(module, dtype)
         return module
 
-    def train(module: Any, observations: Any, state: Any, done: Any) -> dict[str, Any]:
+    def train(module: Any, observations: PyTree, state: PyTree, done: Array | None) -> Outputs:
         if inputs.recurrent:
             return named_outputs(module.forward(observations, state, done))
         call = module if callable(module) else decode_encoded(module)
         return named_outputs(getattr(module, "forward", call)(observations))
 
-    def evaluate(module: Any, observations: Any, state: Any) -> dict[str, Any]:
+    def evaluate(module: Any, observations: PyTree, state: PyTree) -> Outputs:
         if inputs.recurrent:
             result = module.forward_eval(first_step(observations), state)
         else:
             result = module.forward_eval(observations)
         return named({"eval": named_outputs(result)})
 
-    def loss(params: Any, observations: Any, state: Any, done: Any) -> tuple[Any, Any]:
+    def loss(
+        params: PyTree, observations: PyTree, state: PyTree, done: Array | None
+    ) -> tuple[Array, Outputs]:
         outputs = train(build(params), observations, state, done)
         if inputs.evaluate:
             outputs |= evaluate(build(params), observations, state)
@@ -73,7 +79,7 @@ def run_jax(
         return sum(terms, jnp.zeros((), dtype)), outputs
 
     @jax.jit
-    def run_recorded(params: Any, *arrays: Any) -> dict[str, list[Any]]:
+    def run_recorded(params: PyTree, *arrays: PyTree) -> dict[str, list[Array]]:
         module = build(params)
         layers = _record_jax(module)
         train(module, *arrays)
@@ -88,7 +94,7 @@ def run_jax(
     return Run(outputs, named_gradients, layers, differentiated & outputs.keys())
 
 
-def _set_dtypes(module: Any, dtype: Any) -> None:
+def _set_dtypes(module: nnx.Module, dtype: np.dtype) -> None:
     for _, submodule in nnx.iter_modules(module):
         for name in ("dtype", "param_dtype"):
             current = vars(submodule).get(name)
@@ -96,13 +102,13 @@ def _set_dtypes(module: Any, dtype: Any) -> None:
                 vars(submodule)[name] = dtype
 
 
-def _record_jax(module: Any) -> dict[str, list[Any]]:
-    """Have every layer append its outputs, and every plain function in a Sequential."""
-    calls: dict[str, list[Any]] = {}
+def _record_jax(module: nnx.Module) -> dict[str, list[Array]]:
+    """Have every layer, and every plain function in a Sequential, append its outputs."""
+    calls: dict[str, list[Array]] = {}
     outside = get_opaque_trace_state(convention="nnx")
 
-    def recorder(name: str) -> Callable[[Any], None]:
-        def record(output: Any) -> None:
+    def recorder(name: str) -> Callable[[object], None]:
+        def record(output: object) -> None:
             array = output[0] if isinstance(output, tuple) else output
             # What is computed inside a scan or vmap has no single value out here.
             if isinstance(array, jax.Array) and get_opaque_trace_state("nnx") == outside:
@@ -121,8 +127,8 @@ def _record_jax(module: Any) -> dict[str, list[Any]]:
     return calls
 
 
-def _recording(function: Callable[..., Any], record: Callable[[Any], None]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def _recording(function: Callable[..., T], record: Callable[[object], None]) -> Callable[..., T]:
+    def call(*args: object, **kwargs: object) -> T:
         output = function(*args, **kwargs)
         record(output)
         return output
@@ -134,8 +140,8 @@ def _recording(function: Callable[..., Any], record: Callable[[Any], None]) -> C
 def _recording_class(cls: type) -> type:
     """A subclass whose instances hand every output to their `_record`."""
 
-    def recording(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def recording(method: Callable[..., T]) -> Callable[..., T]:
+        def call(self: Any, *args: object, **kwargs: object) -> T:
             output = method(self, *args, **kwargs)
             self._record(output)
             return output

@@ -8,11 +8,12 @@ from flax import nnx
 
 from puffer_jax.base import spaces
 from puffer_jax.base.packages import PUFFERLIB, require
+from puffer_jax.parity.shared import TorchModule
 from puffer_jax.policies.base import reference_of
 
 
-def reference_policy(jax_policy: nnx.Module) -> Any:
-    """PufferLib's own policy of the same class and sizes, with weights of its own.
+def reference_policy(jax_policy: nnx.Module) -> TorchModule:
+    """PufferLib's own policy of the same class and sizes, with its own weights.
 
     Raises:
         ImportError: pufferlib or torch is missing.
@@ -36,10 +37,10 @@ def reference_policy(jax_policy: nnx.Module) -> Any:
 
 
 def reference_env(jax_policy: Any) -> SimpleNamespace:
-    """What PufferLib's policies read of an environment, with the spaces of `jax_policy`.
+    """What PufferLib's policies read from an environment, with the spaces of `jax_policy`.
 
-    Boxes without bounds stand for what the policy knows only the shape of, so that sampling
-    from the spaces gives standard normal numbers, and images of bytes.
+    Where the policy knows only a shape, the space is a Box without bounds, so that sampling gives
+    standard normal numbers; for images, it is a Box of bytes.
 
     Raises:
         ImportError: gymnasium is missing.
@@ -48,7 +49,7 @@ def reference_env(jax_policy: Any) -> SimpleNamespace:
     require("gymnasium", "the comparison")
     from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
-    def box(dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    def box(dtype: np.dtype, shape: tuple[int, ...]) -> spaces.Space:
         if dtype.kind == "f":
             return Box(-np.inf, np.inf, shape, dtype.type)
         return Box(0, 1 if dtype.kind == "b" else 100, shape, dtype.type)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -28,8 +28,8 @@ BARS: dict[Kind, dict[str, float]] = {
 # Our float32 error against the float64 result, in units of torch's own.
 MAX_RATIO = 2.0
 
-# Of fewer numbers the ratio is reported but not held to its bar: of a dozen, every hundredth pair
-# of equally good results is above it.
+# For fewer numbers the ratio is reported but not held to its bar: with a dozen, one in a hundred
+# pairs of equally good results is above it.
 MIN_NUMBERS = 100
 
 KINDS: tuple[Kind, ...] = ("output", "gradient", "layer")
@@ -43,9 +43,9 @@ class Errors:
 
     Attributes:
         absolute: the largest difference.
-        relative: that, relative to the largest magnitude of torch's array.
-        ulp: the largest difference in units of the last place that torch's number has in our
-            array's precision; numbers below the last place of the largest count as that.
+        relative: `absolute`, relative to the largest magnitude of torch's array.
+        ulp: the largest difference in units of the last place of torch's number in our array's
+            precision; a number below the last place of the largest counts as that last place.
     """
 
     absolute: float
@@ -58,15 +58,15 @@ class Row:
     """One output, gradient or layer, compared.
 
     Attributes:
-        name: as torch names it.
+        name: torch's name for it.
         kind: what was compared.
-        shape: of torch's array.
+        shape: the shape of torch's array.
         float64: errors of our float64 array against torch's float64 one.
         float32: errors of our float32 array, also against torch's float64 one.
         torch_rms: root-mean-square error of torch's float32 array against its float64 one,
-            relative to the largest magnitude of that.
-        jax_rms: the same of our float32 array, also against torch's float64 one.
-        problem: why the arrays cannot be compared, or empty.
+            relative to the largest magnitude of the latter.
+        jax_rms: the same for our float32 array, also against torch's float64 one.
+        problem: why the arrays cannot be compared; empty if they can.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Row:
 
     @property
     def failures(self) -> list[str]:
-        """One line for each bar the row is above."""
+        """One line for each bar that the row exceeds."""
         if self.problem:
             return [f"{self.kind} {self.name}: {self.problem}"]
         return [
@@ -100,7 +100,7 @@ def _ratio(rows: Sequence[Row]) -> float:
     sizes = [math.sqrt(math.prod(row.shape)) for row in rows]
     ours = math.hypot(*(size * row.jax_rms for size, row in zip(sizes, rows, strict=True)))
     theirs = math.hypot(*(size * row.torch_rms for size, row in zip(sizes, rows, strict=True)))
-    # An array that is exact up to a few per cent of its last place has no error to speak of.
+    # An array that is exact to a few per cent of its last place has no error to speak of.
     floor = math.hypot(*sizes) * 2.0**-28
     return max(ours, floor) / max(theirs, floor) if floor else 1.0
 
@@ -111,7 +111,7 @@ class Report:
 
     Attributes:
         rows: outputs, gradients and layers, each in torch's order.
-        weights_differ: parameters that are not equal, or missing on a side, by torch's names.
+        weights_differ: parameters that differ or are missing on one side, by torch's names.
         not_compared: layers that ran on one side only.
     """
 
@@ -131,10 +131,10 @@ class Report:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Our float32 error in units of torch's, of all outputs and of all gradients.
+        """Our float32 error in units of torch's, over all outputs and over all gradients.
 
-        The errors of all rows are taken together as a root mean square: a few numbers may
-        be lucky on one side, all of them hardly. It takes some dozen observations.
+        The errors of all rows are taken together as a root mean square: a few numbers may be
+        lucky on one side, but hardly all of them. It takes a few dozen observations.
         """
         return {"output": _ratio(self.of("output")), "gradient": _ratio(self.of("gradient"))}
 
@@ -156,10 +156,10 @@ class Report:
     def assert_close(self) -> None:
         """Hold every row against `BARS`, both `ratios` against `MAX_RATIO`, and the weights.
 
-        A ratio of fewer than `MIN_NUMBERS` numbers is not held to its bar.
+        A ratio over fewer than `MIN_NUMBERS` numbers is not held to its bar.
 
-        A layer that ran on one side only is no failure in itself, since an activation may be
-        a module here and a plain function there; a layer whose weights one side lacks is.
+        A layer that ran on only one side is not a failure in itself, since an activation may be a
+        module here and a plain function there; a layer whose weights are missing on one side is.
 
         Raises:
             AssertionError: lists everything that fails.
@@ -184,7 +184,7 @@ class Report:
         write_atomically(Path(path), lambda file: file.write(data))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw each layer's error in both precisions; the suffix of `path` says the format.
+        """Draw each layer's error in both precisions; the suffix of `path` sets the format.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -197,7 +197,7 @@ class Report:
         axes = figure.subplots()
         for precision, color in zip(PRECISIONS, ("C0", "C1"), strict=True):
             errors = [getattr(row, precision).relative for row in layers]
-            # A logarithmic axis has no place for exact agreement, nor for infinity.
+            # A logarithmic axis has room for neither exact agreement nor infinity.
             axes.plot(np.clip(errors, 1e-18, 1e3), "o-", color=color, label=precision)
             axes.axhline(BARS["layer"][precision], color=color, linestyle="--", linewidth=1)
         axes.set_yscale("log")
@@ -279,7 +279,7 @@ def _some(names: tuple[str, ...], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     match value:
         case float():
             return value if math.isfinite(value) else None

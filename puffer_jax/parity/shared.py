@@ -7,18 +7,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 Arrays = dict[str, np.ndarray]
+
+# A policy's outputs by name, before they are NumPy's: JAX's arrays or torch's tensors.
+Outputs = dict[str, Any]
+
+# A `torch.nn.Module`; torch is optional and imported late, so no annotation can name its class.
+TorchModule = Any
 
 
 class Run(NamedTuple):
     """What a policy computed in one precision.
 
     Attributes:
-        outputs: of the training call, and of `forward_eval` as "eval.*".
+        outputs: those of the training call, and those of `forward_eval` as "eval.*".
         gradients: of the loss with respect to every parameter, by torch's names.
         layers: each layer's outputs, one for each call within the training call.
-        differentiated: the outputs that the loss is made of.
+        differentiated: the outputs that make up the loss.
     """
 
     outputs: Arrays
@@ -28,12 +36,12 @@ class Run(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What both policies are given, see `compare`; `evaluate`: to run `forward_eval`, too."""
+    """What both policies are given, see `compare`; `evaluate`: whether to run `forward_eval`."""
 
-    observations: Any
+    observations: PyTree
     state: Mapping[str, np.ndarray] | None
     done: np.ndarray | None
-    state_names: tuple[str, ...]  # none: the policies are not recurrent
+    state_names: tuple[str, ...]  # empty if the policies are not recurrent
     evaluate: bool
     seed: int
 
@@ -43,8 +51,8 @@ class Inputs(NamedTuple):
         return bool(self.state_names)
 
 
-def named(output: Any, prefix: str = "") -> dict[str, Any]:
-    """A policy's output as named arrays; of a distribution, its loc and scale."""
+def named(output: PyTree, prefix: str = "") -> Outputs:
+    """A policy's output as named arrays; for a distribution, its loc and scale."""
     if output is None:
         return {}
     if hasattr(output, "loc") and hasattr(output, "scale"):
@@ -58,26 +66,26 @@ def named(output: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in items.items() for k, v in named(value, name).items()}
 
 
-def named_outputs(result: Any) -> dict[str, Any]:
-    """What a policy returned as named arrays: logits, values and state, or one output."""
+def named_outputs(result: PyTree) -> Outputs:
+    """What a policy returned, as named arrays: logits, values and state, or one output."""
     if isinstance(result, tuple) and len(result) in (2, 3):
         return named(dict(zip(("logits", "values", "state"), result, strict=False)))
     return named(result, "output")
 
 
-def decode_encoded(policy: Any) -> Callable[[Any], Any]:
+def decode_encoded(policy: Any) -> Callable[[PyTree], PyTree]:
     """The forward pass of a policy that has only its two halves."""
     return lambda observations: policy.decode_actions(policy.encode_observations(observations))
 
 
-def first_step(observations: Any) -> Any:
-    """(batch, time, *obs) -> (batch, *obs), of every leaf."""
+def first_step(observations: PyTree) -> PyTree:
+    """(batch, time, *obs) -> (batch, *obs), for every leaf."""
     return jax.tree.map(lambda x: x[:, 0], observations)
 
 
-def loss_weights(outputs: dict[str, Any], seed: int) -> Arrays:
-    """What the loss multiplies each output by before it sums them up; states are left out."""
-    # A stream for each name: an output missing on one side must not shift the others. And
+def loss_weights(outputs: Outputs, seed: int) -> Arrays:
+    """What the loss multiplies each output by before summing; states are left out."""
+    # A stream for each name, so that an output missing on one side does not shift the others; and
     # float32 numbers, so that both precisions differentiate the same loss.
     return {
         name: np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -88,11 +96,11 @@ def loss_weights(outputs: dict[str, Any], seed: int) -> Arrays:
     }
 
 
-def cast_floats(tree: Any, dtype: Any) -> Any:
-    """NumPy arrays, the floating ones in `dtype`."""
+def cast_floats(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """The tree as NumPy arrays, the floating ones in `dtype`."""
 
-    def cast(leaf: Any) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    def cast(leaf: object) -> np.ndarray:
+        array = np.asarray(leaf)
+        return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
     return jax.tree.map(cast, tree)

@@ -2,18 +2,22 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from puffer_jax.base.packages import TORCH, require
 from puffer_jax.parity.shared import (
     Arrays,
     Inputs,
+    Outputs,
     Run,
+    TorchModule,
     cast_floats,
     decode_encoded,
     first_step,
@@ -22,17 +26,19 @@ from puffer_jax.parity.shared import (
     named_outputs,
 )
 
+T = TypeVar("T")
 
-def import_torch() -> Any:
+
+def import_torch() -> ModuleType:
     """The package torch.
 
     Raises:
-        ImportError: it is missing; says how to install it.
+        ImportError: it is missing; the message has the line that installs it.
     """
     return require("torch", "comparing with torch", TORCH)
 
 
-def run_torch(policy: Any, inputs: Inputs, precision: str) -> Run:
+def run_torch(policy: TorchModule, inputs: Inputs, precision: str) -> Run:
     """Run a copy of the policy, forward and backward, in "float64" or "float32"."""
     torch = import_torch()
     dtype = getattr(torch, precision)
@@ -40,14 +46,14 @@ def run_torch(policy: Any, inputs: Inputs, precision: str) -> Run:
     parameters = {name: p.requires_grad_(True) for name, p in policy.named_parameters()}
     device = next((p.device for p in parameters.values()), "cpu")
 
-    def tensors(tree: Any) -> Any:
+    def tensors(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: torch.from_numpy(np.array(x)).to(device), tree)
 
-    def arrays(tensors: Mapping[str, Any]) -> Arrays:
+    def arrays(tensors: Outputs) -> Arrays:
         return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
 
     observations = inputs.observations
-    # What an emulated environment packs are bytes, even where they are called float32.
+    # An emulated environment packs bytes, even where they are called float32.
     if not any(getattr(module, "is_dict_obs", False) for module in policy.modules()):
         observations = cast_floats(observations, precision)
     observations, done = tensors(observations), tensors(inputs.done)
@@ -83,7 +89,7 @@ def run_torch(policy: Any, inputs: Inputs, precision: str) -> Run:
     return Run(arrays(outputs), named_gradients, layers, frozenset(weights))
 
 
-def _torch_segment(policy: Any, observations: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _torch_segment(policy: TorchModule, observations: PyTree, state: Outputs) -> Outputs:
     names = tuple(state)
     state = {name: None if x is None else x[None] for name, x in state.items()}
     logits, values = policy(observations, state)
@@ -91,15 +97,13 @@ def _torch_segment(policy: Any, observations: Any, state: dict[str, Any]) -> dic
     return named_outputs((logits, values, state))
 
 
-def _torch_steps(
-    policy: Any, observations: Any, state: dict[str, Any], done: Any
-) -> dict[str, Any]:
+def _torch_steps(policy: TorchModule, observations: PyTree, state: Outputs, done: Any) -> Outputs:
     steps = []
     names, state = tuple(state), dict(state)
     for t in range(done.shape[1]):
-        going_on = ~done[:, t, None]
+        continuing = ~done[:, t, None]
         for name in names:
-            state[name] = None if state[name] is None else state[name] * going_on
+            state[name] = None if state[name] is None else state[name] * continuing
         logits, values = policy.forward_eval(jax.tree.map(lambda x: x[:, t], observations), state)  # noqa: B023
         steps.append(named({"logits": logits, "values": values, "state.hidden": state["hidden"]}))
     stack = import_torch().stack
@@ -112,7 +116,7 @@ def _torch_steps(
 
 
 def _fold_steps(calls: list[np.ndarray], steps: int) -> list[np.ndarray]:
-    """The calls of all steps as the calls that a whole segment would have made."""
+    """The calls of all steps as the calls that one whole segment would have made."""
     each = len(calls) // steps
     stacked = [np.stack(calls[i::each], axis=1) for i in range(each)]
     return [array.reshape(-1, *array.shape[2:]) for array in stacked]
@@ -120,13 +124,17 @@ def _fold_steps(calls: list[np.ndarray], steps: int) -> list[np.ndarray]:
 
 @contextmanager
 def _torch_computing_in(dtype: Any) -> Iterator[None]:
-    """Torch computes in `dtype` at full precision, whatever the code inside casts to."""
+    """Make torch compute in `dtype` at full precision, whatever the code inside casts to."""
     torch = import_torch()
 
     class EverythingDouble(torch.overrides.TorchFunctionMode):
         def __torch_function__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
+            self,
+            func: Callable[..., object],
+            types: object,
+            args: tuple[object, ...] = (),
+            kwargs: dict[str, object] | None = None,
+        ) -> object:
             kwargs = kwargs or {}
             if func is torch.Tensor.float:
                 func = torch.Tensor.double
@@ -154,17 +162,17 @@ def _torch_computing_in(dtype: Any) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolution
 
 
-def _record_torch(policy: Any) -> dict[str, list[np.ndarray]]:
+def _record_torch(policy: TorchModule) -> dict[str, list[np.ndarray]]:
     """Have every layer append its outputs; the names come in the order the layers finish."""
     torch = import_torch()
     calls: dict[str, list[np.ndarray]] = {}
 
-    def recording(name: str, module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(name: str, module: TorchModule, forward: Callable[..., T]) -> Callable[..., T]:
         time_first = isinstance(module, torch.nn.RNNBase) and not module.batch_first
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> T:
             output = forward(*args, **kwargs)
-            array = output[0] if isinstance(output, tuple) else output
+            array: Any = output[0] if isinstance(output, tuple) else output
             if isinstance(array, torch.Tensor):
                 if time_first and array.ndim == 3:
                     array = array.transpose(0, 1)
@@ -176,6 +184,6 @@ def _record_torch(policy: Any) -> dict[str, list[np.ndarray]]:
 
     for name, module in policy.named_modules():
         if name:
-            # No forward hook: LSTMWrapper calls `self.lstm.forward`, which passes hooks by.
+            # Not a forward hook: LSTMWrapper calls `self.lstm.forward`, which bypasses hooks.
             module.forward = recording(name, module, module.forward)
     return calls

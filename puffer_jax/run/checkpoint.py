@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -181,11 +182,11 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
     return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]
 
 
-def _orbax() -> Any:
+def _orbax() -> ModuleType:
     return require("orbax.checkpoint", "a checkpoint", "orbax-checkpoint")
 
 
-def _checkpointer(ocp: Any) -> Any:
+def _checkpointer(ocp: ModuleType) -> Any:
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
             arrays=ocp.PyTreeCheckpointHandler(), index=ocp.JsonCheckpointHandler()

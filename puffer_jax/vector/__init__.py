@@ -1,7 +1,7 @@
 """Many environments stepped at once: in this process, in several, or on a cluster.
 
 The protocol is that of the reference's `vector.py`: `async_reset`, then `recv` and `send` in turn,
-or `reset` and `step`, which do both. `recv` returns the environments' own buffers: they are
+or `reset` and `step`, which do both. `recv` returns the environments' own buffers, which are
 overwritten after `send`.
 
 An emulated environment's episode ends with its last observation, and the step after resets it and

@@ -1,9 +1,10 @@
-"""Some of a vecenv's environments: built, and stepped one after the other."""
+"""Some of a vecenv's environments: built, and stepped one after another."""
 
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +13,20 @@ from puffer_jax.base.spaces import Space, structured_dtype
 
 Info = dict[str, Any]
 
+Env = Any
+"""An environment as PufferLib sees it, emulated or its own, recognised by its attributes."""
+
+Creator = Callable[..., Any] | str
+"""What makes an environment, or the name of one."""
+
 WRITTEN = ("observations", "rewards", "terminals", "truncations", "masks")
 """The buffers that environments write to."""
 
 
 class Order:
-    """What a worker is told, in one byte; START and RESET are followed by an argument.
+    """What a worker is told to do, in one byte; START and RESET are followed by an argument.
 
-    Two more bytes say for which of its shares of the environments.
+    Two more bytes say with which of its shares of the environments.
     """
 
     START, READY, RESET, STEP, RESTART, NOTIFY, CLOSE = (bytes((c,)) for c in b"IQRSTNC")
@@ -28,11 +35,11 @@ class Order:
 class Maker(NamedTuple):
     """How an environment is made: `creator(*args, **kwargs)`, or the name of one."""
 
-    creator: Callable[..., Any] | str
-    args: Sequence[Any] = ()
-    kwargs: dict[str, Any] = {}  # noqa: RUF012
+    creator: Creator
+    args: Sequence[object] = ()
+    kwargs: dict[str, object] = {}  # noqa: RUF012
 
-    def __call__(self, buf: dict[str, np.ndarray] | None = None, seed: int | None = None) -> Any:
+    def __call__(self, buf: dict[str, np.ndarray] | None = None, seed: int | None = None) -> Env:
         """Make the environment, as PufferLib sees it.
 
         A creator of a PufferLib environment (emulated or native) is called with `buf` and `seed`,
@@ -43,10 +50,10 @@ class Maker(NamedTuple):
             seed: seed of the first reset, if that gets none.
 
         Raises:
-            TypeError: the creator is not callable, or returns something else than an environment;
+            TypeError: the creator is not callable, or returns something other than an environment;
                 or it makes one of PufferLib's and takes no `buf`.
         """
-        creator: Any = self.creator
+        creator = self.creator
         buffers = {"buf": buf, "seed": seed}
         if isinstance(creator, str):
             from puffer_jax.environments import env_creator
@@ -55,14 +62,14 @@ class Maker(NamedTuple):
         if not callable(creator):
             raise TypeError(f"an environment's creator must be callable or a name; got {creator!r}")
         parameters = _parameters(creator)
-        env: Any
+        env: Env
         if buf is not None and "buf" in parameters:
             env = creator(*self.args, **self.kwargs, **buffers)
         else:
             env = creator(*self.args, **self.kwargs)
             if not _is_puffer(env):
                 return _emulate(env, creator, buffers)
-            if buf is not None:  # only now is it known to want buffers
+            if buf is not None:  # only now do we know that it wants buffers
                 env.close()
                 if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                     raise TypeError(
@@ -80,18 +87,18 @@ class Maker(NamedTuple):
         return env
 
 
-def _parameters(creator: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _parameters(creator: Callable[..., object]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(creator).parameters)
     except ValueError:  # a builtin has no signature
         return {}
 
 
-def _is_puffer(env: Any) -> bool:
+def _is_puffer(env: object) -> bool:
     return hasattr(env, "single_observation_space") and hasattr(env, "num_agents")
 
 
-def _emulate(env: Any, creator: Any, buffers: dict[str, Any]) -> Any:
+def _emulate(env: Env, creator: object, buffers: dict[str, Any]) -> Env:
     from puffer_jax.environments import emulation
 
     if hasattr(env, "possible_agents"):
@@ -118,14 +125,14 @@ def _emulate(env: Any, creator: Any, buffers: dict[str, Any]) -> Any:
 
 
 class AgentLayout(NamedTuple):
-    """What one environment takes of the buffers, and how its episodes begin.
+    """What one environment needs of the buffers, and how its episodes begin.
 
     Attributes:
         observation_space: observation space of one agent, a Box.
         action_space: action space of one agent: Discrete, MultiDiscrete or Box.
         num_agents: number of agents in the environment.
         emulated: whether the vecenv resets it, in the step after an episode's end; a native one
-            does so itself, in the same step.
+            resets itself, in the same step.
     """
 
     observation_space: Space
@@ -134,7 +141,7 @@ class AgentLayout(NamedTuple):
     emulated: bool
 
     @classmethod
-    def of(cls, env: Any) -> "AgentLayout":
+    def of(cls, env: Env) -> "AgentLayout":
         """The layout of a PufferLib environment."""
         return cls(
             env.single_observation_space,
@@ -161,10 +168,12 @@ class AgentLayout(NamedTuple):
         }
 
     def size(self, agents: int) -> int:
-        """Bytes that the buffers of this many agents take."""
+        """Bytes that the buffers of `agents` agents take."""
         return sum(_aligned(agents, *field) for field in self._arrays().values())
 
-    def buffers(self, agents: int, memory: Any = None) -> dict[str, np.ndarray]:
+    def buffers(
+        self, agents: int, memory: np.ndarray | mmap.mmap | None = None
+    ) -> dict[str, np.ndarray]:
         """Arrays (agents, ...) by name; in `memory`, of `size(agents)` bytes, or in new memory."""
         memory = np.zeros(self.size(agents), np.uint8) if memory is None else memory
         arrays, offset = {}, 0
@@ -179,22 +188,22 @@ def _aligned(agents: int, shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 class Envs:
-    """Environments that write into common buffers, stepped one after the other.
+    """Environments that write into shared buffers, stepped one after another.
 
     Args:
         makers: how to make each environment.
-        layout: what each environment takes of the buffers.
+        layout: what each environment needs of the buffers.
         buf: arrays (agents, ...) of all environments (`AgentLayout.buffers`).
-        seed: seed of the first environment; each following one's is one higher.
+        seed: seed of the first environment; each of the others has the next one.
         first: number of the first environment, for messages.
-        restart_failed: build an environment that fails anew, with another seed, instead of raising
-            its error, unless it fails again before it has made a step.
-        restarts: how many times all of them were built before.
+        restart_failed: rebuild an environment that fails, with another seed, instead of raising its
+            error, unless it fails again before it has made a step.
+        restarts: how many times all of them have been built before.
 
     Raises:
-        TypeError: as `Maker`.
+        TypeError: see `Maker`.
         ValueError: an environment is not as `layout` says.
-        Exception: what an environment raises, with a note that says which it was.
+        Exception: what an environment raises, with a note that says which one it was.
     """
 
     def __init__(
@@ -210,12 +219,12 @@ class Envs:
         self._makers, self._layout, self.buf = makers, layout, buf
         self._seed, self._first, self._restart_failed = seed, first, restart_failed
         self._restarts = [restarts] * len(makers)
-        self._unproven: set[int] = set()  # those built anew that have not made a step since
+        self._unproven: set[int] = set()  # rebuilt, and no step made since
         buf["masks"][:] = True
         agents = layout.num_agents
         self._rows = [slice(i * agents, (i + 1) * agents) for i in range(len(makers))]
         self._actions = [buf["actions"][rows] for rows in self._rows]
-        self.envs: list[Any] = []
+        self.envs: list[Env] = []
         try:
             for i in range(len(makers)):
                 self.envs.append(self._build(i))
@@ -223,7 +232,7 @@ class Envs:
             self.close()
             raise
 
-    def _build(self, i: int) -> Any:
+    def _build(self, i: int) -> Env:
         buf = {name: array[self._rows[i]] for name, array in self.buf.items()}
         # Far from the seeds of the other environments.
         seed = self._seed + i + 1_000_003 * self._restarts[i]
@@ -236,7 +245,7 @@ class Envs:
         return env
 
     @contextlib.contextmanager
-    def _noting(self, i: int, what: str) -> Any:
+    def _noting(self, i: int, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -258,7 +267,7 @@ class Envs:
         return infos
 
     def step(self) -> list[Info]:
-        """Step each on its actions in the buffers, or reset it where an episode is over."""
+        """Step each with its actions in the buffers, or reset it if its episode is over."""
         infos: list[Info] = []
         emulated = self._layout.emulated
         proven = {i for i in self._unproven if not (emulated and self.envs[i].done)}
@@ -294,7 +303,7 @@ class Envs:
         return []
 
     def _cut(self, i: int) -> None:
-        """Mark the step truncated. An emulated environment's observation stays the last it had."""
+        """Mark the step truncated. An emulated environment keeps the last observation it had."""
         if not self._layout.emulated:
             with self._noting(i, "resetting"):
                 self.envs[i].reset()
@@ -314,7 +323,7 @@ class Envs:
                 stack.callback(env.close)
 
     def obey(self, order: bytes, argument: Any = None) -> list[Info]:
-        """Do what the order says."""
+        """Carry out an order; the argument is RESET's seed."""
         match order:
             case Order.STEP:
                 return self.step()
@@ -330,7 +339,7 @@ class Envs:
 
 
 def _add(infos: list[Info], info: Any) -> None:
-    """Add what a step or reset tells, but not the empty dicts that most agents and resets give."""
+    """Add a step's or a reset's info, but not the empty dicts that most agents and resets give."""
     if isinstance(info, list):
         infos.extend(info)
     elif any(not isinstance(value, dict) or value for value in info.values()):

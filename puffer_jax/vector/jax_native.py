@@ -14,18 +14,21 @@ from puffer_jax.environments.emulation.spaces import (
 from puffer_jax.vector.envs import WRITTEN, AgentLayout, Info
 from puffer_jax.vector.protocol import AgentBatch, VecEnv
 
+# A JAX array or a tree of them; nothing here may import JAX for the sake of a type.
+Tree = Any
+
 
 class JaxVecEnv(VecEnv):
-    """Many of one JAX-native environment behind the protocol; a step is one dispatch.
+    """Copies of a JAX-native environment behind the protocol; a step is one dispatch.
 
     For loops that are not compiled as a whole: `puffer_jax.PuffeRL` compiles rollout and update
-    together if it gets the environment itself. As an emulated environment, it ends an episode
+    together if it gets the environment itself. Like an emulated environment, it ends an episode
     with its last observation, and packs structured ones.
 
     Args:
-        env: as in `puffer_jax.as_jax_env`.
-        num_envs: number of copies of it.
-        seed: seed of the first, as in `make`.
+        env: as for `puffer_jax.as_jax_env`.
+        num_envs: number of copies.
+        seed: seed of the first copy, as for `make`.
 
     Example:
         >>> import puffer_jax
@@ -64,14 +67,14 @@ class JaxVecEnv(VecEnv):
         self._infos: list[Info] = []
 
         @jax.jit
-        def begin(keys: Any) -> tuple[Any, Any, Any]:
+        def begin(keys: Tree) -> tuple[Tree, Tree, Tree]:
             keys = jax.vmap(jax.random.split)(keys)
             obs, state = jax.vmap(env.reset)(keys[:, 1])
             return keys[:, 0], state, obs
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         @jax.vmap
-        def step(key: Any, state: Any, over: Any, action: Any) -> tuple[Any, ...]:
+        def step(key: Tree, state: Tree, over: Tree, action: Tree) -> tuple[Tree, ...]:
             key, step_key, reset_key = jax.random.split(key, 3)
             obs, new, reward, terminated, truncated, info = env.step(step_key, state, action)
             obs, new = jax.tree.map(
@@ -96,7 +99,9 @@ class JaxVecEnv(VecEnv):
         self._keys, self._env_state, *kept = self._step(self._keys, self._env_state, over, actions)
         self._keep(*kept)
 
-    def _keep(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> None:
+    def _keep(
+        self, obs: Tree, reward: Tree, terminated: Tree, truncated: Tree, info: dict[str, Tree]
+    ) -> None:
         _fill(self._fields, obs)
         for name, value in zip(WRITTEN[1:4], (reward, terminated, truncated), strict=True):
             self._buffers[name][:] = value
@@ -107,13 +112,13 @@ class JaxVecEnv(VecEnv):
         return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
 
     def _notify(self) -> None:
-        """Do nothing: pure functions need not be told."""
+        """Do nothing: pure functions have no use for it."""
 
     def _close(self) -> None:
         """Do nothing: pure functions hold no resources."""
 
 
-def _fill(fields: np.ndarray, tree: Any) -> None:
+def _fill(fields: np.ndarray, tree: Tree) -> None:
     """Copy a tree of arrays into those of a structured dtype."""
     if isinstance(tree, dict | tuple):
         named = tree if isinstance(tree, dict) else {f"f{i}": x for i, x in enumerate(tree)}

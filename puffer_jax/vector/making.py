@@ -1,4 +1,4 @@
-"""A vecenv of whatever makes environments."""
+"""A vecenv from whatever makes environments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,14 @@ import numpy as np
 from puffer_jax.base.text import hint
 from puffer_jax.vector.multiprocessing import Multiprocessing
 from puffer_jax.vector.options import names
-from puffer_jax.vector.pool import settle_batch
+from puffer_jax.vector.pool import Pool, settle_batch
 from puffer_jax.vector.protocol import VecEnv
 from puffer_jax.vector.ray import Ray
 from puffer_jax.vector.serial import Serial
 
-BACKENDS: dict[str, Any] = {backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)}
+BACKENDS: dict[str, type[Serial] | type[Pool]] = {
+    backend.__name__: backend for backend in (Serial, Multiprocessing, Ray)
+}
 
 
 def make(
@@ -31,18 +33,18 @@ def make(
         env_creator_or_creators: what makes an environment of gymnasium, PettingZoo or PufferLib
             (see `puffer_jax.vector.envs.Maker`), or its name
             (`puffer_jax.environments.env_creator`); or a list of `num_envs` of these, and then of
-            `env_args` and `env_kwargs`, too.
+            `env_args` and `env_kwargs` too.
         env_args: positional arguments of the creator.
         env_kwargs: keyword arguments of the creator.
         backend: `Serial`, `Multiprocessing`, `Ray`, or the name of one.
         num_envs: number of environments.
         seed: environment i is made with `seed + i`.
-        kwargs: the backend's options, see `puffer_jax.vector.options`. An option that only another
-            backend has is refused, one that several others have is ignored; as in the reference,
-            `Serial` then makes only batch_size environments.
+        kwargs: the backend's options, see `puffer_jax.vector.options`. An option that only one
+            other backend has is refused, one that several have is ignored; given batch_size,
+            `Serial` makes only so many environments, as in the reference.
 
     Raises:
-        ValueError: a number is not possible, or numbers do not go together.
+        ValueError: a number is impossible, or numbers do not fit together.
         TypeError: something is of the wrong type, or there is no such option.
         ImportError: an extra is missing; the message has the line that installs it.
         WorkerError: an environment could not be made in its worker.
@@ -92,7 +94,7 @@ def make(
     return vecenv
 
 
-def _own_options(backend: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+def _own_options(backend: Callable[..., object], options: dict[str, Any]) -> dict[str, Any]:
     """The options that the backend takes, and `batch_size`."""
     known = {name: backend.Options for name, backend in BACKENDS.items()}
     own = getattr(backend, "Options", None)

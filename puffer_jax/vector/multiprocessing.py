@@ -22,21 +22,21 @@ from puffer_jax.vector.worker import Failure, Memory, Process, wait
 class Multiprocessing(Pool):
     """Environments in several processes that write into one block of shared memory.
 
-    Workers are fresh interpreters, asleep while they have nothing to do, and end with this
+    Workers are fresh interpreters that sleep while they have nothing to do, and end with this
     process, however it ends; see `puffer_jax.vector.worker`.
 
     Args:
-        args: those of `Pool`.
+        args: the arguments of `Pool`.
         seed: see `make`.
         options: see `Options`. With `local_worker`, the last worker is this process, which steps
             its share within `send` while the others step theirs. What its environments raise comes
             through as it is, and no `timeout` ends them. Each worker then has a share of each
             batch. If there are several batches, the others step one while this process acts on the
-            next, so that its own shares are a quarter as large.
+            next, so this process's shares are a quarter as large.
 
     Raises:
-        ValueError: see `Pool`; or with a local worker, there are more workers than environments
-            in a batch.
+        ValueError: see `Pool`; or there is a local worker, and there are more workers than
+            environments in a batch.
         WorkerError: an environment could not be made.
     """
 
@@ -44,7 +44,7 @@ class Multiprocessing(Pool):
 
     def __init__(self, *args: Any, seed: int = 0, **options: Any):
         self._has_local = MultiprocessingOptions(**options).local_worker
-        if self._has_local:  # shares differ in size, so a batch is of those that make one
+        if self._has_local:  # shares differ in size, so only certain ones make up a batch
             options["zero_copy"] = True
         super().__init__(*args, seed=seed, **options)
 
@@ -97,7 +97,7 @@ class Multiprocessing(Pool):
             payload = self._payload(share, self.num_agents, self._rows[share])
             process.order(Order.START, shares.index(share), payload)
 
-    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
+    def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
         if share in self._local:
             return self._local[share].obey(order, argument)
         worker = self._shares[share].worker
@@ -113,7 +113,7 @@ class Multiprocessing(Pool):
             reply = self._processes[worker].reply()
             if isinstance(reply, Failure):
                 self._poll.unregister(fd)
-            ordered = self._ordered[worker]  # empty: it died without an order
+            ordered = self._ordered[worker]  # empty if it died while idle
             yield ordered.popleft() if ordered else self._shares_of[worker][0], reply
 
     def _kill(self, worker: int) -> None:
@@ -122,7 +122,7 @@ class Multiprocessing(Pool):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers, without this one's."""
+        """Process ids of the workers, except this process's own."""
         return [self._processes[worker].pid for worker in sorted(self._processes)]
 
     def _close(self) -> None:
@@ -134,7 +134,7 @@ class Multiprocessing(Pool):
 
 
 def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
-    if os.getpid() != owner:  # in a fork of it
+    if os.getpid() != owner:  # in a fork of the owner
         return
     for process in processes.values():
         process.order(Order.CLOSE)

@@ -4,29 +4,29 @@ import math
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from puffer_jax.vector.envs import WRITTEN, AgentLayout, Info, Maker, Order
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Creator, Info, Maker, Order
 from puffer_jax.vector.options import Auto, PoolOptions
 from puffer_jax.vector.protocol import AgentBatch, VecEnv, WorkerError
 from puffer_jax.vector.worker import Failure, pack
 
 STARTING = 60.0  # seconds a worker may take to start, beyond its timeout
 
-PATIENCE = 600.0  # the same without a timeout: a full cluster may never have a core to spare
+PATIENCE = 600.0  # the same if it has none: a full cluster may never have a core to spare
 
 CLOSING = 2.0  # seconds the workers have to close their environments
 
 
 class Share(NamedTuple):
-    """Environments that step one after the other, as one part of a batch.
+    """Environments that step one after another, as one part of a batch.
 
     Attributes:
         worker: number of the worker that has them.
-        envs: numbers of the environments, which are consecutive.
+        envs: their numbers, which are consecutive.
     """
 
     worker: int
@@ -36,11 +36,11 @@ class Share(NamedTuple):
 class Pool(VecEnv):
     """Environments spread over workers, in equal and contiguous parts.
 
-    Batches are made of units: of the workers of a whole batch side by side (`zero_copy`), or of
-    single workers.
+    Batches are made of units: all the workers of a batch side by side (`zero_copy`), or single
+    workers.
 
     Args:
-        env_creators: see `make`; one for each environment, as what follows.
+        env_creators: see `make`; one for each environment, like the next two.
         env_args: see `make`.
         env_kwargs: see `make`.
         num_envs: see `make`.
@@ -48,7 +48,7 @@ class Pool(VecEnv):
         options: see `Options`.
 
     Raises:
-        ValueError: the numbers do not go together.
+        ValueError: the numbers do not fit together.
         WorkerError: an environment could not be made.
     """
 
@@ -56,9 +56,9 @@ class Pool(VecEnv):
 
     def __init__(
         self,
-        env_creators: Sequence[Callable[..., Any] | str],
-        env_args: Sequence[Sequence[Any]],
-        env_kwargs: Sequence[dict[str, Any]],
+        env_creators: Sequence[Creator],
+        env_args: Sequence[Sequence[object]],
+        env_kwargs: Sequence[dict[str, object]],
         num_envs: int,
         seed: int = 0,
         **options: Any,
@@ -86,9 +86,9 @@ class Pool(VecEnv):
         self._per_unit = per_batch if zero_copy else 1
         self._units_per_batch = per_batch // self._per_unit
         self._sync_traj = settings.sync_traj
-        self._owing = [0] * (len(shares) // self._per_unit)  # shares a unit waits for
-        self._sent: list[int] = []  # units, in that order
-        self._done: list[int] = []  # units among them, in that order
+        self._owing = [0] * (len(shares) // self._per_unit)  # shares that each unit waits for
+        self._sent: list[int] = []  # units, in the order of sending
+        self._done: list[int] = []  # the finished ones of them, in the order of finishing
         self._batch: list[int] = []
 
         self._timeout = math.inf if timeout is None else timeout
@@ -99,13 +99,13 @@ class Pool(VecEnv):
         self._shares_of: list[list[int]] = [[] for _ in range(self._num_workers)]
         for number, share in enumerate(shares):
             self._shares_of[share.worker].append(number)
-        self._busy: dict[int, tuple[bytes, Any]] = {}
+        self._busy: dict[int, tuple[bytes, int | None]] = {}
         self._due = [math.inf] * len(shares)
         self._restarts = [0] * self._num_workers
-        self._unproven: dict[
-            int, int
-        ] = {}  # restarted share -> orders until it has really made a step
-        self._missing: set[int] = set()  # restarted while they had nothing to do: no step for them
+        # Restarted share -> orders until it has really made a step.
+        self._unproven: dict[int, int] = {}
+        # Shares restarted while idle, which do not make the next step.
+        self._missing: set[int] = set()
         self._infos: list[list[Info]] = [[] for _ in shares]
 
         each = layout.num_agents
@@ -183,7 +183,7 @@ class Pool(VecEnv):
         """Start a worker with its shares, instead of a lost one if there was one."""
 
     @abstractmethod
-    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
+    def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
         """Give the share's worker an order; returns infos if it has been obeyed already."""
 
     @abstractmethod
@@ -197,14 +197,14 @@ class Pool(VecEnv):
     # --- waiting for workers ---
 
     def _order(
-        self, share: int, order: bytes, argument: Any = None, limit: float | None = None
+        self, share: int, order: bytes, argument: int | None = None, limit: float | None = None
     ) -> None:
         told = self._give(share, order, argument)
         if told is not None:
             self._obeyed(share, told)
             return
         self._busy[share] = order, argument
-        # The worker may have others of its shares to step before.
+        # The worker may have to step other shares of its own first.
         busy = sum(own in self._busy for own in self._shares_of[self._shares[share].worker])
         self._due[share] = time.monotonic() + busy * (self._timeout if limit is None else limit)
 
@@ -216,7 +216,7 @@ class Pool(VecEnv):
             self._done.append(unit)
 
     def _wait(self) -> None:
-        """Wait until a worker has done what it was told, or has failed or hung."""
+        """Wait until a worker has carried out its order, or has failed or hung."""
         due = min(self._due[share] for share in self._busy)
         timeout = max(0.0, due - time.monotonic()) if due < math.inf else None
         for share, reply in self._replies(timeout):
@@ -241,7 +241,7 @@ class Pool(VecEnv):
                 self._lose(share, Failure(reason, lost=True))
 
     def _lose(self, lost: int, failure: Failure) -> None:
-        """Start the worker of a lost share anew, if that is wanted and can help."""
+        """Restart the worker of a lost share, if that is wanted and can help."""
         worker, envs = self._shares[lost]
         tasks = {share: self._busy.pop(share, None) for share in self._shares_of[worker]}
         again = "after a restart, " * (lost in self._unproven)
@@ -265,7 +265,7 @@ class Pool(VecEnv):
     # --- the protocol ---
 
     def _reset(self, seed: int | None) -> None:
-        while self._busy:  # with the steps before
+        while self._busy:  # with earlier steps
             self._wait()
         self._sent, self._done = [*range(len(self._owing))], []
         self._owing = [self._per_unit] * len(self._owing)
@@ -291,7 +291,7 @@ class Pool(VecEnv):
         return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
 
     def _next_batch(self) -> list[int]:
-        """The units of the next batch; none if some of them must be waited for."""
+        """The units of the next batch; empty if it must wait for some of them."""
         batch = (self._sent if self._sync_traj else self._done)[: self._units_per_batch]
         ready = len(batch) == self._units_per_batch and not any(self._owing[u] for u in batch)
         return batch if ready else []
@@ -299,7 +299,7 @@ class Pool(VecEnv):
     def _batch_shares(self) -> list[int]:
         return [u * self._per_unit + i for u in self._batch for i in range(self._per_unit)]
 
-    def _batch_rows(self) -> Any:
+    def _batch_rows(self) -> slice | np.ndarray:
         if len(self._batch) == 1:
             first = self._batch[0] * self._per_unit
             return slice(self._rows[first].start, self._rows[first + self._per_unit - 1].stop)

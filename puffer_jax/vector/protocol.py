@@ -3,14 +3,17 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from puffer_jax.base.spaces import Space, structured_dtype
 from puffer_jax.environments.emulation.spaces import joint_space
-from puffer_jax.vector.envs import AgentLayout, Info
+from puffer_jax.vector.envs import AgentLayout, Env, Info
 
+T = TypeVar("T")
+Actions = Any
+"""An array (agents_per_batch, ...), NumPy's or JAX's, which is not imported here."""
 _Array = np.ndarray
 AgentBatch = tuple[_Array, _Array, _Array, _Array, list[Info], _Array, _Array]
 """What `recv` returns: observations, rewards, terminals, truncations, infos, agent ids, masks."""
@@ -25,7 +28,7 @@ class VecEnv(ABC):
 
     Args:
         driver_env: one of the environments, for its spaces.
-        layout: what each environment takes of the buffers.
+        layout: what each environment needs of the buffers.
         num_envs: number of environments.
         batch_envs: number of environments that act at once.
 
@@ -44,7 +47,7 @@ class VecEnv(ABC):
 
     num_buffers = 1
 
-    def __init__(self, driver_env: Any, layout: AgentLayout, num_envs: int, batch_envs: int):
+    def __init__(self, driver_env: Env, layout: AgentLayout, num_envs: int, batch_envs: int):
         self.driver_env = driver_env
         self.emulated = driver_env.emulated
         self.single_observation_space = layout.observation_space
@@ -80,7 +83,7 @@ class VecEnv(ABC):
 
         Raises:
             RuntimeError: it is closed.
-            WorkerError: a worker failed. Then everything is closed.
+            WorkerError: a worker failed. Everything is closed then.
         """
         self._expect("reset", "recv", "send")
         self._or_close(self._reset, seed)
@@ -91,30 +94,30 @@ class VecEnv(ABC):
 
         Returns:
             (observations, rewards, terminals, truncations, infos, agent_ids, masks): arrays
-            (agents_per_batch, ...) except for infos, a list of what the environments tell. A mask
-            is False where an agent is absent.
+            (agents_per_batch, ...) except for infos, a list of the environments' infos. A mask is
+            False where an agent is absent.
 
         Raises:
             RuntimeError: neither `async_reset` nor `send` came before.
-            WorkerError: a worker failed. Then everything is closed.
+            WorkerError: a worker failed. Everything is closed then.
         """
         self._expect("recv")
         received = self._or_close(self._recv)
         self._state = "send"
         return received
 
-    def send(self, actions: Any) -> None:
+    def send(self, actions: Actions) -> None:
         """Act on the batch received last.
 
         Args:
-            actions: (agents_per_batch, ...), of the joint `action_space`; whether their values are
-                in it is only checked the first time. With several buffers, JAX may still be
-                computing them.
+            actions: (agents_per_batch, ...), of the joint `action_space`; their values are checked
+                against it only the first time. With several buffers, JAX may still be computing
+                them.
 
         Raises:
             RuntimeError: `recv` did not come before.
             ValueError: `actions` have another shape or kind, or are outside the space.
-            WorkerError: a worker failed. Then everything is closed.
+            WorkerError: a worker failed. Everything is closed then.
         """
         self._expect("send")
         if self.num_buffers == 1:
@@ -126,20 +129,20 @@ class VecEnv(ABC):
         self._state = "recv"
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, list[Info]]:
-        """`async_reset` and `recv`; gives observations and infos."""
+        """`async_reset` and `recv`; returns observations and infos."""
         self.async_reset(seed)
         received = self.recv()
         return received[0], received[4]
 
     def step(
-        self, actions: Any
+        self, actions: Actions
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Info]]:
-        """`send` and `recv`; gives observations, rewards, terminals, truncations and infos."""
+        """`send` and `recv`; returns observations, rewards, terminals, truncations and infos."""
         self.send(actions)
         return self.recv()[:5]
 
     def notify(self) -> None:
-        """Call `notify` of the environments that have it."""
+        """Call `notify` on the environments that have it."""
         self._expect("reset", "recv", "send")
         self._notify()
 
@@ -163,14 +166,14 @@ class VecEnv(ABC):
         first = {"reset": "(async_)reset", "recv": "recv", "send": "send"}[self._state]
         raise RuntimeError(f"call {first} before {states[0]}")
 
-    def _or_close(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _or_close(self, function: Callable[..., T], *arguments: object) -> T:
         try:
             return function(*arguments)
         except Exception:
             self.close()
             raise
 
-    def _check_actions(self, actions: Any) -> None:
+    def _check_actions(self, actions: Actions) -> None:
         problem = "" if actions.shape == self._actions_shape else f"shape {self._actions_shape}"
         if not problem and not self._actions_checked:
             space = self.action_space
@@ -192,7 +195,7 @@ class VecEnv(ABC):
     def _recv(self) -> AgentBatch: ...
 
     @abstractmethod
-    def _send(self, actions: Any) -> None: ...
+    def _send(self, actions: Actions) -> None: ...
 
     @abstractmethod
     def _notify(self) -> None: ...

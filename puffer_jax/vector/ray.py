@@ -17,7 +17,7 @@ class Ray(Pool):
     """Environments in actors of a Ray cluster, spread over its nodes.
 
     What they observe comes as shared objects: a node's agents read and write its object store.
-    Starts Ray if that is not done, and then shuts it down when closed. The arguments are `Pool`'s;
+    Starts Ray if it is not running, and then shuts it down when closed. The arguments are `Pool`'s;
     cores are the cluster's.
     """
 
@@ -48,10 +48,9 @@ class Ray(Pool):
         actor = self._ray.remote(num_cpus=1 / per_core, scheduling_strategy="SPREAD")(RayWorker)
         self._actors[worker] = actor.remote(sys.path, payload)
 
-    def _give(self, share: int, order: bytes, argument: Any) -> list[Info] | None:
-        if order == Order.STEP:
-            argument = self._buffers["actions"][self._rows[share]]
-        reply = self._actors[self._shares[share].worker].obey.remote(order, argument)
+    def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
+        actions = self._buffers["actions"][self._rows[share]] if order == Order.STEP else argument
+        reply = self._actors[self._shares[share].worker].obey.remote(order, actions)
         if order != Order.NOTIFY:
             self._replying[reply] = share
         return None
@@ -68,8 +67,8 @@ class Ray(Pool):
             yield share, reply
 
     def _kill(self, worker: int) -> None:
-        mine = self._shares_of[worker]
-        self._replying = {ref: s for ref, s in self._replying.items() if s not in mine}
+        lost = self._shares_of[worker]
+        self._replying = {ref: s for ref, s in self._replying.items() if s not in lost}
         self._ray.kill(self._actors[worker])
 
     def _close(self) -> None:

@@ -1,36 +1,35 @@
 """All environments in this process."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from puffer_jax.vector.envs import WRITTEN, AgentLayout, Envs, Info, Maker
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Creator, Env, Envs, Info, Maker
 from puffer_jax.vector.options import SerialOptions
-from puffer_jax.vector.protocol import AgentBatch, VecEnv
+from puffer_jax.vector.protocol import Actions, AgentBatch, VecEnv
 
 
 class Serial(VecEnv):
-    """All environments in this process, one after the other. Made by `make`.
+    """All environments in this process, one after another. Made by `make`.
 
-    What an environment raises comes through as it is, with a note that says which it was.
+    What an environment raises comes through as it is, with a note that says which one it was.
 
-    With several buffers (double-buffered sampling, Petrenko et al. 2020), the environments are in
-    as many groups, which take turns: a group steps when `recv` comes to it again, and until then
-    the device has time to compute its actions, while other groups step.
+    With several buffers (double-buffered sampling, Petrenko et al. 2020), the environments form as
+    many groups, which take turns: a group steps when `recv` comes to it again, and until then the
+    device has time to compute its actions, while other groups step.
 
     Args:
-        env_creators: see `make`; one for each environment, as what follows.
+        env_creators: see `make`; one for each environment, like the next two.
         env_args: see `make`.
         env_kwargs: see `make`.
         num_envs: see `make`.
         seed: see `make`.
-        options: see `Options`; `num_buffers` is a divisor of `num_envs`, and a batch is that part
-            of them.
+        options: see `Options`; `num_buffers` must divide `num_envs`, and a batch is one group.
 
     Attributes:
-        pending: the actions that each group has not played yet, or None.
+        pending: for each group, the actions that it has not played yet, or None.
 
     Raises:
         ValueError: `num_buffers` does not divide `num_envs`.
@@ -40,9 +39,9 @@ class Serial(VecEnv):
 
     def __init__(
         self,
-        env_creators: Sequence[Callable[..., Any] | str],
-        env_args: Sequence[Sequence[Any]],
-        env_kwargs: Sequence[dict[str, Any]],
+        env_creators: Sequence[Creator],
+        env_args: Sequence[Sequence[object]],
+        env_kwargs: Sequence[dict[str, object]],
         num_envs: int,
         seed: int = 0,
         **options: Any,
@@ -71,13 +70,13 @@ class Serial(VecEnv):
         super().__init__(self.envs[0], layout, num_envs, each)
         self.num_buffers = num_buffers
         self._turn = 0
-        self.pending: list[Any] = [None] * num_buffers
+        self.pending: list[Actions | None] = [None] * num_buffers
         self._infos: list[list[Info]] = [[]] * num_buffers
         self._written = [[group.buf[name] for name in WRITTEN] for group in self._groups]
         self._ids = np.split(self.agent_ids, num_buffers)
 
     @property
-    def envs(self) -> list[Any]:
+    def envs(self) -> list[Env]:
         """The environments."""
         return [env for group in self._groups for env in group.envs]
 
@@ -94,7 +93,7 @@ class Serial(VecEnv):
         obs, rewards, terminals, truncations, masks = self._written[turn]
         return obs, rewards, terminals, truncations, self._infos[turn], self._ids[turn], masks
 
-    def _send(self, actions: Any) -> None:
+    def _send(self, actions: Actions) -> None:
         turn, self._turn = self._turn, (self._turn + 1) % self.num_buffers
         self.pending[turn] = actions
         if self.num_buffers == 1:

@@ -1,4 +1,4 @@
-"""How fast a vecenv is, and which settings are fastest."""
+"""How fast a vecenv is, and which settings make it fastest."""
 
 import time
 from typing import Any
@@ -12,12 +12,12 @@ from puffer_jax.vector.serial import Serial
 
 
 def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
-    """Steps of agents a second, of random actions.
+    """Agent steps per second, with random actions.
 
     Args:
         vecenv: ours, the reference's, or a `gymnasium.vector.VectorEnv`. It is not closed.
         seconds: how long to measure.
-        think: seconds slept for each batch, as a policy on an accelerator would take.
+        think: seconds to sleep for each batch, as long as a policy on an accelerator would take.
     """
     vecenv.action_space.seed(0)
     actions = [vecenv.action_space.sample() for _ in range(16)]
@@ -25,18 +25,18 @@ def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
         actions = [a.astype(np.int32) if a.dtype == np.int64 else a for a in actions]
         vecenv.async_reset(0)
 
-        def step(action: Any) -> None:
+        def step(action: object) -> None:
             vecenv.recv()
             time.sleep(think) if think else None
             vecenv.send(action)
     else:
         vecenv.reset(seed=0)
 
-        def step(action: Any) -> None:
+        def step(action: object) -> None:
             time.sleep(think) if think else None
             vecenv.step(action)
 
-    batches = -max(8, 2 * vecenv.num_envs // len(actions[0]))  # that warm up
+    batches = -max(8, 2 * vecenv.num_envs // len(actions[0]))  # negative ones warm up
     began = time.perf_counter()
     while batches < 0 or time.perf_counter() - began < seconds:
         step(actions[batches % len(actions)])
@@ -58,16 +58,16 @@ def autotune(
     seconds: float = 1.0,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Find by trial what is fastest here, and print a table of what was tried.
+    """Find by trial what is fastest here, and print a table of the trials.
 
-    Tried are `Serial`, and `Multiprocessing`, with and without a local worker, with one batch of
-    environments and with several, of which the others step while one is acted on.
+    It tries `Serial`, and `Multiprocessing` with and without a local worker, with one batch of
+    environments and with several, so that the others step while one is acted on.
 
     Args:
         env_creator: see `make`.
         batch_size: how many environments act at once.
-        max_envs: most environments in all; by default, twice `batch_size`.
-        cores: the most workers; by default, one for each core.
+        max_envs: most environments in total; by default, twice `batch_size`.
+        cores: most workers; by default, one for each core.
         think: seconds that acting on a batch takes.
         seconds: how long each trial takes.
         kwargs: other arguments of `make`.

@@ -2,8 +2,8 @@
 
 `Envs` is the loop over environments that every backend of `puffer_jax.vector` runs: `Serial` in
 this process, `Multiprocessing` in a `Process`, `Ray` in a `RayWorker`. A process is a fresh
-interpreter, not a fork, for JAX is threaded: it loads neither JAX nor torch nor the user's script,
-and shares one anonymous block of memory with its parent, so that there is no name to clean up.
+interpreter, not a fork, since JAX is threaded: it loads neither JAX nor torch nor the user's
+script, and shares one anonymous block of memory with its parent, so there is no name to clean up.
 """
 
 import contextlib
@@ -21,7 +21,9 @@ import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from puffer_jax.base.packages import require
 from puffer_jax.vector.envs import WRITTEN, Envs, Info, Order
@@ -36,16 +38,16 @@ _BOOT = (
 # Seconds to poll before sleeping: waking a core takes up to 0.1 ms, as long as many steps.
 _AWAKE = 1e-3
 
-# One process per core: no thread pools besides, and no accelerator.
+# One process per core, so no thread pools inside one.
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def wait(poll: Any, timeout: float | None = None) -> list[tuple[int, int]]:
-    """`poll.poll`, awake at first, but giving way to whoever needs the core.
+    """`poll.poll`, awake at first, but yielding the core to whoever needs it.
 
     Args:
         poll: a `select.poll` object.
-        timeout: in seconds; by default, none.
+        timeout: in seconds; None: no limit.
     """
     until = time.perf_counter() + (_AWAKE if timeout is None else min(timeout, _AWAKE))
     while not (ready := poll.poll(0)) and time.perf_counter() < until:
@@ -57,7 +59,7 @@ class Failure(NamedTuple):
     """What became of a worker's order.
 
     Attributes:
-        reason: a sentence's predicate and, of an exception, the traceback.
+        reason: the predicate of a sentence and, for an exception, the traceback.
         lost: whether the worker is gone.
     """
 
@@ -65,8 +67,8 @@ class Failure(NamedTuple):
     lost: bool
 
 
-def pack(value: Any) -> bytes:
-    """`value` by cloudpickle, which takes lambdas and what the user's script defines.
+def pack(value: object) -> bytes:
+    """`value` as cloudpickle writes it, which takes lambdas and what the user's script defines.
 
     Raises:
         ImportError: cloudpickle is not installed.
@@ -75,7 +77,7 @@ def pack(value: Any) -> bytes:
 
 
 class Memory:
-    """A block of memory without a name: whichever process dies, nothing is left behind.
+    """A block of memory without a name, so that nothing is left behind, whichever process dies.
 
     Args:
         size: number of bytes.
@@ -87,7 +89,7 @@ class Memory:
 
     def __init__(self, size: int):
         if hasattr(os, "memfd_create"):
-            self._file: Any = open(os.memfd_create("puffer_jax"), "r+b")
+            self._file: IO[bytes] = open(os.memfd_create("puffer_jax"), "r+b")
         else:
             self._file = tempfile.TemporaryFile()
         self._file.truncate(size)
@@ -102,19 +104,19 @@ class Memory:
 class Process:
     """The parent's end of a worker process.
 
-    Its death closes the channel, which wakes the parent; the parent's, however it dies, closes
-    the worker's standard input, which ends the worker (`main`).
+    The worker's death closes the channel, which wakes the parent; the parent's death, however it
+    comes, closes the worker's standard input, which ends the worker (`main`).
 
     Args:
-        memory: the block to share.
+        memory: file descriptor of the block to share.
     """
 
     def __init__(self, memory: int):
         ours, theirs = socket.socketpair()
         with theirs:
             channel = theirs.fileno()
-            # A process group of its own: Ctrl-C is for the parent, and to kill the worker is to
-            # kill what its environments started.
+            # A process group of its own: Ctrl-C is for the parent, and killing the worker also
+            # kills what its environments started.
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(channel), str(memory)],
                 stdin=subprocess.PIPE,
@@ -127,7 +129,7 @@ class Process:
         self.pid = self._process.pid
 
     def order(self, order: bytes, share: int = 0, argument: bytes = b"") -> None:
-        """Send an order for a share; a dead worker gets none, and its closed channel tells."""
+        """Send an order for a share; a dead worker gets none, and `reply` reports its death."""
         if self._connection.closed:
             return
         try:
@@ -148,14 +150,14 @@ class Process:
                 return told if reply == _INFOS else Failure(told, lost=False)
         except (ConnectionError, EOFError):
             pass
-        self.join(time.monotonic() + 1)  # its channel closes a little before it has ended
+        self.join(time.monotonic() + 1)  # the channel closes a little before the process ends
         code = self._process.returncode
         if code >= 0:
             return Failure(f"exited with status {code}", lost=True)
         return Failure(f"was killed by signal {-code} ({signal.strsignal(-code)})", lost=True)
 
     def join(self, deadline: float) -> None:
-        """Wait for it to end until `time.monotonic()` is `deadline`, then kill it."""
+        """Wait until `time.monotonic()` is `deadline` for it to end, then kill it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
@@ -172,11 +174,11 @@ class Process:
         self._connection.close()
 
 
-def boot(payload: bytes, memory: Any = None) -> Envs:
+def boot(payload: bytes, memory: mmap.mmap | None = None) -> Envs:
     """Make the environments of `pack((makers, layout, agents, rows, options))`.
 
     Their buffers are `rows` of those of all `agents`, in `memory` or in new memory; `options` are
-    what else `Envs` takes.
+    the other arguments of `Envs`.
     """
     makers, layout, agents, rows, options = pickle.loads(payload)
     buf = {name: array[rows] for name, array in layout.buffers(agents, memory).items()}
@@ -199,8 +201,10 @@ class RayWorker:
         except Exception as error:
             self._failure = Failure(_told(error), lost=False)
 
-    def obey(self, order: bytes, argument: Any) -> tuple[list[Info] | Failure, dict[str, Any]]:
-        """Obey an order; a step's argument is its actions. Gives infos, and the buffers."""
+    def obey(
+        self, order: bytes, argument: int | np.ndarray | None
+    ) -> tuple[list[Info] | Failure, dict[str, np.ndarray]]:
+        """Carry out an order; STEP's argument is its actions. Returns infos and the buffers."""
         if self._failure is not None:
             return self._failure, {}
         try:
@@ -213,11 +217,11 @@ class RayWorker:
 
 
 def main(channel: int, memory: int) -> None:
-    """A worker process: obey the orders that come down a socket, asleep if there are none.
+    """A worker process: carry out the orders that come from a socket, and sleep between them.
 
     Args:
         channel: file descriptor of the socket.
-        memory: file descriptor of the block in which the buffers lie.
+        memory: file descriptor of the block that holds the buffers.
     """
     import fcntl
 
