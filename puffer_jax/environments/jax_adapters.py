@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
+
 from puffer_jax.base.spaces import Box, Dict, Env, kind_of
 
 Tree = Any
