@@ -176,7 +176,7 @@ def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) 
     return _fix(env, name, inner, max_steps)
 
 
-def autoreset(env: Env) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
+def autoreset(env: Any) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
     """The step of an environment that begins the next episode where one ends.
 
     The reset is computed in every step, as both sides of a condition are under `vmap`, with a
