@@ -1117,9 +1117,9 @@ def test_pickles_that_run_code(tmp_path):
         (torch.zeros(3), "holds a Tensor, not a state_dict"),
         (
             {"value.bias": torch.zeros(1), "epoch": 3, "optimizer": {}},
-            "no names of tensors: epoch, optimizer",
+            "these do not name tensors: epoch, optimizer",
         ),
-        ({3: torch.zeros(1)}, "not a state_dict; no names of tensors: 3"),
+        ({3: torch.zeros(1)}, "not a state_dict; these do not name tensors: 3"),
     ],
 )
 def test_pt_that_holds_something_else(content, message, legacy, tmp_path):

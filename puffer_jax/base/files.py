@@ -4,13 +4,13 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Replace `path` by what `write` puts into a file, or leave it untouched.
 
-    A process killed on the way may leave a file `.<name>.<random>.tmp` beside it.
+    A process killed meanwhile may leave a file `.<name>.<random>.tmp` beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

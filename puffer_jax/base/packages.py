@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, with the line that installs a missing one."""
+"""Optional packages: imported when needed, or an error with the line that installs them."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ TORCH = "'torch>=2.10'"
 """What to install for torch."""
 
 PUFFERLIB = "psutil && pip install --no-deps pufferlib-core==3.0.23"
-"""What to install for PufferLib, whose package pins an older torch than this one takes."""
+"""What to install for PufferLib, whose package pins an older torch than ours takes."""
 
 
 def require(

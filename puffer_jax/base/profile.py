@@ -23,7 +23,7 @@ class _Phase:
 
 
 class Profile:
-    """Wall time by named phase: `with profile("env"): ...`; less than a microsecond a phase.
+    """Wall time by named phase: `with profile("env"): ...`; costs less than a microsecond a phase.
 
     Phases nest: one entered inside another is reported as "outer/inner", and the outer's time
     includes it. Not for use from several threads. Work that JAX has only dispatched is counted
@@ -45,8 +45,8 @@ class Profile:
         """The phases of a loop inside the phase that is open now, one after the other.
 
         Returns:
-            What to call at the end of each, with its name: it counts the time since the last call.
-            In a loop with much Python in it, `with` takes three times as long.
+            A function to call at the end of each phase, with its name; it counts the time since
+            the last call. In a loop with much Python in it, `with` takes three times as long.
         """
         last = perf_counter()
 
@@ -59,7 +59,7 @@ class Profile:
         return lap
 
     def seconds(self) -> dict[str, float]:
-        """Total seconds of each phase, those of finished passes; every phase before its parts."""
+        """Total seconds of each phase, of finished passes only; every phase before its parts."""
 
         def walk(phase: _Phase, path: str) -> Iterable[tuple[str, float]]:
             for name, child in phase.children.items():

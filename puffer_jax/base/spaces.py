@@ -1,4 +1,4 @@
-"""What a policy needs to know of an environment's spaces.
+"""What a policy needs to know about an environment's spaces.
 
 Spaces are recognised by their attributes, not by their class, so those of gymnasium,
 gymnax and PufferLib all work, and so do the small frozen ones below, which are
@@ -24,7 +24,7 @@ def kind_of(space: Space) -> Kind:
     """Which kind of space this is, by its attributes `spaces`, `nvec`, `n`, `low`/`shape`.
 
     Raises:
-        TypeError: it has none of them, or is a gymnasium OneOf, whose samples are of one part only.
+        TypeError: it has none of them, or is a gymnasium OneOf, whose samples have one part only.
     """
     if type(space).__name__ == "OneOf":
         raise TypeError(f"unsupported space {space!r}: its samples have no fixed layout")
@@ -44,7 +44,7 @@ def kind_of(space: Space) -> Kind:
 
 
 def children_of(space: Space) -> dict[str, Space] | None:
-    """The subspaces of a Dict or Tuple space by field name (f0, f1, ...), None for a leaf.
+    """The subspaces of a Dict or Tuple space by field name (f0, f1, ...); None for a leaf.
 
     Raises:
         ValueError: it is empty or has keys that cannot name a field of a struct.
@@ -62,7 +62,7 @@ def structured_dtype(space: Space) -> np.dtype:
     """The NumPy dtype of one observation of `space` (`pufferlib.emulation.dtype_from_space`).
 
     Returns:
-        An aligned struct for Dict and Tuple (fields f0, f1, ...), else the leaf dtype with its
+        An aligned struct for Dict and Tuple (fields f0, f1, ...), otherwise the leaf dtype with its
         shape. Discrete and MultiDiscrete are stored as int32, whatever dtype they declare.
 
     Raises:
@@ -91,17 +91,17 @@ def _leaf_spaces(space: Space) -> list[Space]:
 def emulated_dtypes(space: Space) -> tuple[np.dtype, np.dtype]:
     """Dtype of the flat rows, and of one observation (`emulation.emulate_observation_space`).
 
-    The rows have the dtype that all leaves declare if there is one, else uint8. The reference also
-    takes int64 where Discrete leaves declare it and store int32, and then cannot read (or, for an
-    odd number of them, not even allocate) its rows; here those are uint8.
+    The rows have the dtype that all leaves declare, if they agree, otherwise uint8. The reference
+    also takes int64 where Discrete leaves declare it and store int32, and then cannot read (or, for
+    an odd number of them, not even allocate) its rows; here those are uint8.
 
     Returns:
         (sample dtype, structured dtype): "observation_dtype" and "emulated_observation_dtype" of
         `nativize_dtype`.
 
     Raises:
-        ValueError: As `structured_dtype`.
-        TypeError: As `structured_dtype`.
+        ValueError: As in `structured_dtype`.
+        TypeError: As in `structured_dtype`.
     """
     leaves = _leaf_spaces(space)
     stored = {structured_dtype(leaf).base for leaf in leaves}
@@ -140,9 +140,9 @@ class Observation:
     """The layout of one observation.
 
     Attributes:
-        shape: shape of the array the environment hands out; None if it is not known.
-        structured: dtype with the fields of a Dict or Tuple observation, None for a plain array.
-        sample_dtype: dtype of the flat array an emulated environment packs the
+        shape: shape of the array that the environment hands out; None if it is not known.
+        structured: dtype with the fields of a Dict or Tuple observation; None for a plain array.
+        sample_dtype: dtype of the flat array that an emulated environment packs the
             structure into; None if the observation is not packed.
     """
 
@@ -162,7 +162,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """The two facts a policy takes from an environment; serves wherever an `env` does."""
+    """The two facts that a policy takes from an environment; it serves wherever an `env` does."""
 
     single_observation_space: Observation
     single_action_space: Action
@@ -180,8 +180,8 @@ def env_spec(env: Env) -> EnvSpec:
 
     Args:
         env: has `single_observation_space`/`single_action_space` (PufferLib, gymnasium
-            vector environments) or `observation_space`/`action_space` (gymnasium). Of the
-            rest, only `emulated` is read, which says how PufferLib packs Dict
+            vector environments) or `observation_space`/`action_space` (gymnasium). Apart
+            from these, only `emulated` is read, which says how PufferLib packs Dict
             observations into one flat array.
 
     Raises:
@@ -229,8 +229,8 @@ def _observation(env: Env) -> Observation:
 
 
 def _is_tuple(structured: np.dtype) -> bool:
-    # Quirk kept: the reference unpacks a Dict but lets a policy see the raw bytes of a Tuple,
-    # and the sizes in its checkpoints follow from that.
+    # Quirk kept: the reference unpacks a Dict but lets a policy see the raw bytes of a Tuple, and
+    # the sizes in its checkpoints follow from that.
     names = np.dtype(structured).names
     return names is not None and names == tuple(f"f{i}" for i in range(len(names)))
 

@@ -1,9 +1,9 @@
 """Environments by name.
 
 `make` knows the small JAX-native environments of this package, each a
-`puffer_jax.jaxenv.JaxEnv`, and those of gymnasium, gymnax, ALE, minigrid and PettingZoo; the latter
-four are optional. Environments that run on the host are emulated (`puffer_jax.emulation`), and are
-made without importing JAX. Names are imported when first used, as in `puffer_jax`.
+`puffer_jax.jaxenv.JaxEnv`, and those of gymnasium, gymnax, ALE, minigrid and PettingZoo, which are
+optional. Environments that run on the host are emulated (`puffer_jax.emulation`), and are made
+without importing JAX. Names are imported when first used, as in `puffer_jax`.
 """
 
 import functools
@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments import registry
 from puffer_jax.environments.families.native import CLASSES
 
@@ -59,8 +60,8 @@ def family(name: str) -> tuple[str, str]:
     return found.name, known
 
 
-def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: Any) -> Any:
-    """Make an environment by its name, see `family`.
+def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: object) -> Env:
+    """Make an environment by its name; see `family`.
 
     Args:
         name: name of the environment.
@@ -75,7 +76,7 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: Any) -> 
         `PettingZooPufferEnv`.
 
     Raises:
-        ValueError: there is no environment of that name; names the nearest.
+        ValueError: there is no environment of that name; the message names the nearest.
         TypeError: the constructor takes no such argument.
         ImportError: something is not installed; the message has the line that installs it.
 
@@ -86,19 +87,19 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: Any) -> 
         >>> obs.shape
         (4,)
     """
-    whose, _ = registry.find(name)
+    source, _ = registry.find(name)
     env = registry.create(name, **kwargs)
-    if whose.in_jax:
+    if source.in_jax:
         return env
     from puffer_jax.environments import emulation
 
-    several = whose.multi_agent
-    kind = emulation.PettingZooPufferEnv if several else emulation.GymnasiumPufferEnv
-    return kind(env=env, buf=buf, seed=seed)
+    if source.multi_agent:
+        return emulation.PettingZooPufferEnv(env=env, buf=buf, seed=seed)
+    return emulation.GymnasiumPufferEnv(env=env, buf=buf, seed=seed)
 
 
-def env_creator(name: str) -> Callable[..., Any]:
-    """`make` of one name: a function to give to `puffer_jax.vector.make`; it can be pickled.
+def env_creator(name: str) -> Callable[..., Env]:
+    """`make` for one name: a function to give to `puffer_jax.vector.make`; it can be pickled.
 
     It takes what `make` takes besides the name, and raises the same errors.
 

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base.spaces import Box, Discrete
@@ -34,11 +35,11 @@ class CartPoleState(NamedTuple):
 
 @dataclass(frozen=True)
 class CartPole:
-    """Gymnasium's CartPole-v1: Euler's method, explicit, in steps of 0.02 s.
+    """Gymnasium's CartPole-v1: the explicit Euler method, in steps of 0.02 s.
 
     Observations are float32 (x, x_dot, theta, theta_dot); actions push left (0) or right (1);
     each step gives 1. Terminated when |x| > 2.4 or |theta| > 12 degrees, truncated at the limit,
-    and possibly both at once, as there.
+    possibly both at once, as in gymnasium.
 
     Attributes:
         max_steps: number of steps after which an episode is truncated.
@@ -46,7 +47,7 @@ class CartPole:
     """
 
     max_steps: int = 500
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     observation_space: ClassVar[Box] = Box(
         low=(-2 * _MAX_X, -np.inf, -2 * _MAX_THETA, -np.inf),
@@ -62,7 +63,7 @@ class CartPole:
         return _observation(state), state
 
     def step(
-        self, key: PRNGKeyArray, state: CartPoleState, action: Any
+        self, key: PRNGKeyArray, state: CartPoleState, action: ArrayLike
     ) -> tuple[Array, CartPoleState, Array, Array, Array, dict[str, Array]]:
         """One step of 0.02 s; `key` is not used."""
         x, x_dot, theta, theta_dot, steps = state

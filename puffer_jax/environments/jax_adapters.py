@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from puffer_jax.base.spaces import Box, Dict, kind_of
+from puffer_jax.base.spaces import Box, Dict, Env, kind_of
 
 Tree = Any
 """An array, or a dict, tuple or dataclass of trees: an observation, an action, a state."""
@@ -18,7 +18,7 @@ Tree = Any
 BRAX_MAX_STEPS = 1000
 
 
-def from_gymnax(env: Any, params: Any) -> SimpleNamespace:
+def from_gymnax(env: Env, params: Tree) -> SimpleNamespace:
     """A gymnax environment with the functions and spaces of a `JaxEnv`.
 
     Args:
@@ -55,7 +55,7 @@ def from_gymnax(env: Any, params: Any) -> SimpleNamespace:
     space = env.observation_space(params)
     if kind_of(space) == "box":
         actual = jax.eval_shape(reset, jax.random.key(0))[0]
-        # Some declare another dtype than they return (gymnax's Catch: int32, but float32 comes).
+        # Some declare another dtype than they return (gymnax's Catch: int32, but returns float32).
         if hasattr(actual, "dtype") and not casts(actual.dtype, np.dtype(space.dtype)):
             floating = jnp.issubdtype(actual.dtype, jnp.floating)
             dtype = np.dtype(np.float32 if floating else actual.dtype)
@@ -65,7 +65,7 @@ def from_gymnax(env: Any, params: Any) -> SimpleNamespace:
     )
 
 
-def from_brax(env: Any) -> tuple[SimpleNamespace, bool]:
+def from_brax(env: Env) -> tuple[SimpleNamespace, bool]:
     """A brax environment with the functions and spaces of a `JaxEnv`.
 
     Returns:
@@ -87,7 +87,7 @@ def from_brax(env: Any) -> tuple[SimpleNamespace, bool]:
 
     def step(key: PRNGKeyArray, state: Tree, action: Tree) -> tuple[Tree, ...]:
         del key  # brax keeps its keys in state.info
-        # Many environments write into the dict state.info; the copy keeps the caller's as it was.
+        # Many environments write to the dict state.info; the copy keeps the caller's as it was.
         state = env.step(jax.tree.map(lambda x: x, state), action)
         terminated, truncated = split_end(state.done, state.info.get("truncation", False))
         return state.obs, state, state.reward, terminated, truncated, dict(state.metrics)
@@ -103,12 +103,12 @@ def from_brax(env: Any) -> tuple[SimpleNamespace, bool]:
 
 
 def split_end(done: ArrayLike, truncated: ArrayLike) -> tuple[Array, Array]:
-    """(terminated, truncated), of a step that is done and may be so by truncation."""
+    """(terminated, truncated) of a step, from whether it is done and whether by truncation."""
     truncated = jnp.asarray(truncated, bool)
     return jnp.asarray(done, bool) & ~truncated, truncated
 
 
 def casts(actual: Any, declared: Any) -> bool:
-    """Whether an array of one dtype will do for another that a space declares."""
+    """Whether an array of one dtype will do where a space declares the other."""
     # x64 mode widens what an environment leaves open, so a difference in width is not an error.
     return np.can_cast(actual, declared, "same_kind")

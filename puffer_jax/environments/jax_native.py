@@ -2,7 +2,7 @@
 
 An environment is a pair of pure functions of arrays, so that a rollout of many compiles into
 one program: `jax.vmap` makes the batch, `jax.lax.scan` the time. Environments are recognised by
-what they have, so neither gymnax nor brax is imported here.
+their attributes, so neither gymnax nor brax is imported here.
 """
 
 import inspect
@@ -16,6 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base.spaces import (
     Continuous,
+    Env,
     MultiDiscrete,
     Space,
     env_spec,
@@ -71,13 +72,13 @@ class Step(NamedTuple):
     """What a step with automatic reset gives.
 
     Attributes:
-        obs: the observation, that of the new episode where one begins.
+        obs: the observation; that of the new episode if one begins.
         state: the state, likewise.
         reward: the reward of the action taken, float32.
         terminated: whether the episode ended, so that there is no future to bootstrap from.
         truncated: whether the episode was cut; unless terminated, bootstrap from `final_obs`.
-        final_obs: the observation the action led to, before any reset, at every step.
-        info: what the environment told, before any reset.
+        final_obs: the observation that the action led to, before any reset, at every step.
+        info: what the environment reported, before any reset.
     """
 
     obs: Tree
@@ -90,7 +91,7 @@ class Step(NamedTuple):
 
 
 class TimeLimited(NamedTuple):
-    """State of an environment with `max_steps`: its own state, and the steps taken so far."""
+    """State of an environment with `max_steps`: its own state and the steps taken so far."""
 
     state: Tree
     steps: Array
@@ -113,10 +114,10 @@ class AdaptedEnv:
     action_space: Space
     reset: Callable[..., Tree]
     step: Callable[..., Tree]
-    unwrapped: Any
+    unwrapped: Env
 
 
-def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -> AdaptedEnv:
+def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) -> AdaptedEnv:
     """Adapt an environment to `JaxEnv`, checking it once without running it.
 
     Args:
@@ -126,14 +127,14 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
               Then `info["truncation"]` or `info["truncated"]`, if there is one, says whether
               done is a truncation.
             - a gymnax environment, or the pair (env, params) of `gymnax.make`. Since gymnax 1.0
-              its time limit sets truncated. Before, `done` did not tell a limit from an end:
+              its time limit sets truncated. Before that, `done` did not tell a limit from an end:
               done at `state.time >= params.max_steps_in_episode` counts as truncated.
             - a brax environment (or MuJoCo Playground's), not wrapped with automatic resets.
               `state.info["truncation"]` sets truncated; info is `state.metrics`.
         env_params: gymnax's parameters; `env.default_params` if None.
         max_steps: truncate episodes after this many steps, besides the environment's own limits.
-            Brax environments have none: 1000 there if None, as in brax's own training (unless
-            `state.info` has "truncation", so that something else already counts).
+            Brax environments have none: for them, None means 1000, as in brax's own training
+            (unless `state.info` has "truncation": then something else already counts).
 
     Returns:
         The adapted environment; `env` itself if it is adapted already and nothing is to be added.
@@ -176,7 +177,7 @@ def as_jax_env(env: Any, env_params: Any = None, max_steps: int | None = None) -
 
 
 def autoreset(env: Any) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
-    """The step of an environment whose next episode begins where one ends.
+    """The step of an environment that begins the next episode where one ends.
 
     The reset is computed in every step, as both sides of a condition are under `vmap`, with a
     key of its own.
@@ -205,7 +206,7 @@ def autoreset(env: Any) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
     return step
 
 
-def _check_protocol(env: Any) -> None:
+def _check_protocol(env: Env) -> None:
     if isinstance(env, str):
         raise TypeError(f"got the name {env!r}; make it: puffer_jax.environments.make({env!r})")
     if isinstance(env, type):
@@ -238,7 +239,7 @@ def _signature(function: Callable[..., Tree]) -> str:
     return f"({', '.join(names)})"
 
 
-def _fix(env: Any, name: str, inner: Any, max_steps: int | None) -> AdaptedEnv:
+def _fix(env: Env, name: str, inner: Env, max_steps: int | None) -> AdaptedEnv:
     action = _action_spec(inner)
     declared = _observation_spec(inner.observation_space)
     reset, step = inner.reset, _six_values(name, inner.step)
@@ -320,7 +321,7 @@ def _with_limit(
     return limited_reset, limited_step
 
 
-def _action_spec(env: Any) -> jax.ShapeDtypeStruct:
+def _action_spec(env: Env) -> jax.ShapeDtypeStruct:
     match env_spec(env).single_action_space:
         case Continuous(shape):
             return jax.ShapeDtypeStruct(shape, getattr(env.action_space, "dtype", jnp.float32))
@@ -369,7 +370,7 @@ def _join(name: str, before: Tree, after: Tree) -> Tree:
             f"{jax.tree.structure(before)} to {jax.tree.structure(after)}"
         )
 
-    def join(path: tuple[Any, ...], old: Tree, new: Tree) -> jax.ShapeDtypeStruct:
+    def join(path: tuple[object, ...], old: Tree, new: Tree) -> jax.ShapeDtypeStruct:
         keys = _is_key(old.dtype), _is_key(new.dtype)
         if old.shape != new.shape or keys[0] != keys[1]:
             raise ValueError(
@@ -383,7 +384,7 @@ def _join(name: str, before: Tree, after: Tree) -> Tree:
 
 
 def _cast(tree: Tree, specs: Tree) -> Tree:
-    def cast(spec: Any, x: Tree) -> Tree:
+    def cast(spec: jax.ShapeDtypeStruct, x: Tree) -> Tree:
         # A key may be a typed key or an array of the old kind: it stays what it is.
         return x if _is_key(spec.dtype) else jax.lax.convert_element_type(x, spec.dtype)
 

@@ -1,18 +1,18 @@
 """Two small tasks in the style of PufferLib's Ocean, JAX-native: Squared and Memory."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.nn import random
 
-_Transition = tuple[Array, Any, Array, Array, Array, dict[str, Array]]
+_Transition = tuple[Array, PyTree, Array, Array, Array, dict[str, Array]]
 
 # Up, down, left, right, then the diagonals, as (row, column).
 _MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)], np.int32)
@@ -33,8 +33,8 @@ class Squared:
     The grid has 2 * distance + 1 tiles a side. One of 8 actions moves the agent to a neighbour:
     up, down, left, right, up-left, up-right, down-left, down-right. From the border it is put
     back into the centre at once, and a target it reached is gone. The reward of a step is
-    1 - (moves from where it went to the nearest target left) / distance, in [-1, 1]. An episode
-    has num_targets * distance steps, just enough for all. `info["score"]` is the share of
+    1 - (moves from where it went to the nearest remaining target) / distance, in [-1, 1]. An
+    episode has num_targets * distance steps, just enough for all. `info["score"]` is the share of
     targets reached so far.
 
     Observations are float32 (side, side): -1 the agent, 1 a target, 0 nothing.
@@ -78,7 +78,7 @@ class Squared:
         return 8 * self.distance if self.num_targets is None else self.num_targets
 
     def reset(self, key: PRNGKeyArray) -> tuple[Array, SquaredState]:
-        """Targets by chance, the agent in the centre."""
+        """Random targets, the agent in the centre."""
         border = np.ones((self._side, self._side), bool)
         border[1:-1, 1:-1] = False
         targets = jnp.asarray(border)
@@ -134,7 +134,7 @@ class MemoryState(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Repeat a sequence of digits after a delay; without memory one can only guess.
+    """Repeat a sequence of digits after a delay; without memory, one can only guess.
 
     An episode shows `length` digits one by one, then nothing for `delay` steps, then asks for
     the digits in order, `length` steps. Each right answer gives 1; other actions do nothing.
@@ -170,7 +170,7 @@ class Memory:
 
     @property
     def best_return(self) -> float:
-        """Every answer right."""
+        """The return of every answer right."""
         return float(self.length)
 
     @property
@@ -183,7 +183,7 @@ class Memory:
         return self.length + self.delay
 
     def reset(self, key: PRNGKeyArray) -> tuple[Array, MemoryState]:
-        """Digits by chance, the first of them shown."""
+        """Random digits, the first of them shown."""
         digits = jax.random.randint(random.fast(key), (self.length,), 0, self.digits, jnp.int32)
         state = MemoryState(digits, jnp.int32(0), jnp.int32(0))
         return self._observation(state), state
@@ -203,7 +203,7 @@ class Memory:
         )
 
     def render(self, state: MemoryState) -> str:
-        """The episode as text: digits shown, . pauses, ? answers; ^ is under the present step."""
+        """The episode as text: digits shown, . pauses, ? answers; ^ is under the current step."""
         tape = [*map(str, np.asarray(state.digits)), *"." * self.delay, *"?" * self.length]
         steps = int(state.steps)
         caret = " " * len(" ".join([*tape[:steps], ""])) + "^"

@@ -1,4 +1,4 @@
-"""Probe environments: each is solved by a right learner at once, and isolates one fault.
+"""Probe environments: a correct learner solves each at once, and each isolates one fault.
 
 If a trainer fails a probe and passes those before it, the fault is in what the probe adds.
 Every probe says what to expect: `expected_value(obs, gamma)` is the value function of the
@@ -9,17 +9,17 @@ After the probes of Andy Jones, "Debugging RL, without the agonizing pain" (2021
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.nn import random
 
-_Transition = tuple[Array, Any, Array, Array, Array, dict[str, Array]]
+_Transition = tuple[Array, PyTree, Array, Array, Array, dict[str, Array]]
 
 
 def _sign(key: PRNGKeyArray) -> Array:
@@ -66,7 +66,7 @@ class ProbeValue(_OneStep):
 
 
 class ProbeObservationValue(_OneStep):
-    """The observation is +-1 by chance and is the reward: the value must become it.
+    """The observation is +-1 at random and is the reward: the value must become the same.
 
     Isolates the way from the observation to the value (and the mixing up of environments).
     """
@@ -127,7 +127,7 @@ class ProbeAction(_OneStep):
 
 
 class ProbeObservationAction(_OneStep):
-    """The observation is +-1 by chance; +1 for action 1 at 1 and 0 at -1, otherwise -1.
+    """The observation is +-1 at random; +1 for action 1 at 1 and 0 at -1, otherwise -1.
 
     Isolates the way from the observation to the action (advantages that belong to other steps).
     """
@@ -152,10 +152,10 @@ class ProbeMemoryState(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeMemory:
-    """A cue, +-1 by chance, is seen at step 0; the action at step k must match it: +1, else -1.
+    """A cue, +-1 at random, is seen at step 0; the action at step k must match it: +1, if not -1.
 
     Observations are (cue or 0, step / k): the clock makes the value a function of the
-    observation, and says nothing of the cue. Actions before step k do nothing. Only a policy
+    observation, and says nothing about the cue. Actions before step k do nothing. Only a policy
     that carries memory over k steps gets 1; without it no policy does better than 0 on average.
 
     Isolates recurrent state: carried from step to step, kept for training, reset at the end.

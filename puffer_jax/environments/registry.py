@@ -5,9 +5,9 @@ to `FAMILIES`.
 """
 
 import os
-from typing import Any
 
 from puffer_jax.base.packages import require
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import (
     Family,
     atari,
@@ -39,8 +39,8 @@ def find(name: str) -> tuple[Family, str]:
     return gymnasium.FAMILY, name
 
 
-def create(name: str, **kwargs: Any) -> Any:
-    """The environment as it is without emulation; raises what `puffer_jax.environments.make` does.
+def create(name: str, **kwargs: object) -> Env:
+    """The environment without emulation; raises what `puffer_jax.environments.make` does.
 
     Args:
         name: of the environment.

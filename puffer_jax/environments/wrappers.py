@@ -7,10 +7,10 @@ import numpy as np
 
 
 class EpisodeStats(gymnasium.Wrapper):
-    """Tells the return and the length of an episode with its last step, and nothing before.
+    """Reports the return and the length of an episode with its last step, and nothing before.
 
     Infos are collected for every agent, and travel between processes: those that come with each
-    step (a game's lives and frame numbers) cost more than they tell.
+    step (a game's lives and frame numbers) cost more than they are worth.
     """
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

@@ -4,13 +4,13 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from puffer_jax.base.files import write_atomically
-from puffer_jax.base.text import from_json, to_json
+from puffer_jax.base.text import Json, from_json, to_json
 from puffer_jax.nn.params import mismatches
 from puffer_jax.weights.description import describe
 from puffer_jax.weights.pt import Contents
@@ -31,8 +31,8 @@ def save_bin(policy: nnx.Module, path: Path) -> None:
         "parameters": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "policy": describe(policy),
     }
-    # Two files cannot be replaced in one step. Without a sidecar the weights still load, so
-    # the old one goes first: a crash leaves a file that lacks its check, never a false one.
+    # Two files cannot be replaced in one step. Without a sidecar the weights still load, so the
+    # old one goes first: a crash may leave a file without its sidecar, but never with a false one.
     sidecar_path(path).unlink(missing_ok=True)
     write_atomically(path, lambda file: file.write(data))
     text = to_json(sidecar, indent=1).encode()
@@ -42,7 +42,7 @@ def save_bin(policy: nnx.Module, path: Path) -> None:
 class _Sidecar(NamedTuple):
     sha256: str
     shapes: dict[str, tuple[int, ...]]
-    description: Any
+    description: Json
 
 
 def _read_sidecar(path: Path) -> _Sidecar | None:
@@ -51,7 +51,7 @@ def _read_sidecar(path: Path) -> _Sidecar | None:
         content = from_json(sidecar.read_bytes())
         shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
         if not all(type(size) is int and size >= 0 for s in shapes.values() for size in s):
-            raise ValueError("sizes that are no sizes")
+            raise ValueError("a size must be a whole number, at least 0")
         return _Sidecar(content["sha256"], shapes, content["policy"])
     except FileNotFoundError:
         return None
@@ -60,7 +60,7 @@ def _read_sidecar(path: Path) -> _Sidecar | None:
 
 
 def read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
-    """Read the file; `shapes` are those to expect, None: as the sidecar says.
+    """Read the file; `shapes` are those to expect (None: those in the sidecar).
 
     Raises:
         ValueError: the file or its sidecar is damaged or does not fit.

@@ -1,6 +1,6 @@
 """Which policy a checkpoint holds: its class, sizes and spaces as JSON values.
 
-Our own files carry such a description; for a bare state_dict `infer` reads one off the keys
+Our own files carry such a description; for a bare state_dict, `infer` reads it off the keys
 and shapes; `build` makes the policy.
 """
 
@@ -10,16 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from puffer_jax.base import spaces
+from puffer_jax.base.text import Json
 from puffer_jax.nn.params import merge, split
+from puffer_jax.policies.base import Description, Dtypes
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.policies.registry import POLICIES
 
 _ACTIONS = {cls.__name__: cls for cls in (spaces.Discrete, spaces.MultiDiscrete, spaces.Continuous)}
 
 
-def describe(policy: Any) -> dict[str, Any]:
+def describe(policy: Any) -> Description:
     """Class, sizes and spaces as JSON values; a custom class gives its full name only."""
     cls = type(policy)
     if POLICIES.get(cls.__name__) is not cls:
@@ -38,24 +41,24 @@ def describe(policy: Any) -> dict[str, Any]:
     return description
 
 
-def build(description: Any, env: Any, dtypes: dict[str, Any]) -> Any:
+def build(description: Json, env: spaces.Env, dtypes: Dtypes) -> Any:
     """The described policy with abstract parameters (`jax.ShapeDtypeStruct`), to be loaded.
 
-    A description comes from a file and may say anything. Nothing is allocated for it: whether
-    its sizes are those of the tensors is found out by loading them.
+    A description comes from a file and may say anything. Nothing is allocated for it: only loading
+    the tensors shows whether its sizes are theirs.
 
     Args:
         description: from `describe`, as JSON gives it back, or from `infer`.
-        env: its spaces win over the described ones; None for those.
-        dtypes: `dtype` and `param_dtype` of the policy.
+        env: gives the spaces; None: those that are described.
+        dtypes: those of the policy.
 
     Raises:
-        ValueError: a custom class, or a description that lacks something.
+        ValueError: the class is a custom one, or the description lacks something.
     """
     spec = None if env is None else spaces.env_spec(env)
     graphdefs = []
 
-    def parameters() -> dict[str, Any]:
+    def parameters() -> dict[str, PyTree]:
         graphdef, params = split(_construct(description, spec, dtypes))
         graphdefs.append(graphdef)
         return params
@@ -70,14 +73,14 @@ def build(description: Any, env: Any, dtypes: dict[str, Any]) -> Any:
     return merge(graphdefs[0], params)
 
 
-def _construct(description: Any, spec: spaces.EnvSpec | None, dtypes: dict[str, Any]) -> Any:
+def _construct(description: Json, spec: spaces.EnvSpec | None, dtypes: Dtypes) -> Any:
     cls = POLICIES.get(description["class"])
     if cls is None:
         raise ValueError(
             f"the checkpoint is of a custom policy, {description['class']}; build it yourself "
             "and use load_weights"
         )
-    options = {"rngs": nnx.Rngs(0), **dtypes}
+    options: dict[str, Any] = {"rngs": nnx.Rngs(0), **dtypes}
     if "policy" in description:
         inner = description["policy"]
         if "policy" in inner:
@@ -89,7 +92,7 @@ def _construct(description: Any, spec: spaces.EnvSpec | None, dtypes: dict[str, 
     return cls.rebuild(env, description, **options)
 
 
-def _spec_from(description: dict[str, Any]) -> spaces.EnvSpec:
+def _spec_from(description: Description) -> spaces.EnvSpec:
     observation = dict(description["observation"])
     action = dict(description["action"])
     shape = observation["shape"]
@@ -106,14 +109,14 @@ def _spec_from(description: dict[str, Any]) -> spaces.EnvSpec:
     )
 
 
-def _fields(dtype: np.dtype) -> dict[str, Any]:
+def _fields(dtype: np.dtype) -> Description:
     """A structured dtype as JSON; alignment is implied, see `spaces.structured_dtype`."""
     if dtype.names is None:
         return {"dtype": dtype.base.str, "shape": list(dtype.shape)}
     return {"fields": [[name, _fields(dtype[name])] for name in dtype.names]}
 
 
-def _dtype_of(fields: dict[str, Any]) -> np.dtype:
+def _dtype_of(fields: Description) -> np.dtype:
     if "fields" in fields:
         return np.dtype([(name, _dtype_of(field)) for name, field in fields["fields"]], align=True)
     return np.dtype((fields["dtype"], tuple(fields["shape"])))

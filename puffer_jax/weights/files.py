@@ -9,8 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
-from puffer_jax.policies.base import Hints
+from puffer_jax.base.spaces import Env
+from puffer_jax.base.text import Json
+from puffer_jax.policies.base import Dtypes, Hints
 from puffer_jax.weights.bin import read_bin, save_bin, sidecar_path
 from puffer_jax.weights.description import build
 from puffer_jax.weights.inference import infer
@@ -18,6 +21,7 @@ from puffer_jax.weights.pt import Contents, read_pt, save_pt
 from puffer_jax.weights.safetensors import read_safetensors, save_safetensors
 from puffer_jax.weights.state_dicts import (
     LoadResult,
+    StateDict,
     load_state_dict,
     named_parameters,
     strip_prefixes,
@@ -32,8 +36,8 @@ def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
     sidecar `<path>.json` with names, shapes and a checksum.
 
     Raises:
-        ValueError: another suffix.
-        ImportError: `.pt` without torch.
+        ValueError: the suffix is another one.
+        ImportError: the file is a `.pt` one and torch is not installed.
         TypeError: the policy has a layer with no torch counterpart.
 
     Example:
@@ -63,8 +67,8 @@ def load_weights(
         allow_non_finite: see `load_state_dict`.
 
     Raises:
-        ValueError: a suffix, file or content that does not fit, with the reason.
-        ImportError: `.pt` without torch >= 2.10.
+        ValueError: the suffix, the file or its contents do not fit; the message says why.
+        ImportError: the file is a `.pt` one and torch >= 2.10 is not installed.
         OSError: the file cannot be read.
 
     Example:
@@ -107,7 +111,7 @@ _SAVERS: dict[str, Callable[[nnx.Module, Path], None]] = {
     ".bin": save_bin,
 }
 
-# Readers are told the shapes to expect, where a policy is there to tell; .bin has no other.
+# Readers are told the shapes to expect if there is a policy; a .bin file does not name its own.
 _READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Contents]] = {
     ".pt": read_pt,
     ".safetensors": read_safetensors,
@@ -116,22 +120,22 @@ _READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Conte
 
 
 def policy_from_checkpoint(
-    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
-    env: Any = None,
+    checkpoint: str | os.PathLike[str] | StateDict,
+    env: Env = None,
     *,
     nvec: tuple[int, ...] | int | None = None,
     image_shape: tuple[int, ...] | None = None,
     channels_last: bool = False,
     downsample: int = 1,
     activation: str | None = None,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     allow_non_finite: bool = False,
 ) -> Any:
     """Build the policy a checkpoint was saved from, and load it.
 
-    Class and sizes come from the metadata of our own files or else from keys and shapes. What
-    shapes cannot tell comes from `env`, or from an argument.
+    Class and sizes come from the metadata of our own files, otherwise from keys and shapes. What
+    shapes cannot tell comes from `env` or from an argument.
 
     Args:
         checkpoint: a `.pt`, `.safetensors` or `.bin` file, or a state_dict.
@@ -148,8 +152,9 @@ def policy_from_checkpoint(
         allow_non_finite: see `load_state_dict`.
 
     Raises:
-        ValueError: the keys are those of no known policy (load a custom one with
-            `load_weights`), something shapes cannot tell was not given, or the file is broken.
+        ValueError: the keys are not those of a known policy (load a custom one with
+            `load_weights`), something that shapes cannot tell was not given, or the file is
+            damaged.
 
     Example:
         >>> import puffer_jax
@@ -161,13 +166,13 @@ def policy_from_checkpoint(
         32
     """
 
-    def restore(tensors: Mapping[str, Any], description: Any) -> Any:
+    def restore(tensors: StateDict, description: Json) -> Any:
         if description is None:
             named = strip_prefixes(tensors, set())
             shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
             hints = Hints(env, nvec, image_shape, channels_last, downsample, activation)
             description = infer(shapes, hints)
-        policy = build(description, env, {"dtype": dtype, "param_dtype": param_dtype})
+        policy = build(description, env, Dtypes(dtype=dtype, param_dtype=param_dtype))
         load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
         return policy
 
@@ -179,7 +184,7 @@ def policy_from_checkpoint(
         tensors, description = read(path, None)
         policy = restore(tensors, description)
         order = list(named_parameters(policy)[0])
-        # Only the sidecar said which numbers are whose; a permutation may fit as well.
+        # Only the sidecar said which numbers belong where; a permutation may fit as well.
         if path.suffix == ".bin" and list(tensors) != order:
             raise ValueError(
                 f"{sidecar_path(path).name} has the order {list(tensors)}, not {order}"

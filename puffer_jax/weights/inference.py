@@ -1,19 +1,18 @@
-"""Which policy a bare state_dict is of, by its keys and shapes."""
+"""Which policy a bare state_dict belongs to, by its keys and shapes."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from puffer_jax.nn.cores import CORES
 from puffer_jax.nn.params import Shape
-from puffer_jax.policies.base import Hints
+from puffer_jax.policies.base import Description, Hints
 from puffer_jax.policies.registry import FEED_FORWARD, RECURRENT
 
 
-def infer(shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any]:
+def infer(shapes: Mapping[str, Shape], hints: Hints) -> Description:
     """The description of a policy from the keys and shapes of its state_dict.
 
     Raises:
-        ValueError: the keys are those of no known policy, or shapes cannot tell enough.
+        ValueError: the keys are not those of a known policy, or the shapes do not tell enough.
     """
     for cls in RECURRENT.values():
         found = cls.from_keys(shapes, hints)
@@ -28,7 +27,7 @@ def infer(shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any]:
     return _infer_feed_forward(shapes, hints)
 
 
-def _infer_feed_forward(shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any]:
+def _infer_feed_forward(shapes: Mapping[str, Shape], hints: Hints) -> Description:
     for cls in FEED_FORWARD.values():
         found = cls.from_keys(shapes, hints)
         if found is not None:

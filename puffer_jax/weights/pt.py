@@ -11,14 +11,15 @@ from flax import nnx
 
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import TORCH, require
-from puffer_jax.weights.state_dicts import named_parameters
+from puffer_jax.base.text import Json
+from puffer_jax.weights.state_dicts import StateDict, named_parameters
 
 
 def import_torch() -> Any:
     """The package torch, if its loader is safe.
 
     Raises:
-        ImportError: torch is missing, or older than 2.10; says how to install it.
+        ImportError: torch is missing or older than 2.10; the message says how to install it.
     """
     # From this version on, torch's loader is safe against hostile files.
     note = " (.safetensors needs nothing more)"
@@ -41,12 +42,12 @@ def save_pt(policy: nnx.Module, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(tensors, file))
 
 
-# What a reader gives: tensors under torch's names, and the description of the policy if any.
-Contents = tuple[dict[str, Any], Any]
+# What a reader gives: tensors under torch's names, and the policy's description if there is one.
+Contents = tuple[StateDict, Json]
 
 
 def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
-    """Read the file; it names its shapes itself.
+    """Read the file; it names its own shapes.
 
     Raises:
         ValueError: it holds anything but tensors under names.
@@ -55,7 +56,7 @@ def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Content
     with open(path, "rb") as file:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        # A damaged pickle is a program gone wrong: any exception can come out of it.
+        # A damaged pickle is a program gone wrong: it can raise any exception.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
@@ -65,13 +66,13 @@ def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Content
             ) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"holds a {type(tensors).__name__}, not a state_dict")
-    strangers = [
+    others = [
         str(name)
         for name, tensor in tensors.items()
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
     ]
-    if strangers:
-        raise ValueError(f"not a state_dict; no names of tensors: {', '.join(strangers)}")
+    if others:
+        raise ValueError(f"not a state_dict; these do not name tensors: {', '.join(others)}")
     # A view that repeats one number claims any size, and a policy of that size would be built.
     hollow = [str(name) for name, t in tensors.items() if not _is_dense(t, torch)]
     if hollow:

@@ -26,7 +26,7 @@ def save_safetensors(policy: nnx.Module, path: Path) -> None:
 
 
 def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
-    """Read the file; it names its shapes itself. A ValueError: it is damaged."""
+    """Read the file; it names its own shapes. Raises ValueError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb"):  # its errors name the path; those of safe_open may not
@@ -35,7 +35,7 @@ def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-    # AttributeError: a number format NumPy does not have.
+    # AttributeError: a number format that NumPy does not have.
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"not a readable safetensors file: {error}") from error
     return tensors, from_json(metadata.get(_METADATA_KEY, "null"))

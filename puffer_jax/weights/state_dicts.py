@@ -11,12 +11,15 @@ from flax import nnx
 from puffer_jax.nn.params import mismatches
 from puffer_jax.nn.torch_layout import TorchParameter, torch_aliases, torch_parameters
 
+StateDict = Mapping[str, Any]
+"""Torch's names -> NumPy, torch or JAX arrays."""
+
 
 def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
     """Copies of the parameters as torch names them, orders them and lays them out.
 
     Tied keys (`cell.*` of an LSTMWrapper) are included, as in torch, and share memory with
-    the keys they are tied to. Pass the merge of a graphdef and gradients to have gradients
+    the keys they are tied to. Pass the merge of a graphdef and gradients to get gradients
     under torch's names.
 
     Raises:
@@ -36,7 +39,7 @@ def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def named_parameters(policy: nnx.Module) -> tuple[dict[str, TorchParameter], dict[str, str]]:
-    """Torch's name of every parameter, and the tied keys: alias -> the name it is tied to."""
+    """Every parameter by its name in torch, and the tied keys: alias -> the name it is tied to."""
     parameters, aliases = {}, {}
     names: dict[tuple[int, ...], str] = {}
     for parameter in torch_parameters(policy):
@@ -69,7 +72,7 @@ class LoadResult(NamedTuple):
 
 def load_state_dict(
     policy: nnx.Module,
-    state_dict: Mapping[str, Any],
+    state_dict: StateDict,
     strict: bool = True,
     *,
     allow_non_finite: bool = False,
@@ -77,18 +80,18 @@ def load_state_dict(
     """Copy a state_dict into the policy, in place.
 
     Floating tensors of any width are converted to the policy's own dtype: float16 and
-    bfloat16 exactly, float64 rounded, as torch does. The prefixes `module.` (DDP) and
-    `_orig_mod.` (torch.compile) are stripped, and of tied keys one is enough.
+    bfloat16 exactly, float64 rounded, as in torch. The prefixes `module.` (DDP) and
+    `_orig_mod.` (torch.compile) are stripped, and one of two tied keys is enough.
 
     Args:
         policy: any `nnx.Module` whose layers have a torch counterpart.
         state_dict: torch's names -> NumPy, torch or JAX arrays.
         strict: whether missing and unexpected keys are an error; a wrong shape always is.
-        allow_non_finite: accept NaN and infinity.
+        allow_non_finite: whether to accept NaN and infinity.
 
     Raises:
-        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, a value is no
-            floating-point tensor or not finite; all are named at once.
+        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, or a value is
+            not a floating-point tensor or not finite; all are named at once.
         TypeError: the policy has a layer with no torch counterpart.
 
     Example:
@@ -102,20 +105,20 @@ def load_state_dict(
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     expected = shapes | {alias: shapes[name] for alias, name in aliases.items()}
     tensors = strip_prefixes(state_dict, expected.keys())
-    for alias, name in aliases.items():  # of tied keys one is enough
+    for alias, name in aliases.items():  # one of two tied keys is enough
         if alias not in tensors:
             expected.pop(alias)
         elif name not in tensors:
             expected.pop(name, None)
-    given = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+    found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
     problems = [
         problem
-        for problem in mismatches(expected, given)
+        for problem in mismatches(expected, found)
         if strict or problem.startswith("wrong shape")
     ]
 
     # Only tensors of the right shape are looked into, however large the others claim to be.
-    fitting = [name for name, shape in expected.items() if given.get(name) == shape]
+    fitting = [name for name, shape in expected.items() if found.get(name) == shape]
     arrays = {name: _as_array(tensors[name]) for name in fitting}
     wrong = [f"{name} ({_dtype(tensors[name])})" for name in fitting if arrays[name] is None]
     if wrong:
@@ -135,8 +138,8 @@ def load_state_dict(
     for variable, array in new:
         variable.set_value(array)
     return LoadResult(
-        [name for name in expected if name not in given],
-        [name for name in given if name not in expected],
+        [name for name in expected if name not in found],
+        [name for name in found if name not in expected],
     )
 
 
@@ -157,8 +160,8 @@ def _converted(
     return new, non_finite
 
 
-def strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
-    """The tensors without the prefixes of DDP and torch.compile where `expected` has none.
+def strip_prefixes(tensors: StateDict, expected: Collection[str]) -> StateDict:
+    """The tensors without the prefixes of DDP and torch.compile that `expected` does not have.
 
     Raises:
         ValueError: two keys become one.
@@ -180,18 +183,18 @@ def strip_prefixes(tensors: Mapping[str, Any], expected: Collection[str]) -> dic
 
 
 def _as_array(tensor: Any) -> np.ndarray | None:
-    """`tensor` as a NumPy array, or None where it does not hold floating-point numbers."""
+    """`tensor` as a NumPy array; None if it does not hold floating-point numbers."""
     if hasattr(tensor, "detach"):
         try:
             tensor = tensor.detach().cpu()
-            # NumPy has no narrow formats but float16; float32 holds them all exactly.
+            # NumPy's only narrow format is float16; float32 holds them all exactly.
             narrow = tensor.is_floating_point() and tensor.itemsize < 4
             tensor = (tensor.float() if narrow else tensor).numpy()
-        except (TypeError, RuntimeError):  # sparse, quantised, without data
+        except (TypeError, RuntimeError):  # sparse, quantised or without data
             return None
     array = np.asarray(tensor)
     return array if jnp.issubdtype(array.dtype, jnp.floating) else None
 
 
-def _dtype(tensor: Any) -> str:
+def _dtype(tensor: object) -> str:
     return str(getattr(tensor, "dtype", type(tensor).__name__))

@@ -1,14 +1,14 @@
 """Any environment behind flat arrays, so that vecenvs and policies see one kind of environment.
 
-What `pufferlib.emulation` does, with its names, layouts and protocol, so that the environments of
-either work in the vecenvs of both. A nested observation becomes a row of numbers, which
+It does what `pufferlib.emulation` does, with its names, layouts and protocol, so that environments
+of either work in the vecenvs of both. A nested observation becomes a row of numbers, which
 `puffer_jax.nativize` reads; a nested action is made from a MultiDiscrete. The way from one to the
 other is worked out once, when the environment is made. After an episode's end, the caller must call
 `reset`: a vecenv does so in the next step.
 
 Every observation must have the shape and the dtype of its space; otherwise, NumPy would broadcast
-and cast it silently. Whether it is within bounds is checked for the first of each agent only, and
-likewise for actions.
+and cast it silently. Bounds are checked for each agent's first observation only, and likewise for
+actions.
 
 Neither JAX nor torch is imported here: workers run this.
 """

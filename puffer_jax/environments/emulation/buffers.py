@@ -1,16 +1,15 @@
 """The arrays that agents read and write."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from puffer_jax.base.spaces import kind_of
+from puffer_jax.base.spaces import Env, kind_of
 
 Buffers = Mapping[str, np.ndarray]
 
 
-def set_buffers(env: Any, buf: Buffers | None = None) -> None:
+def set_buffers(env: Env, buf: Buffers | None = None) -> None:
     """Give `env` the arrays that it and its vecenv share (`pufferlib.set_buffers`).
 
     Args:

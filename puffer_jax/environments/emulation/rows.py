@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.base.spaces import Space, children_of, kind_of
+from puffer_jax.base.spaces import Env, Space, children_of, kind_of
 from puffer_jax.environments.emulation.spaces import Build
 
 Sample = Any
@@ -13,7 +13,7 @@ Sample = Any
 
 
 class _Leaf:
-    """A space without parts, and whether NumPy can store a value there as it is."""
+    """A space without parts, which tells whether NumPy can store a value of it as it is."""
 
     def __init__(self, space: Space):
         self.space = space
@@ -29,14 +29,14 @@ class _Leaf:
             case _:
                 self.shape = tuple(space.shape)
         if self._size is not None and np.any(self._start + self._size > 2**31):
-            raise ValueError(f"{space} does not fit in int32, as which it is stored")
+            raise ValueError(f"{space} does not fit in int32, the dtype that stores it")
 
     def takes(self, value: Sample, first: bool) -> bool:
         """Whether `value` has the shape and a dtype of the space and, if discrete, its range.
 
         Args:
-            value: also a number or a list.
-            first: look at the bounds of a Box as well.
+            value: an array, a number or a list.
+            first: whether to check the bounds of a Box as well.
         """
         if self._size is not None and not self.shape and isinstance(value, int | np.integer):
             return bool(0 <= value - self._start < self._size)
@@ -56,12 +56,12 @@ class _Leaf:
 class Writer:
     """Writes observations into the rows of a buffer.
 
-    An observation is taken apart by two flat lists: of its containers, each found by its key in
-    one that was found before, and of its leaves, each with the part of a row that it is copied to.
-    The outermost container is a tuple around the observation, so that a leaf is found as any other.
+    Two flat lists take an observation apart: one of its containers, each found by its key in an
+    earlier one, and one of its leaves, each with the part of a row that it is copied to. The
+    outermost container is a tuple around the observation, so that a bare leaf is found like others.
     """
 
-    def __init__(self, env: Any, space: Space, observations: np.ndarray, structured: np.dtype):
+    def __init__(self, env: Env, space: Space, observations: np.ndarray, structured: np.dtype):
         self._env, self._space = env, space
         self._containers: list[tuple[int, str | int, int]] = []
         self._unseen = set(range(len(observations)))  # rows not yet written to
@@ -78,7 +78,7 @@ class Writer:
             ]
             for row in range(len(observations))
         ]
-        # Of an observation without parts: dtype, shape, and where each row lies.
+        # For an observation without parts: dtype, shape, and where each row lies.
         self._only = [leaves[0][2:5] for leaves in self._leaves] if not self._containers else []
 
     def _find(
@@ -89,9 +89,9 @@ class Writer:
             found.append((parent, key, field, _Leaf(space)))
             return
         self._containers.append((parent, key, len(children)))
-        here, is_dict = len(self._containers), isinstance(space.spaces, Mapping)
+        position, is_dict = len(self._containers), isinstance(space.spaces, Mapping)
         for i, (name, child) in enumerate(children.items()):
-            self._find(child, here, name if is_dict else i, field[name], found)
+            self._find(child, position, name if is_dict else i, field[name], found)
 
     def write(self, row: int, observation: Sample) -> None:
         """Copy the observation to its row.
@@ -133,22 +133,22 @@ class Writer:
 
 
 class Reader:
-    """Makes the environment's own actions out of flat ones.
+    """Makes the environment's own actions from flat ones.
 
-    Unlike in the reference, which reads nested int64 actions as pairs of int32, flattens a Box of
-    two dimensions, and hands out views of a buffer that the vecenv writes to again.
+    The reference instead reads nested int64 actions as pairs of int32, flattens a Box of two
+    dimensions, and hands out views of a buffer that the vecenv writes to again.
     """
 
-    def __init__(self, env: Any, flat: Space, build: Build | None):
+    def __init__(self, env: Env, flat: Space, build: Build | None):
         self._env, self._space, self._kind = env, flat, kind_of(flat)
         self._shape = shape = tuple(flat.shape)
         self._shapes = ((1, *shape), shape)
         self._dtype = dtype = np.dtype(flat.dtype if self._kind == "box" else np.int32)
         self._checked = False
-        # An array found in order: vecenvs hand out the same one again and again.
+        # An array that was found valid: vecenvs hand out the same one again and again.
         self._known, self._is_one = np.empty(0), False
         self._scalar = self._kind == "discrete" and build is None
-        self._own: Callable[[np.ndarray], Sample]  # of an array that is in order
+        self._own: Callable[[np.ndarray], Sample]  # of a valid array
         if build is not None:
             self._own = lambda array: build(array.ravel().tolist())
         elif self._scalar:
@@ -157,7 +157,7 @@ class Reader:
             self._own = lambda array: array.reshape(shape).astype(dtype)
 
     def read(self, action: Sample) -> Sample:
-        """The action of one agent, which is the environment's to keep.
+        """The action of one agent, which the environment may keep.
 
         Args:
             action: an array or what becomes one, also with a leading axis of 1.
@@ -178,7 +178,7 @@ class Reader:
         return self._own(array)
 
     def read_all(self, actions: np.ndarray) -> list[Sample]:
-        """The same of several agents, (agents, *shape)."""
+        """The same for several agents, (agents, *shape)."""
         if actions.shape[1:] != self._shape:
             raise self._outside(actions)
         if not self._checked or actions.dtype != self._dtype:

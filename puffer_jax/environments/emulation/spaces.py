@@ -23,10 +23,10 @@ def import_gymnasium() -> Any:
 
 
 def gymnasium_space(space: Space) -> Space:
-    """The space of gymnasium that any space stands for; its parts are in the same order.
+    """Gymnasium's space for any space; its parts are in the same order.
 
     Raises:
-        TypeError: a space that is not supported.
+        TypeError: the space is not supported.
     """
     spaces = import_gymnasium().spaces
     match kind_of(space):
@@ -53,11 +53,11 @@ def emulate_observation_space(space: Space) -> tuple[Space, np.dtype]:
     """The Box of the rows that stand for observations of `space`, and the struct in a row.
 
     Returns:
-        (`space` itself if it is a Box, else a flat Box; the dtype of one observation).
+        (`space` itself if it is a Box, otherwise a flat Box; the dtype of one observation).
 
     Raises:
-        TypeError: a space that is not supported.
-        ValueError: a Dict or Tuple without parts or with keys that cannot name a field.
+        TypeError: the space is not supported.
+        ValueError: a Dict or Tuple has no parts, or keys that cannot name a field.
     """
     sample, structured = emulated_dtypes(space)
     if kind_of(space) == "box":
@@ -65,7 +65,7 @@ def emulate_observation_space(space: Space) -> tuple[Space, np.dtype]:
     if sample.kind == "b":
         low, high = False, True
     else:
-        # gymnasium warns of the bounds of float64.
+        # gymnasium warns about the bounds of float64.
         floats = sample if sample.itemsize < 4 else np.float32
         info = np.iinfo(sample) if sample.kind in "iu" else np.finfo(floats)
         kind = int if sample.kind in "iu" else float
@@ -77,16 +77,16 @@ def emulate_observation_space(space: Space) -> tuple[Space, np.dtype]:
 def emulate_action_space(space: Space) -> tuple[Space, Build | None]:
     """The flat space of actions that stand for those of `space`, and how to build the latter.
 
-    Unlike the reference, parts may be MultiDiscrete and MultiBinary, and a Discrete or
-    MultiDiscrete may start elsewhere than at 0: the flat actions always do start there.
+    Unlike in the reference, parts may be MultiDiscrete and MultiBinary, and a Discrete or
+    MultiDiscrete need not start at 0: the flat actions always do.
 
     Returns:
-        (`space` itself, None) for a Box, and for what a policy acts in as it is; else a Discrete
-        or MultiDiscrete, and a function of the list of its components.
+        (`space` itself, None) for a Box, and for what a policy can act in as it is; otherwise a
+        Discrete or MultiDiscrete, and a function of the list of its components.
 
     Raises:
-        TypeError: a space that is not supported.
-        ValueError: a Box within a Dict or Tuple; and as `emulate_observation_space`.
+        TypeError: the space is not supported.
+        ValueError: there is a Box within a Dict or Tuple; or as in `emulate_observation_space`.
     """
     kind = kind_of(space)
     starts_at_0 = not np.any(getattr(space, "start", 0))

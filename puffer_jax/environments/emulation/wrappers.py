@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.base.spaces import Space
+from puffer_jax.base.spaces import Env, Space
 from puffer_jax.environments.emulation.buffers import Buffers, set_buffers
 from puffer_jax.environments.emulation.rows import Reader, Sample, Writer
 from puffer_jax.environments.emulation.spaces import (
@@ -14,6 +14,11 @@ from puffer_jax.environments.emulation.spaces import (
     emulate_observation_space,
     import_gymnasium,
 )
+
+Info = Any
+"""What an environment says besides; in gymnasium's protocol, a dict."""
+
+ByAgent = Mapping[Hashable, Any]
 
 
 class _Emulated:
@@ -31,7 +36,7 @@ class _Emulated:
 
     def __init__(
         self,
-        env: Any,
+        env: Env,
         spaces: tuple[Space, Space],
         agents: int,
         buf: Buffers | None,
@@ -58,7 +63,7 @@ class _Emulated:
         self.is_atn_emulated = build is not None
 
     @property
-    def render_mode(self) -> Any:
+    def render_mode(self) -> str | None:
         """That of the environment."""
         return self.env.render_mode
 
@@ -68,7 +73,7 @@ class _Emulated:
         return getattr(self.env, "metadata", None) or {"render_modes": []}
 
     def seed(self, seed: int | None) -> None:
-        """Seed of the next reset, if that gets none."""
+        """Seed the next reset, if that gets no seed."""
         self._seed = seed
 
     def render(self) -> Any:
@@ -79,11 +84,11 @@ class _Emulated:
         """Close the environment."""
         self.env.close()
 
-    def _reset(self, seed: int | None, options: Any) -> tuple[Any, Any]:
+    def _reset(self, seed: int | None, options: object) -> tuple[Sample, Info]:
         seed, self._seed = self._seed if seed is None else seed, None
         arguments = {"seed": seed, "options": options}
         self.initialized = True
-        # To an environment, a seed of None may mean something else than no seed.
+        # To an environment, a seed of None may mean something other than no seed.
         return self.env.reset(**{name: v for name, v in arguments.items() if v is not None})
 
     def _check_running(self, done: bool) -> None:
@@ -108,27 +113,27 @@ class GymnasiumPufferEnv(_Emulated):
 
     def __init__(
         self,
-        env: Any = None,
-        env_creator: Any = None,
-        env_args: Sequence[Any] | None = (),
-        env_kwargs: Mapping[str, Any] | None = None,
+        env: Env = None,
+        env_creator: object = None,
+        env_args: Sequence[object] | None = (),
+        env_kwargs: Mapping[str, object] | None = None,
         buf: Buffers | None = None,
         seed: int | None = 0,
     ):
-        """Make the environment, if it is not made, and lay out the way to the buffers.
+        """Make the environment, if it is not made yet, and lay out the way to the buffers.
 
         Args:
             env: an environment, or an id for `gymnasium.make`.
             env_creator: or a function of `env_args` and `env_kwargs` that gives one, or an id.
-            env_args: see there.
-            env_kwargs: see there.
+            env_args: see `env_creator`.
+            env_kwargs: see `env_creator`.
             buf: the buffers, see `set_buffers`.
-            seed: seed of the first reset, if that gets none. (The reference ignores it.)
+            seed: of the first reset, if that gets no seed. (The reference ignores it.)
 
         Raises:
-            TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
-            ValueError: both or neither of `env` and `env_creator`; or a space that cannot be laid
-                out.
+            TypeError: `env_creator` is not callable, or `env` is; or a space is not supported.
+            ValueError: both or neither of `env` and `env_creator` are given; or a space cannot be
+                laid out.
         """
         if isinstance(env, str):
             env, env_creator = None, env if env_creator is None else env_creator
@@ -141,11 +146,11 @@ class GymnasiumPufferEnv(_Emulated):
         self.done = True
 
     @property
-    def unwrapped(self) -> Any:
-        """This; below it the spaces are others."""
+    def unwrapped(self) -> "GymnasiumPufferEnv":
+        """This environment: inside it the spaces are others."""
         return self
 
-    def reset(self, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, Any]:
+    def reset(self, seed: int | None = None, options: object = None) -> tuple[np.ndarray, Info]:
         """Begin an episode.
 
         Returns:
@@ -161,7 +166,7 @@ class GymnasiumPufferEnv(_Emulated):
         self.masks[0] = True
         return self.observations, info
 
-    def step(self, action: Sample) -> tuple[np.ndarray, float, bool, bool, Any]:
+    def step(self, action: Sample) -> tuple[np.ndarray, float, bool, bool, Info]:
         """Act.
 
         Args:
@@ -194,7 +199,8 @@ class GymnasiumPufferEnv(_Emulated):
 class PettingZooPufferEnv(_Emulated):
     """A PettingZoo environment behind flat arrays: a row for each possible agent.
 
-    An absent agent has a row of zeros, which is masked; unlike the reference's, also after a reset.
+    An absent agent has a row of zeros, which is masked; unlike in the reference, also after a
+    reset.
 
     Attributes:
         env: the parallel environment.
@@ -206,40 +212,40 @@ class PettingZooPufferEnv(_Emulated):
 
     def __init__(
         self,
-        env: Any = None,
-        env_creator: Any = None,
-        env_args: Sequence[Any] | None = (),
-        env_kwargs: Mapping[str, Any] | None = None,
+        env: Env = None,
+        env_creator: object = None,
+        env_args: Sequence[object] | None = (),
+        env_kwargs: Mapping[str, object] | None = None,
         buf: Buffers | None = None,
         seed: int | None = 0,
     ):
-        """Make the environment, if it is not made, and lay out the way to the buffers.
+        """Make the environment, if it is not made yet, and lay out the way to the buffers.
 
         Args:
             env: a parallel environment; one in which agents take turns (AEC) goes through
                 PettingZoo's own converter.
             env_creator: or a function of `env_args` and `env_kwargs` that gives one.
-            env_args: see there.
-            env_kwargs: see there.
+            env_args: see `env_creator`.
+            env_kwargs: see `env_creator`.
             buf: the buffers, see `set_buffers`.
-            seed: seed of the first reset, if that gets none. (The reference ignores it.)
+            seed: of the first reset, if that gets no seed. (The reference ignores it.)
 
         Raises:
-            TypeError: `env_creator` is not callable, `env` is; or an unsupported space.
-            ValueError: both or neither of `env` and `env_creator`; a space that cannot be laid
-                out, or that is not the same for all agents.
+            TypeError: `env_creator` is not callable, or `env` is; or a space is not supported.
+            ValueError: both or neither of `env` and `env_creator` are given; or a space cannot be
+                laid out, or is not the same for all agents.
         """
         env = _parallel(_make(env, env_creator, env_args, env_kwargs))
         agents = list(env.possible_agents)
         spaces = env.observation_space(agents[0]), env.action_space(agents[0])
         for agent in agents[1:]:
-            for first, own in zip(
+            for first, other in zip(
                 spaces, (env.observation_space(agent), env.action_space(agent)), strict=True
             ):
-                if own != first:
+                if other != first:
                     raise ValueError(
                         f"{env}: all agents must have the same spaces; {agents[0]!r} has {first}, "
-                        f"{agent!r} {own}"
+                        f"{agent!r} {other}"
                     )
         super().__init__(env, spaces, len(agents), buf, seed)
         self.possible_agents = agents
@@ -268,8 +274,8 @@ class PettingZooPufferEnv(_Emulated):
         return self.single_action_space
 
     def reset(
-        self, seed: int | None = None, options: Any = None
-    ) -> tuple[dict[Hashable, np.ndarray], Any]:
+        self, seed: int | None = None, options: object = None
+    ) -> tuple[dict[Hashable, np.ndarray], Info]:
         """Begin an episode.
 
         Returns:
@@ -279,20 +285,18 @@ class PettingZooPufferEnv(_Emulated):
             ValueError: an observation is not in its space, or is of an agent that does not exist.
         """
         observations, infos = self._reset(seed, options)
-        no = dict.fromkeys(observations, False)
-        self._receive(observations, no, no, no)
+        zeros = dict.fromkeys(observations, False)
+        self._receive(observations, zeros, zeros, zeros)
         self.terminals[:] = False
         self._over = False
         return self._rows, infos
 
-    def step(
-        self, actions: Mapping[Hashable, Any] | np.ndarray
-    ) -> tuple[Mapping[Hashable, Any], ...]:
+    def step(self, actions: ByAgent | np.ndarray) -> tuple[ByAgent, ...]:
         """Act.
 
         Args:
-            actions: (agents, ...) in the order of `possible_agents`, or by agent. Those of agents
-                that are not there are left out.
+            actions: (agents, ...) in the order of `possible_agents`, or by agent. Those of absent
+                agents are left out.
 
         Returns:
             (observations, rewards, terminated, truncated, infos), dicts by agent; the first four
@@ -304,39 +308,39 @@ class PettingZooPufferEnv(_Emulated):
                 not exist.
         """
         self._check_running(self.done)
-        here = set(self.env.agents)
+        present = set(self.env.agents)
         if not isinstance(actions, np.ndarray):
             self._check_agents(actions)
-            own = {a: self._reader.read(action) for a, action in actions.items() if a in here}
+            read = {a: self._reader.read(x) for a, x in actions.items() if a in present}
         elif len(actions) == self.num_agents:
-            read = self._reader.read_all(actions)
-            own = {a: x for a, x in zip(self.possible_agents, read, strict=True) if a in here}
+            pairs = zip(self.possible_agents, self._reader.read_all(actions), strict=True)
+            read = {a: x for a, x in pairs if a in present}
         else:
             raise ValueError(f"{self.env}: {len(actions)} actions for {self.num_agents} agents")
-        observations, rewards, terminated, truncated, infos = self.env.step(own)
+        observations, rewards, terminated, truncated, infos = self.env.step(read)
         self._receive(observations, rewards, terminated, truncated)
         self._over = all(terminated.values()) or all(truncated.values())
         padded = self._pad(rewards, 0), self._pad(terminated, True), self._pad(truncated, False)
         return self._rows, *padded, infos
 
-    def _pad(self, values: Mapping[Hashable, Any], absent: Any) -> Mapping[Hashable, Any]:
+    def _pad(self, values: ByAgent, absent: object) -> ByAgent:
         if values.keys() == self.mask.keys():
             return values
         return {agent: values.get(agent, absent) for agent in self.possible_agents}
 
     def _receive(
         self,
-        observations: Mapping[Hashable, Any],
-        rewards: Mapping[Hashable, Any],
-        terminated: Mapping[Hashable, Any],
-        truncated: Mapping[Hashable, Any],
+        observations: ByAgent,
+        rewards: ByAgent,
+        terminated: ByAgent,
+        truncated: ByAgent,
     ) -> None:
         """Write the rows of the agents that are observed, and zeros for those that are not."""
         count, mask, write = 0, self.mask, self._write
         for i, agent in enumerate(self.possible_agents):
-            here = agent in observations
-            mask[agent] = self.masks[i] = here
-            if here:
+            present = agent in observations
+            mask[agent] = self.masks[i] = present
+            if present:
                 count += 1
                 write(i, observations[agent])
                 self.rewards[i] = rewards[agent]
@@ -358,11 +362,11 @@ _MANY = (np.ndarray, list, tuple)
 
 
 def _make(
-    env: Any,
-    creator: Any,
-    args: Sequence[Any] | None,
-    kwargs: Mapping[str, Any] | None,
-) -> Any:
+    env: Env,
+    creator: object,
+    args: Sequence[object] | None,
+    kwargs: Mapping[str, object] | None,
+) -> Env:
     if (env is None) == (creator is None):
         raise ValueError(f"give either env or env_creator, got {env!r} and {creator!r}")
     if env is not None:
@@ -374,7 +378,7 @@ def _make(
     return creator(*(args or ()), **(kwargs or {}))
 
 
-def _parallel(env: Any) -> Any:
+def _parallel(env: Env) -> Env:
     """The environment, or what PettingZoo makes of one whose agents take turns."""
     if not hasattr(env, "agent_iter"):
         return env

@@ -1,8 +1,8 @@
 """Atari games of ALE, with the usual preprocessing."""
 
 from collections.abc import Iterable
-from typing import Any
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import Arguments, Family, gymnasium
 
 _OPTIONS = ("framestack", "noop_max", "terminal_on_life_loss", "clip_rewards")
@@ -15,8 +15,8 @@ def atari(
     noop_max: int = 30,
     terminal_on_life_loss: bool = False,
     clip_rewards: bool = False,
-    **kwargs: Any,
-) -> Any:
+    **kwargs: object,
+) -> Env:
     """An Atari game, preprocessed by gymnasium's wrappers.
 
     Observations are (framestack, 84, 84) uint8. The info of an episode's last step has its
@@ -34,8 +34,8 @@ def atari(
 
     Raises:
         ImportError: ale-py or OpenCV is not installed.
-        TypeError: neither this function nor ALE's environment takes an argument.
-        ValueError: there is no such game; names the nearest.
+        TypeError: there is an argument that neither this function nor ALE's environment takes.
+        ValueError: there is no such game; the message names the nearest.
     """
     env = gymnasium.create(name, name, kwargs | {"frameskip": 1}, _OPTIONS)
     from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, TransformReward
@@ -52,7 +52,7 @@ def atari(
     return FrameStackObservation(env, framestack)
 
 
-def _create(name: str, known: str, arguments: Arguments) -> Any:
+def _create(name: str, known: str, arguments: Arguments) -> Env:
     return atari(known, **arguments)
 
 

@@ -3,9 +3,9 @@
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from puffer_jax.base.packages import require
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import Arguments, Family, check_arguments, unknown
 from puffer_jax.environments.families.native import CLASSES
 
@@ -28,7 +28,7 @@ def errors(name: str) -> Iterator[None]:
         raise unknown(name, _names(), why) from error
 
 
-def create(name: str, known: str, arguments: Arguments, more: Iterable[str] = ()) -> Any:
+def create(name: str, known: str, arguments: Arguments, more: Iterable[str] = ()) -> Env:
     """Make an environment by its id.
 
     Args:
@@ -49,7 +49,7 @@ def create(name: str, known: str, arguments: Arguments, more: Iterable[str] = ()
         return gymnasium.make(known, **arguments)
 
 
-def _make_vec(name: str, known: str, count: int, mode: str | None, arguments: Arguments) -> Any:
+def _make_vec(name: str, known: str, count: int, mode: str | None, arguments: Arguments) -> Env:
     _check(name, known, arguments)
     with errors(name):
         import gymnasium

@@ -1,8 +1,8 @@
 """Environments of gymnax, which run in JAX."""
 
 from collections.abc import Iterable
-from typing import Any
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import Arguments, Family, check_arguments, unknown
 
 
@@ -12,7 +12,7 @@ def _names() -> Iterable[str]:
     return [f"gymnax:{known}" for known in gymnax.registered_envs]
 
 
-def _create(name: str, known: str, arguments: Arguments) -> Any:
+def _create(name: str, known: str, arguments: Arguments) -> Env:
     import gymnax
 
     from puffer_jax.environments.jax_native import as_jax_env

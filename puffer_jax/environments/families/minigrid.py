@@ -1,17 +1,17 @@
 """Environments of minigrid: MiniGrid and BabyAI."""
 
 from collections.abc import Iterable
-from typing import Any
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import Arguments, Family, gymnasium
 
 _PREFIXES = ("MiniGrid-", "BabyAI-")
 
 
-def _create(name: str, known: str, arguments: Arguments) -> Any:
+def _create(name: str, known: str, arguments: Arguments) -> Env:
     from minigrid.wrappers import ImgObsWrapper
 
-    # The mission is a text, which no array can hold; the image shows the direction.
+    # The mission is text, which no array can hold; the image shows the direction.
     return ImgObsWrapper(gymnasium.create(name, known, arguments))
 
 

@@ -1,8 +1,8 @@
 """The small JAX-native environments of this package."""
 
 import importlib
-from typing import Any
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import Arguments, Family, check_arguments
 
 CLASSES = {
@@ -19,7 +19,7 @@ CLASSES = {
 """Where each is: the module in `puffer_jax.environments`, and the class."""
 
 
-def _create(name: str, known: str, arguments: Arguments) -> Any:
+def _create(name: str, known: str, arguments: Arguments) -> Env:
     module, kind = CLASSES[known]
     constructor = getattr(importlib.import_module(f"puffer_jax.environments.{module}"), kind)
     check_arguments(name, constructor, arguments)

@@ -4,13 +4,13 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Iterable
-from typing import Any
 
+from puffer_jax.base.spaces import Env
 from puffer_jax.environments.families import Arguments, Family, unknown
 
 
-def _create(name: str, known: str, arguments: Arguments) -> Any:
-    """The parallel environment of one of PettingZoo's modules; without one, that of turns."""
+def _create(name: str, known: str, arguments: Arguments) -> Env:
+    """The parallel environment of one of PettingZoo's modules; if it has none, the one in turns."""
     names = _names()
     if f"pettingzoo:{known}" not in names:
         raise unknown(name, names)

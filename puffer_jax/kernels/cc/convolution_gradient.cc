@@ -70,7 +70,7 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
     }
     parallel(pool, w.x.batch, [&](Index n) {
       T* image = scratch<T, Slot::kRows>(sides.rows * row);
-      place(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, false,
+      frame(d_out + n * w.out.size(), {w.out.height, w.out.width}, outputs, corner, sides, false,
             image);
       for (Index phase = 0; phase < phases; ++phase) {
         const Phase of(w, phase);
@@ -89,7 +89,7 @@ void convolve_images_gradient(ffi::ThreadPool& pool, const Windows& w, const T* 
               [&](Index i) {
                 return from + i / pixels.columns * row + i % pixels.columns * outputs;
               },
-              nothing<T>,
+              zero_start<T>,
               [&](Index i) {
                 return to + (i / pixels.columns * w.stride.rows * w.x.width +
                              i % pixels.columns * w.stride.columns) *

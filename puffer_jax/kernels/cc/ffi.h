@@ -1,4 +1,4 @@
-// What XLA hands over: buffers and attributes.
+// What XLA passes to a kernel: buffers and attributes.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace ffi = xla::ffi;
 
-// Of a handler's signature.
+// Parts of a handler's signature.
 #define ARG .Arg<In>()
 #define RET .Ret<ffi::AnyBuffer>()
 
@@ -27,12 +27,12 @@ T* out(ffi::Result<ffi::AnyBuffer>& buffer) {
   return static_cast<T*>(buffer->untyped_data());
 }
 
-// A library serves one type: half the time to compile, for most users need no other.
+// A library serves one type, which halves the time to compile: most users need no other.
 #ifndef NUMBER
 #define NUMBER float
 #endif
 
-// XLA knows errors, but no exceptions.
+// XLA takes errors, but not exceptions.
 template <typename Body>
 ffi::Error without_exceptions(const Body& body) {
   try {

@@ -1,4 +1,4 @@
-// Linear layers of the same vectors, computed as one.
+// Linear layers that read the same vectors, computed as one.
 
 #pragma once
 
@@ -34,8 +34,8 @@ INLINE void dots(const T* x, Index inputs, const T* weights, Index stride, const
   EACH to[i] = bias[i] + total<T>(sums[i]);
 }
 
-// Linear layers of the same vectors, computed as one: each has weights (inputs, outputs), a bias,
-// and a result (batch, outputs).
+// Linear layers that read the same vectors, computed as one: each has weights (inputs, outputs), a
+// bias, and a result (batch, outputs).
 template <typename T>
 class Heads {
  public:
@@ -72,7 +72,7 @@ class Heads {
     T* all = count_ == 1 ? heads_[0].result + first * outputs_
                          : scratch<T, Slot::kHeadResults>(rows * outputs_);
     if (outputs_ > kFewOutputs) {
-      times<T>(
+      multiply_packed<T>(
           weights_, inputs_, outputs_, rows, [&](Index m) { return vectors + m * stride; },
           [&](Index) { return bias_; }, [&](Index m) { return all + m * outputs_; });
     } else {

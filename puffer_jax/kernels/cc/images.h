@@ -10,7 +10,7 @@
 #include "product.h"
 #include "vectors.h"
 
-// Of a handler's signature.
+// Part of a handler's signature.
 #define WINDOWS                                                                  \
   .Attr<bool>("channels_first").Attr<bool>("rectify")                            \
       .Attr<std::int64_t>("stride_rows").Attr<std::int64_t>("stride_columns")    \
@@ -19,7 +19,7 @@
 namespace {
 
 // Images (batch, height, width, channels) and windows over them. The images of bytes that an
-// environment gives, and a result, may have their channels first; all else has them last.
+// environment gives, and a result, may have their channels first; all others have them last.
 struct Images {
   Index batch, height, width, channels;
   explicit Images(ffi::AnyBuffer::Dimensions d, bool first = false)
@@ -51,10 +51,10 @@ struct Windows {
   Index numbers() const { return size.rows * size.columns * x.channels; }
 };
 
-// An image within borders of zeros, its negative numbers zero, too, if it is to be rectified; what
-// lies beyond `sides` is cut off.
+// An image within borders of zeros, with zeros for its negative numbers if it is to be rectified;
+// what lies beyond `sides` is cut off.
 template <typename T>
-void place(const T* image, Pair image_sides, Index channels, Pair corner, Pair sides, bool rectify,
+void frame(const T* image, Pair image_sides, Index channels, Pair corner, Pair sides, bool rectify,
            T* out) {
   const Index row = sides.columns * channels;
   const Index above = std::min(corner.rows, sides.rows);
@@ -83,7 +83,7 @@ struct Numbers {
   bool rectify;
 };
 
-// The image that the windows slide over: itself if it needs no border, unless somebody means to
+// The image that the windows slide over: itself if it needs no border, unless the caller means to
 // read some numbers beyond its end, no more than a panel has.
 template <typename T>
 const T* bordered(const Windows& w, const Numbers<T>& x, Index n, bool beyond = false) {
@@ -93,7 +93,7 @@ const T* bordered(const Windows& w, const Numbers<T>& x, Index n, bool beyond = 
     return image;
   }
   T* copy = scratch<T, Slot::kRows>(w.sides.rows * w.sides.columns * w.x.channels);
-  place(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, x.rectify, copy);
+  frame(image, {w.x.height, w.x.width}, w.x.channels, w.pad, w.sides, x.rectify, copy);
   return copy;
 }
 
@@ -135,7 +135,7 @@ void to_numbers(const std::uint8_t* bytes, Index count, T* to) {
     using Byte = std::uint8_t;
     using Word = std::uint16_t;
     for (; i + kLanes<Byte> <= count; i += kLanes<Byte>) {
-      // Zipping with zeros makes bytes wider; compilers convert them to wider ones one by one.
+      // Zipping with zeros widens bytes; compilers would convert them one by one.
       Vector<Byte> half[2];
       zip<Byte>(load(bytes + i), Vector<Byte>{}, half[0], half[1]);
       for (int h = 0; h < 2; ++h) {

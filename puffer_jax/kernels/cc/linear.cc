@@ -12,17 +12,17 @@
 
 namespace {
 
-// For so many rows of x and d: dx = d @ weights, or added to it, and d_weights += d^T @ x; of N
-// columns of d. Weights are (N, stride), rows of d `outputs` apart.
+// For the rows of x and N columns of d: dx = d @ weights, or dx += that, and d_weights += d^T @ x.
+// Weights are (N, stride), rows of d `outputs` apart.
 template <typename T, int N, int rows>
 void few_gradients(const T* x, Index inputs, const T* d, Index outputs, const T* weights,
                    Index stride, bool add, T* dx, T* d_weights) {
   const auto some = [&](Index j, auto whole) {
     const Index count = whole ? kLanes<T> : inputs - j;
-    Vector<T> given[rows], back[rows] = {};
+    Vector<T> loaded[rows], back[rows] = {};
 #pragma GCC unroll 4
     for (int m = 0; m < rows; ++m) {
-      given[m] = load(x + m * inputs + j, count);
+      loaded[m] = load(x + m * inputs + j, count);
       if (add) back[m] = load(dx + m * inputs + j, count);
     }
 #pragma GCC unroll 8
@@ -31,7 +31,7 @@ void few_gradients(const T* x, Index inputs, const T* d, Index outputs, const T*
       Vector<T> sum = load(d_weights + n * stride + j);
 #pragma GCC unroll 4
       for (int m = 0; m < rows; ++m) {
-        sum += given[m] * d[m * outputs + n];
+        sum += loaded[m] * d[m * outputs + n];
         back[m] += weight * d[m * outputs + n];
       }
       store(d_weights + n * stride + j, sum);
@@ -44,7 +44,7 @@ void few_gradients(const T* x, Index inputs, const T* d, Index outputs, const T*
   if (j < inputs) some(j, std::false_type());
 }
 
-// Of x (batch, inputs) @ weights (inputs, outputs) + bias.
+// The gradient of x (batch, inputs) @ weights (inputs, outputs) + bias.
 template <typename T>
 struct LinearArguments {
   Index batch, inputs, outputs;
@@ -57,16 +57,16 @@ struct LinearGradients {
 };
 
 template <typename T>
-void linear_gradient(ffi::ThreadPool& pool, const LinearArguments<T>& given,
+void linear_gradient(ffi::ThreadPool& pool, const LinearArguments<T>& args,
                      const LinearGradients<T>& gradients) {
-  const Index batch = given.batch, inputs = given.inputs, outputs = given.outputs;
-  const T *x = given.x, *d = given.d_result;
+  const Index batch = args.batch, inputs = args.inputs, outputs = args.outputs;
+  const T *x = args.x, *d = args.d_result;
   T* dx = gradients.x;
   const Index most = batch * inputs > kWorthwhile ? std::max<Index>(1, batch / 32) : 1;
   const Index parts = std::clamp<Index>(pool.num_threads(), 1, most);
   const Index stride = (inputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   T* across = scratch<T, Slot::kPanels>(outputs * stride);
-  pack_transposed(given.weights, outputs, outputs, inputs, stride, across);
+  pack_transposed(args.weights, outputs, outputs, inputs, stride, across);
   const Index size = (stride + 1) * outputs;
   T* sums = scratch<T, Slot::kSums>(parts * size);
   parallel(pool, parts, [&](Index part) {
@@ -121,7 +121,7 @@ ffi::Error LinearGradient(ffi::ThreadPool pool, In x, In weights, In d_result, O
                           Out d_weights, Out d_bias) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    const LinearArguments<T> given{
+    const LinearArguments<T> args{
         .batch = x.dimensions()[0],
         .inputs = x.dimensions()[1],
         .outputs = d_result.dimensions()[1],
@@ -134,7 +134,7 @@ ffi::Error LinearGradient(ffi::ThreadPool pool, In x, In weights, In d_result, O
         .weights = out<T>(d_weights),
         .bias = out<T>(d_bias),
     };
-    linear_gradient(pool, given, gradients);
+    linear_gradient(pool, args, gradients);
   });
 }
 

@@ -27,8 +27,8 @@ struct Shape {
 
   Index joined() const { return inputs + hidden; }
   Index begin(Index block) const { return share(batch, 2, block, blocks); }
-  // Small blocks do what does not wait for the step before for some steps at once, so that the
-  // weights pass by less often; more steps if they are too large for a core's cache.
+  // What does not depend on the step before, small blocks do for several steps at once, so that the
+  // weights pass by less often; for more steps if these are too large for a core's cache.
   template <typename T>
   Index steps(Index rows) const {
     const bool large = 4 * hidden * joined() * sizeof(T) > (1 << 20);
@@ -49,7 +49,7 @@ template <typename T>
 struct LstmArguments {
   const T *of_x, *of_h, *bias;  // the weights of the inputs and of the states
   const T *x, *h, *c;
-  const bool* done;  // (batch, time): an episode begins, so the state before does not count
+  const bool* done;  // (batch, time): an episode begins, so the state before it does not count
 };
 
 template <typename T>
@@ -60,7 +60,7 @@ struct LstmResults {
 };
 
 template <typename T>
-void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& given,
+void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& args,
                   const LstmResults<T>& results);
 
 }  // namespace

@@ -12,7 +12,7 @@
 
 namespace {
 
-// Gates whose gradients of some steps stay in cache while the inputs' columns pass by.
+// The gates whose gradients, for some steps, stay in cache while the inputs' columns pass by.
 constexpr Index kGates = 48;
 
 // The rows h_{t-1}; zero where an episode begins.
@@ -100,7 +100,7 @@ struct Columns {
   Index x_panels, h_panels, gates;
   T* packed;
 
-  Columns(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& given)
+  Columns(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& args)
       : x_panels((shape.inputs + kWide - 1) / kWide),
         h_panels((shape.hidden + kWide - 1) / kWide),
         gates(4 * shape.hidden) {
@@ -109,7 +109,7 @@ struct Columns {
       const bool of_x = p < x_panels;
       const Index size = of_x ? shape.inputs : shape.hidden;
       const Index column = (of_x ? p : p - x_panels) * kWide;
-      const T* from = (of_x ? given.of_x : given.of_h) + column;
+      const T* from = (of_x ? args.of_x : args.of_h) + column;
       pack(from, size, gates, std::min(kWide, size - column), kWide, packed + p * kWide * gates);
     });
   }
@@ -118,16 +118,16 @@ struct Columns {
   Product<T> of_h(Index p) const { return of_x(x_panels + p); }
 };
 
-// The sequences [first, last), from their last step on.
+// The sequences [first, last), from their last step to their first.
 template <typename T>
 class BackwardBlock {
  public:
-  BackwardBlock(const Shape& shape, const Columns<T>& columns, const LstmArguments<T>& given,
+  BackwardBlock(const Shape& shape, const Columns<T>& columns, const LstmArguments<T>& args,
                 const LstmResults<const T>& made, const LstmCotangents<T>& d_results,
                 const LstmGradients<T>& gradients, Index first, Index last)
       : shape_(shape),
         columns_(columns),
-        given_(given),
+        args_(args),
         made_(made),
         d_results_(d_results),
         gradients_(gradients),
@@ -166,18 +166,18 @@ class BackwardBlock {
     const Index hidden = shape_.hidden, inputs = shape_.inputs, time = shape_.time;
     T* d_now = d_gates_ + slot * rows_ * d_stride_;
     T* row = joined_ + slot * rows_ * stride_;
-    copy_inputs(shape_, t, first_, last_, given_.x, row, stride_);
-    copy_states(shape_, t, first_, last_, given_.h, made_.outputs, given_.done, row + inputs,
+    copy_inputs(shape_, t, first_, last_, args_.x, row, stride_);
+    copy_states(shape_, t, first_, last_, args_.h, made_.outputs, args_.done, row + inputs,
                 stride_);
     for (Index r = 0; r < rows_; ++r) {
       const Index sequence = first_ + r, at = sequence * time + t;
       const T* kept = made_.kept + (t * shape_.batch + sequence) * 5 * hidden;
       cell_gradient(CellStep<T>{
           .hidden = hidden,
-          .begun = given_.done[at],
+          .begun = args_.done[at],
           .kept = kept,
           .before = t ? kept - shape_.batch * 5 * hidden + 4 * hidden
-                      : given_.c + sequence * hidden,
+                      : args_.c + sequence * hidden,
           .d_output = d_results_.outputs + at * hidden,
           .tanh_row = tanh_row_,
           .d_gates = d_now + r * d_stride_,
@@ -188,11 +188,11 @@ class BackwardBlock {
     }
     for (Index q = 0; q < columns_.h_panels; ++q) {
       multiply<T, kWidest>(columns_.of_h(q), rows_, hidden - q * kWide,
-                           Rows<const T>{d_now, d_stride_}, nothing<T>,
+                           Rows<const T>{d_now, d_stride_}, zero_start<T>,
                            Rows<T>{gradients_.h + first_ * hidden + q * kWide, hidden});
     }
     for (Index r = first_; r < last_; ++r) {
-      if (given_.done[r * time + t]) std::fill_n(gradients_.h + r * hidden, hidden, T(0));
+      if (args_.done[r * time + t]) std::fill_n(gradients_.h + r * hidden, hidden, T(0));
     }
   }
 
@@ -202,7 +202,7 @@ class BackwardBlock {
     T* const* of_dx = of_dx_;
     for (Index p = 0; p < columns_.x_panels; ++p) {
       multiply<T, kWidest>(columns_.of_x(p), rows, inputs - p * kWide,
-                           Rows<const T>{d_gates_, d_stride_}, nothing<T>,
+                           Rows<const T>{d_gates_, d_stride_}, zero_start<T>,
                            [=](Index m) { return of_dx[m] + p * kWide; });
     }
     add_rows(d_gates_, rows, d_stride_, 4 * hidden, sums.bias);
@@ -225,24 +225,24 @@ class BackwardBlock {
 
   const Shape& shape_;
   const Columns<T>& columns_;
-  const LstmArguments<T>& given_;
+  const LstmArguments<T>& args_;
   const LstmResults<const T>& made_;
   const LstmCotangents<T>& d_results_;
   const LstmGradients<T>& gradients_;
   Index first_, last_, rows_, slots_, stride_, d_stride_;
-  // Of the steps in the slots: rows [x_t, h_{t-1}], the gates' gradients, where those of x go.
+  // For the steps in the slots: rows [x_t, h_{t-1}], the gates' gradients, where those of x go.
   T *joined_, *d_gates_, *tanh_row_, **of_dx_;
 };
 
 template <typename T>
-void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& given,
+void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& args,
                    const LstmResults<const T>& made, const LstmCotangents<T>& d_results,
                    const LstmGradients<T>& gradients) {
-  const Columns<T> columns(pool, shape, given);
+  const Columns<T> columns(pool, shape, args);
   const Index gates = 4 * shape.hidden;
   const Index size_x = gates * shape.inputs, size_h = gates * shape.hidden;
   const Index size = size_x + size_h + gates;
-  // One sum a part; the first where the result goes.
+  // One sum per part; the first lies where the result goes.
   T* others = scratch<T, Slot::kSums>((shape.parts - 1) * size);
   const auto sums_of = [&](Index part) {
     if (part == 0) return gradients.weights;
@@ -256,7 +256,7 @@ void lstm_backward(ffi::ThreadPool& pool, const Shape& shape, const LstmArgument
     std::fill_n(sums.bias, gates, T(0));
     const Index each = shape.blocks / shape.parts;
     for (Index i = part * each; i < (part + 1) * each; ++i) {
-      BackwardBlock<T>(shape, columns, given, made, d_results, gradients, shape.begin(i),
+      BackwardBlock<T>(shape, columns, args, made, d_results, gradients, shape.begin(i),
                        shape.begin(i + 1))
           .run(sums);
     }
@@ -280,7 +280,7 @@ ffi::Error LstmBackward(ffi::ThreadPool pool, In of_x, In of_h, In x, In h, In c
                         Out d_of_h, Out d_bias, Out dx, Out dh, Out dc) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    const LstmArguments<T> given{
+    const LstmArguments<T> args{
         .of_x = in<T>(of_x),
         .of_h = in<T>(of_h),
         .bias = nullptr,
@@ -306,7 +306,7 @@ ffi::Error LstmBackward(ffi::ThreadPool pool, In of_x, In of_h, In x, In h, In c
         .h = out<T>(dh),
         .c = out<T>(dc),
     };
-    lstm_backward<T>(pool, Shape(x, h, pool), given, made, d_results, gradients);
+    lstm_backward<T>(pool, Shape(x, h, pool), args, made, d_results, gradients);
   });
 }
 

@@ -13,32 +13,32 @@
 namespace {
 
 // The weights, packed: the four gates of as many units as a vector has lanes, side by side in as
-// few panels as can be.
+// few panels as possible.
 template <typename T>
 struct Gates {
   static constexpr Index kWide = 4 * kLanes<T>, kPiece = kWidest * kLanes<T>;
   Index panels, joined;
   T *packed, *biases;
 
-  Gates(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& given)
+  Gates(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& args)
       : panels((shape.hidden + kLanes<T> - 1) / kLanes<T>), joined(shape.joined()) {
     packed = scratch<T, Slot::kPanels>(panels * kWide * (joined + 1));
     biases = packed + panels * kWide * joined;
-    parallel(pool, panels, [&](Index p) { pack_units(shape, given, p); });
+    parallel(pool, panels, [&](Index p) { pack_units(shape, args, p); });
   }
 
-  void pack_units(const Shape& shape, const LstmArguments<T>& given, Index p) {
+  void pack_units(const Shape& shape, const LstmArguments<T>& args, Index p) {
     constexpr Index lanes = kLanes<T>;
     const Index hidden = shape.hidden, inputs = shape.inputs;
     const Index units = std::min(lanes, hidden - p * lanes);
     for (Index gate = 0; gate < 4; ++gate) {
       const Index row = gate * hidden + p * lanes;
       T* own = biases + (p * 4 + gate) * lanes;
-      std::copy_n(given.bias + row, units, own);
+      std::copy_n(args.bias + row, units, own);
       std::fill(own + units, own + lanes, T(0));
       T* to = packed + (p * 4 + gate / kWidest * kWidest) * lanes * joined + gate % kWidest * lanes;
-      transpose(given.of_x + row * inputs, inputs, units, inputs, to, kPiece);
-      transpose(given.of_h + row * hidden, hidden, units, hidden, to + inputs * kPiece, kPiece);
+      transpose(args.of_x + row * inputs, inputs, units, inputs, to, kPiece);
+      transpose(args.of_h + row * hidden, hidden, units, hidden, to + inputs * kPiece, kPiece);
       if (units == lanes) continue;
       for (Index k = 0; k < joined; ++k, to += kPiece) std::fill(to + units, to + lanes, T(0));
     }
@@ -67,7 +67,7 @@ struct Cells {
   T* kept;            // (sequences, 5, hidden), if any
 };
 
-// Of N sequences from number i on: their cells, and the last gate. By value, as in Rows.
+// For N sequences from number i on: their cells, and the last gate. By value, as in Rows.
 template <typename T, int N>
 INLINE void update(const Cells<T> at, Index i) {
   Group<T, 4 * N> gates;
@@ -108,11 +108,11 @@ INLINE void expose(Index hidden, const T* cell, T* state, T* output) {
 template <typename T>
 class ForwardBlock {
  public:
-  ForwardBlock(const Shape& shape, const Gates<T>& gates, const LstmArguments<T>& given,
+  ForwardBlock(const Shape& shape, const Gates<T>& gates, const LstmArguments<T>& args,
                const LstmResults<T>& results, Index first, Index last)
       : shape_(shape),
         gates_(gates),
-        given_(given),
+        args_(args),
         results_(results),
         first_(first),
         rows_(last - first),
@@ -126,10 +126,10 @@ class ForwardBlock {
 
   void run() const {
     const Index hidden = shape_.hidden, time = shape_.time;
-    std::copy_n(given_.c + first_ * hidden, rows_ * hidden, cells_);
+    std::copy_n(args_.c + first_ * hidden, rows_ * hidden, cells_);
     T* states = rows_of(0) + shape_.inputs;
     for (Index m = 0; m < rows_; ++m) {
-      std::copy_n(given_.h + (first_ + m) * hidden, hidden, states + m * stride_);
+      std::copy_n(args_.h + (first_ + m) * hidden, hidden, states + m * stride_);
     }
     for (Index t = 0; t < time; ++t) {
       if (t % steps_ == 0) begin(t);
@@ -147,11 +147,11 @@ class ForwardBlock {
 
   T* rows_of(Index t) const { return joined_ + t % slots_ * rows_ * stride_; }
 
-  // What does not wait for the step before, of the steps from t on.
+  // What does not depend on the step before, for the steps from t on.
   void begin(Index t) const {
     const Index count = std::min(steps_, shape_.time - t), last = first_ + rows_;
     for (Index i = 0; i < count; ++i) {
-      copy_inputs(shape_, t + i, first_, last, given_.x, rows_of(t + i), stride_);
+      copy_inputs(shape_, t + i, first_, last, args_.x, rows_of(t + i), stride_);
     }
     for (Index p = 0; p < gates_.panels && steps_ > 1; ++p) {
       gates_(p, 0, shape_.inputs, count * rows_, {joined_, stride_}, {gates_.biases + p * kWide, 0},
@@ -161,7 +161,7 @@ class ForwardBlock {
 
   void step(Index t) const {
     const Index hidden = shape_.hidden, inputs = shape_.inputs, time = shape_.time;
-    const bool* begun = given_.done + first_ * time + t;
+    const bool* begun = args_.done + first_ * time + t;
     T* now = rows_of(t);
     T* next = rows_of(t + 1) + inputs;
     for (Index m = 0; m < rows_; ++m) {
@@ -181,13 +181,13 @@ class ForwardBlock {
     constexpr int most_rows = kSplits<kWidest> ? kTileRows[kWidest / 2] : 2 * tile_rows;
     constexpr int many_rows = kSplits<kWidest> ? tile_rows : most_rows;
     const Index hidden = shape_.hidden, time = shape_.time, unit = p * kLanes<T>;
-    // Where the rows' part begins that is left to each step.
+    // Where the part of the rows that is left to each step begins.
     const Index own = steps_ > 1 ? shape_.inputs : 0;
     const T* start = own ? ahead_ + (p * steps_ + t % steps_) * rows_ * kWide
                          : gates_.biases + p * kWide;
     alignas(kBytes) T sums[most_rows * kWide];
     for (Index m = 0, valid; m < rows_; m += valid) {
-      valid = rows_ - m <= most_rows ? rows_ - m : even(rows_ - m, many_rows);
+      valid = rows_ - m <= most_rows ? rows_ - m : even_share(rows_ - m, many_rows);
       gates_(p, own, shape_.joined(), valid, {now + m * stride_ + own, stride_},
              own ? Rows<const T>{start + m * kWide, kWide} : Rows<const T>{start, 0},
              {sums, kWide});
@@ -201,7 +201,7 @@ class ForwardBlock {
           .stride = stride_,
           .time = time,
           .gates = sums,
-          .begun = given_.done + (first_ + m) * time + t,
+          .begun = args_.done + (first_ + m) * time + t,
           .cell = cells_ + m * hidden + unit,
           .last_gate = next + m * stride_ + unit,
           .kept = kept,
@@ -215,9 +215,9 @@ class ForwardBlock {
 
   const Shape& shape_;
   const Gates<T>& gates_;
-  const LstmArguments<T>& given_;
+  const LstmArguments<T>& args_;
   const LstmResults<T>& results_;
-  // Sequences, and how many steps are begun at once.
+  // Sequences, and how many steps begin at once.
   Index first_, rows_, steps_, slots_;
   // Rows [x_t, h_{t-1}] of some steps, and what x_t gives to their gates: (panels, rows, kWide).
   Index stride_;
@@ -226,11 +226,11 @@ class ForwardBlock {
 };
 
 template <typename T>
-void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& given,
+void lstm_forward(ffi::ThreadPool& pool, const Shape& shape, const LstmArguments<T>& args,
                   const LstmResults<T>& results) {
-  const Gates<T> gates(pool, shape, given);
+  const Gates<T> gates(pool, shape, args);
   parallel(pool, shape.blocks, [&](Index i) {
-    ForwardBlock<T>(shape, gates, given, results, shape.begin(i), shape.begin(i + 1)).run();
+    ForwardBlock<T>(shape, gates, args, results, shape.begin(i), shape.begin(i + 1)).run();
   });
 }
 
@@ -238,7 +238,7 @@ ffi::Error LstmForward(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In
                        Out outputs, Out h_last, Out c_last, Out kept) {
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    const LstmArguments<T> given{
+    const LstmArguments<T> args{
         .of_x = in<T>(of_x),
         .of_h = in<T>(of_h),
         .bias = in<T>(bias),
@@ -253,7 +253,7 @@ ffi::Error LstmForward(ffi::ThreadPool pool, In of_x, In of_h, In bias, In x, In
         .c = out<T>(c_last),
         .kept = kept->element_count() ? out<T>(kept) : nullptr,
     };
-    lstm_forward<T>(pool, Shape(x, h, pool), given, results);
+    lstm_forward<T>(pool, Shape(x, h, pool), args, results);
   });
 }
 

@@ -12,12 +12,12 @@
 namespace {
 
 // One step for acting. The batch is small, so the weights stay where they are: they are the rows,
-// and panels of the transposed inputs pass them by. From so many states on, packing them pays.
+// and panels of the transposed inputs pass them by. From this many states on, packing them pays.
 constexpr Index kManyStates = 1024;
 
 template <typename T, int width>
 void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden,
-               const LstmArguments<T>& given, const LstmResults<T>& results) {
+               const LstmArguments<T>& args, const LstmResults<T>& results) {
   constexpr Index lanes = kLanes<T>, wide = width * lanes, kUnits = 16;
   const Index panels = (batch + wide - 1) / wide, groups = (hidden + kUnits - 1) / kUnits;
   const Index size = (inputs + 2 * hidden) * wide;
@@ -26,10 +26,10 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden,
   parallel(pool, panels, [&](Index p) {
     const Index first = p * wide, count = std::min(wide, batch - first);
     T* panel = packed + p * size;
-    pack_transposed(given.x + first * inputs, inputs, inputs, count, wide, panel);
-    pack_transposed(given.h + first * hidden, hidden, hidden, count, wide, panel + inputs * wide);
+    pack_transposed(args.x + first * inputs, inputs, inputs, count, wide, panel);
+    pack_transposed(args.h + first * hidden, hidden, hidden, count, wide, panel + inputs * wide);
     T* cells = panel + (inputs + hidden) * wide;
-    pack_transposed(given.c + first * hidden, hidden, hidden, count, wide, cells);
+    pack_transposed(args.c + first * hidden, hidden, hidden, count, wide, cells);
   }, large);
   parallel(pool, panels * groups, [&](Index task) {
     const Index first = task / groups * wide, count = std::min(wide, batch - first);
@@ -43,13 +43,13 @@ void lstm_step(ffi::ThreadPool& pool, Index batch, Index inputs, Index hidden,
     const auto to = [&](Index m) { return gates[m]; };
     multiply<T, width>(
         {1, 0, inputs, 1, panel, wide}, 4 * kUnits, wide,
-        [&](Index m) { return given.of_x + row(m) * inputs; }, nothing<T>, to);
+        [&](Index m) { return args.of_x + row(m) * inputs; }, zero_start<T>, to);
     multiply<T, width>(
         {1, 0, hidden, 1, panel + inputs * wide, wide}, 4 * kUnits, wide,
-        [&](Index m) { return given.of_h + row(m) * hidden; }, to, to);
+        [&](Index m) { return args.of_h + row(m) * hidden; }, to, to);
     // Cells take the place of the first gate, then their tanh times the last that of the second.
     for (Index m = 0; m < units; ++m) {
-      const T* own = given.bias + unit + m;
+      const T* own = args.bias + unit + m;
       const T* cells = panel + (inputs + hidden + unit + m) * wide;
       // Two at once need more registers than others have.
       constexpr int side_by_side = width % 2 || kBytes < 64 ? 1 : 2;
@@ -88,7 +88,7 @@ ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias_x, In bias_h
     const Index batch = x.dimensions()[0], inputs = x.dimensions()[1], hidden = h.dimensions()[1];
     T* bias = scratch<T, Slot::kBias>(4 * hidden);
     for (Index i = 0; i < 4 * hidden; ++i) bias[i] = in<T>(bias_x)[i] + in<T>(bias_h)[i];
-    LstmArguments<T> given{
+    LstmArguments<T> args{
         .of_x = in<T>(of_x),
         .of_h = in<T>(of_h),
         .bias = bias,
@@ -102,12 +102,12 @@ ffi::Error LstmStep(ffi::ThreadPool pool, In of_x, In of_h, In bias_x, In bias_h
     if (batch >= kManyStates) {
       bool* never = scratch<bool, Slot::kNever>(batch);
       std::fill_n(never, batch, false);
-      given.done = never;
-      lstm_forward<T>(pool, Shape(x, h, pool), given, results);
+      args.done = never;
+      lstm_forward<T>(pool, Shape(x, h, pool), args, results);
       return;
     }
     with_width(panel_width<T>(batch), [&](auto width) {
-      lstm_step<T, width>(pool, batch, inputs, hidden, given, results);
+      lstm_step<T, width>(pool, batch, inputs, hidden, args, results);
     });
   });
 }

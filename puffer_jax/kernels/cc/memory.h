@@ -17,14 +17,14 @@
 namespace {
 
 // What a thread keeps memory for. Two blocks that a thread uses at once differ in this or in their
-// type; operations, which never run within one another, have the same ones, so that less is kept.
+// type; operations, which never run within one another, share them, so that less is kept.
 enum class Slot {
   kPanels,           // a layer's weights, packed for all tasks
   kMorePanels,       // those of a second layer
   kBias,             // the sum of two
   kJoined,           // weights and biases of several layers, side by side
-  kHeads,            // which layers these are
-  kNever,            // no episode's beginning
+  kHeads,            // the layers themselves
+  kNever,            // no episode begins
   kPlaces,           // where rows lie
   kRows,             // what a task reads: a copy of sequences or of an image
   kPixels,           // a row of an image of bytes
@@ -41,8 +41,8 @@ enum class Slot {
 };
 
 // Memory for one purpose, kept by the thread: fresh pages cost as much as the arithmetic on them.
-// Behind it lies room for one more panel: a product reads panels whole, though the last row of a
-// matrix that is used as one may end within it, and leaves out what comes of the rest.
+// It is followed by room for one more panel: a product reads whole panels, though the last row of a
+// matrix that is used as one may end within it, and ignores what comes of the rest.
 template <typename T, Slot slot>
 T* scratch(Index size) {
   struct Memory {
@@ -63,7 +63,7 @@ T* scratch(Index size) {
 }
 
 // Asks for large pages for a result that is about to be written. XLA's buffers are fresh memory in
-// every call, and its first touch, page by page, can cost more than the arithmetic.
+// every call, and touching it first, page by page, can cost more than the arithmetic.
 inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = 1 << 12, large = 1 << 21;

@@ -1,4 +1,4 @@
-// Perceptrons: a hidden layer with GELU, and linear layers of it.
+// Perceptrons: a hidden layer with GELU, and linear layers that read it.
 
 #include <algorithm>
 #include <memory>
@@ -13,7 +13,7 @@
 namespace {
 
 // x (batch, inputs) -> gelu(x @ w1 + b1) (batch, hidden), and from that, if `outputs`, (batch,
-// outputs): @ w2 + b2. Hidden vectors stay in cache, and are computed anew for the gradient.
+// outputs): @ w2 + b2. Hidden vectors stay in cache, and are recomputed for the gradient.
 struct Layers {
   Index batch, inputs, hidden, outputs;
   Index parts, blocks;
@@ -51,7 +51,7 @@ void perceptron(ffi::ThreadPool& pool, const Layers& shape, const T* x, const T*
     const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
     const Index stride = heads ? row_stride<T>(hidden) : hidden;
     T* activations = heads ? scratch<T, Slot::kResults>(rows * stride) : result + first * hidden;
-    times<T>(
+    multiply_packed<T>(
         weights, inputs, hidden, rows, [&](Index m) { return x + (first + m) * inputs; },
         [&](Index) { return b1; }, [&](Index m) { return activations + m * stride; });
     for (Index m = 0; m < rows; ++m) gelu<T>(activations + m * stride, hidden);
@@ -69,7 +69,7 @@ struct PerceptronGradients {
   T *w1, *b1, *w2, *b2;
 };
 
-// z[0:count], what GELU is given, becomes GELU of it; d_z is what `d` is for z.
+// z[0:count], the input of GELU, becomes its output; d_z is the gradient of z, `d` of the output.
 template <typename T>
 void gelu_gradient(T* z_row, const T* d, Index count, T* d_z) {
   in_groups<T>(count, [&](auto size, Index j, Index left) {
@@ -86,7 +86,7 @@ void gelu_gradient(T* z_row, const T* d, Index count, T* d_z) {
   });
 }
 
-// sum (inputs, columns) += from^T @ d: so many rows of both, `step` and `stride` apart.
+// sum (inputs, columns) += from^T @ d, for the rows of both, `step` and `stride` apart.
 template <typename T>
 void add_weights(Index rows, const T* from, Index step, Index inputs, const T* d, Index stride,
                  Index columns, T* sum) {
@@ -102,12 +102,12 @@ void add_weights(Index rows, const T* from, Index step, Index inputs, const T* d
 
 template <typename T>
 void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape,
-                         const PerceptronArguments<T>& given,
+                         const PerceptronArguments<T>& args,
                          const PerceptronGradients<T>& gradients) {
   const Index inputs = shape.inputs, hidden = shape.hidden, outputs = shape.outputs;
   const Index lanes = lanes_of<T>(hidden);
-  const T* weights = panels_of<T, Slot::kPanels>(given.w1, inputs, hidden, false, lanes);
-  const T* back = panels_of<T, Slot::kMorePanels>(given.w2, outputs, hidden, true, lanes);
+  const T* weights = panels_of<T, Slot::kPanels>(args.w1, inputs, hidden, false, lanes);
+  const T* back = panels_of<T, Slot::kMorePanels>(args.w2, outputs, hidden, true, lanes);
   const Index sizes[] = {inputs * hidden, hidden, hidden * outputs, outputs};
   const Index size = sizes[0] + sizes[1] + sizes[2] + sizes[3];
   std::unique_ptr<T[]> sums(new T[shape.parts * size]);
@@ -119,18 +119,18 @@ void perceptron_gradient(ffi::ThreadPool& pool, const Layers& shape,
     const Index d_stride = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     for (Index i = part * each; i < (part + 1) * each; ++i) {
       const Index first = shape.begin(i), rows = shape.begin(i + 1) - first;
-      const T* x = given.x + first * inputs;
-      const T* d_result = given.d_result + first * (outputs ? outputs : hidden);
+      const T* x = args.x + first * inputs;
+      const T* d_result = args.d_result + first * (outputs ? outputs : hidden);
       T* activations = scratch<T, Slot::kResults>(rows * stride);
       T* d_hidden = scratch<T, Slot::kGradients>(rows * stride);
       std::fill_n(d_hidden, rows * stride, T(0));
-      times<T>(
+      multiply_packed<T>(
           weights, inputs, hidden, rows, [&](Index m) { return x + m * inputs; },
-          [&](Index) { return given.b1; }, [&](Index m) { return activations + m * stride; });
+          [&](Index) { return args.b1; }, [&](Index m) { return activations + m * stride; });
       if (outputs) {
-        times<T>(
+        multiply_packed<T>(
             back, outputs, hidden, rows, [&](Index m) { return d_result + m * outputs; },
-            nothing<T>, [&](Index m) { return d_hidden + m * stride; });
+            zero_start<T>, [&](Index m) { return d_hidden + m * stride; });
       }
       for (Index m = 0; m < rows; ++m) {
         T* d_row = d_hidden + m * stride;
@@ -178,7 +178,7 @@ ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, I
   return with_type(x.element_type(), [&](auto zero) {
     using T = decltype(zero);
     const Layers shape(x, w1.dimensions()[1], w2.dimensions()[1], pool);
-    const PerceptronArguments<T> given{
+    const PerceptronArguments<T> args{
         .x = in<T>(x),
         .w1 = in<T>(w1),
         .b1 = in<T>(b1),
@@ -191,7 +191,7 @@ ffi::Error PerceptronGradient(ffi::ThreadPool pool, In x, In w1, In b1, In w2, I
         .w2 = out<T>(d_w2),
         .b2 = out<T>(d_b2),
     };
-    perceptron_gradient(pool, shape, given, gradients);
+    perceptron_gradient(pool, shape, args, gradients);
   });
 }
 

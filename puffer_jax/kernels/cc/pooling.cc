@@ -12,8 +12,8 @@
 
 namespace {
 
-// The largest number of windows of 3x3, 2 apart, borders of 1; `taken`, if any, tells which of the
-// nine it was, the first of equal ones. NaN is larger than any number.
+// The largest number of each window of 3x3, 2 apart, borders of 1; `taken`, if any, tells which of
+// the nine it was, the first of equal ones. NaN is larger than any number.
 template <typename T>
 void max_pool(ffi::ThreadPool& pool, const Images& x, const Images& out, const T* data, T* result,
               std::int8_t* taken) {

@@ -21,8 +21,8 @@ struct Product {
   Index panel_step, panel_segment = length * panel_step;
 };
 
-// out[m][:] = start[m][:] + the sums of rows row[m], for so many rows; without `start` from zero.
-// A function of its own, since within others compilers run out of registers.
+// out[m][:] = start[m][:] + the sums of rows row[m], for `rows` rows; without `start`, from zero.
+// A separate function, since compilers run out of registers where it is inlined.
 template <typename T, int width, int rows>
 __attribute__((noinline)) void tile(const Product<T>& product, const T* const* row,
                                     const T* const* start, T* const* out) {
@@ -59,11 +59,11 @@ __attribute__((noinline)) void tile(const Product<T>& product, const T* const* r
   }
 }
 
-// How many of `count` rows come next, in pieces of at most `most` and as even as can be: few rows
-// take nearly as long as many.
-inline Index even(Index count, Index most) { return count / ((count + most - 1) / most); }
+// How many of `count` rows come next, in pieces of at most `most` that are as even as possible: few
+// rows take nearly as long as many.
+inline Index even_share(Index count, Index most) { return count / ((count + most - 1) / most); }
 
-// A tile of the least rows, of `most` to `least`, that are enough for `count`.
+// The smallest tile, from `least` to `most` rows, that is enough for `count`.
 template <typename T, int width, int most, int least>
 INLINE void tile_of(Index count, const Product<T>& product, const T* const* row,
                     const T* const* start, T* const* out) {
@@ -74,7 +74,7 @@ INLINE void tile_of(Index count, const Product<T>& product, const T* const* row,
 }
 
 template <typename T>
-const T* nothing(Index) {
+const T* zero_start(Index) {
   return nullptr;
 }
 
@@ -87,12 +87,12 @@ struct Rows {
   INLINE T* operator()(Index m) const { return first + m * stride; }
 };
 
-// Whether a few rows more than a tile has go faster as a tile for each half of the panel.
+// Whether a few more rows than a tile has go faster as one tile for each half of the panel.
 template <int width>
 constexpr bool kSplits = width == 4 && kTileRows[width] == 6 && kTileRows[width / 2] == 8;
 
-// to(m)[0:columns] = start(m)[0:columns] + the sums of rows [0, count), which begin at from(m); of
-// the columns no more than the panel has; `start` may be `nothing`.
+// to(m)[0:columns] = start(m)[0:columns] + the sums of rows [0, count), which begin at from(m), for
+// no more columns than the panel has; `start` may be `zero_start`.
 template <typename T, int width, typename From, typename Start, typename To>
 void multiply(const Product<T>& product, Index count, Index columns, const From& from,
               const Start& start, const To& to) {
@@ -104,7 +104,7 @@ void multiply(const Product<T>& product, Index count, Index columns, const From&
   const T* begin[rows];
   T* out[rows];
   for (Index first = 0, valid; first < count; first += valid) {
-    valid = even(count - first, rows);
+    valid = even_share(count - first, rows);
     if constexpr (kSplits<width>) {
       constexpr int half = width / 2;
       if (const Index left = count - first; rows < left && left <= kTileRows[half]) {
@@ -114,7 +114,7 @@ void multiply(const Product<T>& product, Index count, Index columns, const From&
           const auto row_of = [&](Index m) { return from(first + m); };
           const auto end_of = [&](Index m) { return to(first + m) + at; };
           if constexpr (from_zero) {
-            multiply<T, half>(part, left, columns - at, row_of, nothing<T>, end_of);
+            multiply<T, half>(part, left, columns - at, row_of, zero_start<T>, end_of);
           } else {
             const auto start_of = [&](Index m) { return start(first + m) + at; };
             multiply<T, half>(part, left, columns - at, row_of, start_of, end_of);
@@ -139,7 +139,7 @@ void multiply(const Product<T>& product, Index count, Index columns, const From&
   }
 }
 
-// sum[0:columns] += the sum of so many rows, `stride` apart.
+// sum[0:columns] += the sum of the rows, `stride` apart.
 template <typename T>
 void add_rows(const T* data, Index rows, Index stride, Index columns, T* sum) {
   for (Index j = 0; j < columns; j += kLanes<T>) {
@@ -150,7 +150,7 @@ void add_rows(const T* data, Index rows, Index stride, Index columns, T* sum) {
   }
 }
 
-// Vectors a panel is wide, so that `columns` fill panels as evenly as they can.
+// A panel's width in vectors, so that `columns` fill panels as evenly as possible.
 template <typename T>
 int panel_width(Index columns) {
   const Index vectors = std::max<Index>(1, (columns + kLanes<T> - 1) / kLanes<T>);
@@ -184,7 +184,7 @@ INLINE void zip(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high) {
   }(std::make_integer_sequence<int, kLanes<T>>());
 }
 
-// to[j][i] = from[i][j], for i < rows and j < columns; rows of both so many numbers apart.
+// to[j][i] = from[i][j], for i < rows and j < columns; the rows of both lie that far apart.
 template <typename T>
 void transpose(const T* from, Index from_step, Index rows, Index columns, T* to, Index to_step) {
   constexpr int n = kLanes<T>;
@@ -253,14 +253,14 @@ const T* panels_of(const T* matrix, Index rows, Index columns, bool transposed, 
 
 // out(m)[0:columns] = start(m) + from(m)[0:inner] @ the packed matrix.
 template <typename T, typename From, typename Start, typename To>
-void times(const T* packed, Index inner, Index columns, Index rows, const From& from,
-           const Start& start, const To& to) {
+void multiply_packed(const T* packed, Index inner, Index columns, Index rows, const From& from,
+                     const Start& start, const To& to) {
   with_width(panel_width<T>(columns), [&](auto width) {
     constexpr Index lanes = width * kLanes<T>;
     for (Index p = 0; p < columns; p += lanes) {
       const Product<T> product{1, 0, inner, 1, packed + p * inner, lanes};
       if constexpr (std::is_same_v<Start, const T*(Index)>) {
-        multiply<T, width>(product, rows, columns - p, from, nothing<T>,
+        multiply<T, width>(product, rows, columns - p, from, zero_start<T>,
                            [&](Index m) { return to(m) + p; });
       } else {
         multiply<T, width>(
@@ -276,7 +276,7 @@ Index lanes_of(Index columns) {
   return panel_width<T>(columns) * kLanes<T>;
 }
 
-// A block of so many rows (sequences, say): they stay in cache while the weights pass by.
+// The rows (sequences, say) of a block: they stay in cache while the weights pass by.
 constexpr Index kBlock = 96;
 
 // Rows a little longer than a power of two do not all fall into the same lines of a cache.

@@ -1,4 +1,4 @@
-// Random numbers as `jax.random` has them, and draws from categorical distributions.
+// Random numbers as in `jax.random`, and draws from categorical distributions.
 
 #include <algorithm>
 #include <bit>
@@ -41,7 +41,7 @@ ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
   const std::uint32_t* key = in<std::uint32_t>(keys);
   const Index n = keys.element_count() / 2, count = words->element_count() / 2 / n;
   std::uint32_t* result = out<std::uint32_t>(words);
-  constexpr Index piece = 1 << 12;  // of what one task does
+  constexpr Index piece = 1 << 12;  // what one task does
   const Index pieces = (count + piece - 1) / piece, group = std::max<Index>(1, piece / count);
   const auto task_of = [&](Index task) {
     const Index begin = task % pieces * piece, end = std::min(count, begin + piece);
@@ -62,7 +62,7 @@ ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
   return without_exceptions([&] { parallel(pool, tasks, task_of); });
 }
 
-// `kWords` numbers in [0, 1), as `jax.random.uniform` makes them of the counters from `first` on.
+// `kWords` numbers in [0, 1), as `jax.random.uniform` makes them from the counters from `first` on.
 template <typename T>
 inline void uniform(const std::uint32_t* key, Index first, T* to) {
   Words a, b;
@@ -84,7 +84,7 @@ struct Draw {
 };
 
 // `jax.random.categorical(key, logits, mode="high")` of logits (rows, n), for one key: the largest
-// of the logits with Gumbel noise, -log(-log(1 - x)). Logits and result are of the draw's rows.
+// of the logits with Gumbel noise, -log(-log(1 - x)). Both arrays hold the rows of the draw.
 template <typename T>
 void categorical(const Draw& draw, const T* logits, std::int32_t* result) {
   const std::uint32_t* key = draw.key;
@@ -138,7 +138,7 @@ ffi::Error Categorical(ffi::ThreadPool pool, In keys, In logits, Out result) {
   });
 }
 
-// Of the draw's rows.
+// The results of the draw's rows.
 template <typename T>
 struct Samples {
   std::int32_t* actions;
@@ -177,7 +177,7 @@ void sample(const Draw& draw, const T* logits, const Samples<T>& results) {
     load_group<T, N>(powers + at, left, x);
     EACH x[i] = at_least<T>(x[i], -kSteepest<T>);
     split_exponential<T, N>(x, power, rest);
-    // Beyond, it is nothing beside the largest one.
+    // Beyond that, it is nothing beside the largest one.
     EACH power[i] = x[i] > -kSteepest<T> ? power[i] * rest[i] + power[i] : Vector<T>{};
     store_group<T, N>(powers + at, left, power);
   });
@@ -210,7 +210,7 @@ void sample(const Draw& draw, const T* logits, const Samples<T>& results) {
   }
 }
 
-// With the key of number `component` that the given one is split into.
+// Draws with key number `component` of those that the key is split into.
 ffi::Error Sample(ffi::ThreadPool pool, In keys, In logits, Out actions, Out logprobs,
                   Out entropies, Index component) {
   const Index n = logits.dimensions().back(), draws = keys.element_count() / 2;

@@ -8,7 +8,7 @@
 
 namespace {
 
-// y[t] = a[t] + b[t] * y[t + 1] along the rows, from the last on.
+// y[t] = a[t] + b[t] * y[t + 1] along the rows, from the last step to the first.
 template <typename T>
 void recur(ffi::ThreadPool& pool, Index rows, Index time, const T* a, const T* b, T* y) {
   constexpr Index kRows = 8;  // side by side: each waits for itself only

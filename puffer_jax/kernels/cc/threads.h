@@ -19,12 +19,12 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Other threads wake up too late to help with less work, in cycles of one core.
+// Other threads wake up too late to help with less work than this, in cycles of one core.
 constexpr Index kWorthwhile = 1 << 17;
 // Between kernels no longer than this, threads stay awake; what is shorter is within a kernel.
 constexpr std::chrono::microseconds kAwake(1000), kWithin(50);
 
-// A kernel's tasks; whoever is there takes the next one.
+// A kernel's tasks; whichever thread is free takes the next one.
 struct Job {
   void (*body)(const void*, Index);
   const void* self;
@@ -59,25 +59,25 @@ inline void pause() {
 #endif
 }
 
-// Stays awake until `ready()`, but for no more than a moment, and giving way to other threads.
+// Stays awake until `ready()`, but only for a moment, and gives way to other threads.
 template <typename Ready>
 bool awake_until(const Ready& ready) {
   const auto end = std::chrono::steady_clock::now() + kAwake;
   while (!ready()) {
     if (std::chrono::steady_clock::now() > end) return false;
     std::this_thread::yield();
-    // Two virtual cores may be one: what is left to the other is worth more than how often we ask.
+    // Two virtual cores may be one: what the other can do is worth more than how often we ask.
     for (int i = 0; i < 16 && !ready(); ++i) pause();
   }
   return true;
 }
 
 // Threads of XLA's pool that help. A core that sleeps can take longer to wake than a kernel runs.
-// So where kernels have followed each other closely, a helper stays awake for the next one;
-// elsewhere XLA needs the thread for its own operations.
+// So if kernels have followed each other closely, a helper stays awake for the next one;
+// otherwise XLA needs the thread for its own operations.
 class Helpers {
  public:
-  // Asks so many of them; who comes too late finds nothing left to do.
+  // Asks for `count` of them; those that come too late find nothing left to do.
   void ask(ffi::ThreadPool& pool, Index count, const std::shared_ptr<Job>& job) {
     std::uint64_t number;
     {
@@ -122,7 +122,7 @@ class Helpers {
   std::chrono::steady_clock::time_point ended_;
 };
 
-// Never destroyed, for threads may still be there.
+// Never destroyed, since threads may still use it.
 Helpers& helpers() {
   static Helpers& all = *new Helpers;
   return all;
@@ -130,7 +130,7 @@ Helpers& helpers() {
 
 // Runs body(0) ... body(tasks - 1), some of them in XLA's pool. The caller works, too, and waits
 // only for what has begun, so a pool that is busy with other work cannot deadlock it. What a task
-// throws, the caller throws when none is at work any more; tasks that have not begun are left out.
+// throws, the caller throws once none is at work any more; tasks that have not begun are dropped.
 template <typename Body>
 void parallel(ffi::ThreadPool& pool, Index tasks, const Body& body, bool worth_it = true) {
   const Index others = std::min<Index>(tasks, pool.num_threads()) - 1;

@@ -18,7 +18,7 @@ using Index = std::ptrdiff_t;
 
 namespace {
 
-// Given by the processor, or by tests: compilers have vectors of any length on all of them.
+// Set by the processor, or by tests: compilers offer vectors of any length on every processor.
 #if !defined(VECTOR_BYTES) && defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #elif !defined(VECTOR_BYTES) && defined(__AVX__)

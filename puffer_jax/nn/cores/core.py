@@ -65,7 +65,7 @@ class KnownCore(Core, Protocol):
     cell_names: ClassVar[Mapping[str, str]]
 
     # The sizes, then keyword-only `rngs`, `dtype` and `param_dtype`.
-    def __init__(self, *sizes: int, **options: Any): ...
+    def __init__(self, *sizes: Any, **options: Any): ...
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, int] | None:
