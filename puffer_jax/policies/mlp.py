@@ -166,7 +166,7 @@ class MLP(Flat):
         """The same layers in torch, as a policy that PufferLib's trainer and LSTMWrapper take."""
         torch = require("torch", "the comparison", "torch==2.13.0")
         nn = torch.nn
-        ours, action = self, self.env_spec.single_action_space
+        ours = self
         torch_activation = {
             "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU
         }[self.activation]  # fmt: skip
@@ -199,7 +199,7 @@ class MLP(Flat):
                     return torch.distributions.Normal(mean, scale), values
                 logits = self.decoder(actor)
                 if self.is_multidiscrete:
-                    return logits.split(list(action.nvec), dim=1), values
+                    return logits.split(self.action_nvec, dim=1), values
                 return logits, values
 
         return MLP()
