@@ -75,11 +75,6 @@ def table(printed):
     return {n: [float(x) for x in row] for n, *row in map(str.split, lines[start + 1 : start + 3])}
 
 
-@pytest.fixture(autouse=True)
-def log_every_epoch(monkeypatch):
-    monkeypatch.setattr(trainer, "_LOG_SECONDS", -1)
-
-
 @pytest.fixture(scope="module")
 def native_run(tmp_path_factory):
     """From a file, with an LSTM: two epochs of 32 steps."""

@@ -1,11 +1,13 @@
 """The `puffer-jax` command: train and play policies, check and convert checkpoints, benchmark."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 
+import puffer_jax
 from puffer_jax.bench.command import Bench
 from puffer_jax.cli.check import Check
 from puffer_jax.cli.convert import Convert
@@ -54,9 +56,17 @@ def _commands(train: Train) -> Any:
     )
 
 
+def _print_warning(message: Warning | str, *details: object) -> None:
+    print(f"puffer-jax: warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: run the command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"puffer-jax {puffer_jax.__version__}")
+        return 0
+    warnings.showwarning = _print_warning
     try:
         # A file or a run gives the defaults, and flags override them.
         train = train_defaults(argv[1:]) if argv[:1] == ["train"] else Train()

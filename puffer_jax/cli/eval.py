@@ -107,7 +107,9 @@ class Eval:
 
 def _find_model(path: Path) -> tuple[Path, Train | None]:
     """The weights, and the options of the run they belong to, if there is one."""
-    folder = path if path.is_dir() else path.parent
+    # A run's final model lies beside its folder.
+    beside = path.with_suffix("")
+    folder = path if path.is_dir() else beside if beside.is_dir() else path.parent
     if path.is_dir():
         epoch = checkpoint.latest(path)
         found = [] if epoch is None else list(path.glob(f"model_{epoch:06d}.*"))

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from puffer_jax.base.text import near
 from puffer_jax.cli.envs import make_envs, make_policy
 from puffer_jax.cli.options import PolicyName, PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
-from puffer_jax.ppo.config import PuffeRLConfig, preset_path, read_ini
+from puffer_jax.ppo.config import PuffeRLConfig, near_options, preset_path, read_ini
 from puffer_jax.run.loggers import Logger
 
 
@@ -101,6 +102,7 @@ class Train:
         # Only now, so that bad options leave no files behind.
         write_settings(self, trainer.run_folder)
         trainer.logger = make_logger(self, trainer.run_folder)
+        trainer.log_seconds = 0.0
         print(f"run {trainer.run_folder}\n{self._start()}\n{trainer.sizes.plan}", flush=True)
         try:
             logs = trainer.run(evaluation)
@@ -170,6 +172,10 @@ def train_defaults(argv: Sequence[str]) -> Train:
     parser.add_argument("--env", nargs="?")
     parser.add_argument("--recommended", action=argparse.BooleanOptionalAction)
     parser.add_argument("--preset", action=argparse.BooleanOptionalAction)
+    flags = [word[len("--train.") :].partition("=")[0] for word in argv if word[:8] == "--train."]
+    options = {name.removeprefix("no-").replace("-", "_") for name in flags}
+    if unknown := sorted(options - {*_fields(TrainOptions)}):
+        raise ValueError(f"no such --train option: {', '.join(near_options(unknown))}")
     found = parser.parse_known_args(argv)[0]
     if found.resume is not None:
         if {found.config, found.recommended, found.preset} != {None}:
@@ -194,6 +200,8 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
     sections = read_ini(path)
     groups = {name: values for name, values in sections.items() if not name.startswith("sweep.")}
     _check_names(path, "section", groups, _INI_SECTIONS)
+    if any(name.startswith("sweep") for name in sections):
+        print(f"{path}: [sweep] is not used here", file=sys.stderr)
     base, vec, policy, rnn = (dict(groups.get(n, {})) for n in ("base", "vec", "policy", "rnn"))
     _check_names(path, "key in [base]", base, _INI_BASE)
     try:

@@ -4,7 +4,7 @@ import ast
 import configparser
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +19,19 @@ _FEWEST_EPOCHS, _FEWEST_UPDATES = 10, 200
 
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
+
+# What other libraries call them.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "num_steps": "bptt_horizon",
+    "n_steps": "bptt_horizon",
+    "n_epochs": "update_epochs",
+    "n_envs": "num_envs",
+    "clip_range": "clip_coef",
+    "clip_eps": "clip_coef",
+    "num_timesteps": "total_timesteps",
+    "vf_loss_coef": "vf_coef",
+}
 
 # Found on the tasks of `examples/learning.py`.
 _RECIPE: dict[str, Any] = {
@@ -305,7 +318,7 @@ class PuffeRLConfig:
         known = {name: value for name, value in values.items() if name not in _TORCH_ONLY}
         unknown = [name for name in known if name not in fields]
         if unknown:
-            raise ValueError("no such training option: " + ", ".join(near(unknown, fields)))
+            raise ValueError("no such training option: " + ", ".join(near_options(unknown)))
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         return cls(**{name: _number_like(defaults[name], v) for name, v in known.items()})
 
@@ -406,6 +419,24 @@ class PuffeRLConfig:
             accumulate=accumulate,
             epochs=max(1, self.total_timesteps // batch),
         )
+
+
+def near_options(names: Iterable[str], known: Iterable[str] | None = None) -> list[str]:
+    """Each name with the nearest option in parentheses, by spelling or by another library's name.
+
+    Args:
+        names: what somebody wrote.
+        known: the options there are; None: all of `PuffeRLConfig`.
+    """
+    if known is None:
+        known = [field.name for field in dataclasses.fields(PuffeRLConfig)]
+    known = list(known)
+    return [
+        f"{name} (did you mean {alias}?)"
+        if (alias := _ELSEWHERE.get(name)) in known
+        else near([name], known)[0]
+        for name in names
+    ]
 
 
 def preset_path(env: str) -> Path | None:

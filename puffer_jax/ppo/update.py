@@ -14,7 +14,7 @@ from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.torch_layout import torch_layout
 from puffer_jax.ppo import normalization, optimizers
 from puffer_jax.ppo.advantage import advantage_of, priorities
-from puffer_jax.ppo.config import PuffeRLConfig, Sizes
+from puffer_jax.ppo.config import PuffeRLConfig, Sizes, near_options
 from puffer_jax.ppo.experience import (
     Details,
     Experience,
@@ -83,7 +83,8 @@ class Learner:
             indices: the rows of each minibatch, in place of `key`.
 
         Raises:
-            ValueError: both `key` and `indices`, or neither.
+            ValueError: both `key` and `indices`, or neither; or a hyper-parameter that cannot be
+                replaced, or that there is none of.
         """
         if (key is None) == (indices is None):
             raise ValueError("give either a key or the indices of the minibatches")
@@ -176,6 +177,11 @@ def _terms(
     learner: Learner, state: TrainState, experience: Experience, replaced: Hypers | None
 ) -> _Terms:
     config, epochs = learner.config, learner.sizes.epochs
+    if unknown := [name for name in replaced or {} if name not in config.hypers()]:
+        raise ValueError(
+            f"hypers may replace {', '.join(config.hypers())}; got "
+            + ", ".join(near_options(unknown, config.hypers()))
+        )
     # Traced numbers must not widen the arrays; Python numbers do not, and are exact.
     dtype = experience.values.dtype
     traced = {name: jnp.asarray(x, dtype) for name, x in (replaced or {}).items()}

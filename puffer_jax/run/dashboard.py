@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -91,6 +92,20 @@ def render(snapshot: Snapshot) -> RenderableType:
     )
 
 
+def line(snapshot: Snapshot) -> str:
+    """A snapshot in one line, for logs."""
+    parts = [
+        f"step {snapshot.steps:,} of {snapshot.total_steps:,}",
+        f"epoch {snapshot.epoch:,}",
+        f"{_count(snapshot.sps)} steps/s",
+        _duration(snapshot.uptime),
+    ]
+    stats = snapshot.stats
+    if _is_number(stats.get("episode_return")):
+        parts.append(f"episode_return {_number(stats['episode_return'])}")  # type: ignore[arg-type]
+    return ", ".join(parts)
+
+
 def _table(heading: str, rows: Iterable[tuple[str, tuple[str, ...]]]) -> Table:
     rows = list(rows)
     table = Table.grid(expand=True, padding=(0, 1))
@@ -167,7 +182,9 @@ def _duration(seconds: float) -> str:
 
 
 class Dashboard:
-    """Keeps the latest snapshot on the terminal; does nothing if standard output is not one.
+    """Keeps the latest snapshot on the terminal; elsewhere it prints a line now and then.
+
+    Without a terminal it does so only within `with dashboard:`, every `seconds`.
 
     `with dashboard:` restores the terminal at the end, and so do `close` and the end of the
     program.
@@ -175,17 +192,25 @@ class Dashboard:
     Args:
         console: where to draw; rich's usual console by default.
         force: draw even where there is no terminal.
+        seconds: time between two lines, where there is no terminal.
     """
 
-    def __init__(self, console: Console | None = None, *, force: bool = False):
+    def __init__(
+        self, console: Console | None = None, *, force: bool = False, seconds: float = 10.0
+    ):
         console = console or Console(force_terminal=True if force else None)
         # rich also obeys FORCE_COLOR, which says nothing about where the output goes.
         self._console = console if force or console.file.isatty() else None
         self._live: Live | None = None
+        self._seconds = seconds
+        self._next_line = math.inf
 
     def update(self, snapshot: Snapshot) -> None:
         """Show `snapshot`, with the machine's load if psutil is installed."""
         if self._console is None:
+            if time.monotonic() >= self._next_line:
+                self._next_line = time.monotonic() + self._seconds
+                print(line(snapshot), flush=True)
             return
         if not snapshot.utilization:
             snapshot = dataclasses.replace(snapshot, utilization=_utilization())
@@ -204,7 +229,13 @@ class Dashboard:
             self._live = None
             atexit.unregister(self.close)
 
+    def say(self, message: str) -> None:
+        """Print a message where there is no terminal, within `with dashboard:`."""
+        if self._console is None and self._next_line < math.inf:
+            print(message, flush=True)
+
     def __enter__(self) -> "Dashboard":
+        self._next_line = time.monotonic() + self._seconds
         return self
 
     def __exit__(
@@ -213,6 +244,7 @@ class Dashboard:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._next_line = math.inf
         self.close()
 
 

@@ -1,7 +1,9 @@
 """PuffeRL: collect, learn, log and save, with PufferLib's names (`pufferlib.pufferl.PuffeRL`)."""
 
 import dataclasses
+import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +31,8 @@ from puffer_jax.run.loggers import Logger, NoLogger
 from puffer_jax.run.run import Run
 from puffer_jax.run.signals import StopRequest
 
-_LOG_SECONDS = 0.25
+# The eye sees no more.
+_PICTURE_SECONDS = 0.25
 
 # What is logged, by name.
 Numbers = dict[str, float | int]
@@ -73,6 +76,7 @@ class PuffeRL:
         profile: wall time by phase.
         dashboard: what `print_dashboard` draws.
         message: the last thing that happened, for the dashboard.
+        log_seconds: least time between two logs; 0: each epoch is logged.
         last_log_time: when the last log was written, as `time.time` gives it.
 
     Raises:
@@ -122,6 +126,8 @@ class PuffeRL:
         self.stats: Stats = defaultdict(list)
         self.losses: dict[str, float] = {}
         self.message = ""
+        self.log_seconds = 0.25
+        self._last_picture = -math.inf
         self.last_log_time = self._start_time = time.time()
         self._last_log_step = 0
         self._last_sps = 0.0
@@ -224,9 +230,15 @@ class PuffeRL:
             The last logs.
         """
         logs: Numbers | None = None
+        if reason := self.sizes.hopeless:
+            warnings.warn(reason, stacklevel=2)
         with StopRequest(self._announce_stop) as stop, self.dashboard, self:
+            self._say("compiling ...")
+            first, start = self.epoch + 1, time.monotonic()
             while not (self.done or stop.made):
                 logs = self.run_epoch() or logs
+                if self.epoch == first:
+                    self._say(f"compiled and ran an epoch in {time.monotonic() - start:.1f} s")
                 if after_epoch is not None:
                     after_epoch(self)
             logs = logs if logs and logs["agent_steps"] == self.global_step else self.mean_and_log()
@@ -235,6 +247,11 @@ class PuffeRL:
 
     def _announce_stop(self) -> None:
         self.message = "stopping after this epoch"
+
+    def _say(self, message: str) -> None:
+        self.message = message
+        self.print_dashboard()
+        self.dashboard.say(message)
 
     def _count(self, steps: int, stats: Stats) -> None:
         self.global_step += steps
@@ -251,9 +268,10 @@ class PuffeRL:
                 f"the last good parameters are in {path}. on_nonfinite='skip' trains on"
             )
         logs = None
-        if self.done or time.time() > self.last_log_time + _LOG_SECONDS:
+        if self.done or time.time() > self.last_log_time + self.log_seconds:
             logs = self.mean_and_log()
-            self.print_dashboard()
+            if self.done or time.monotonic() > self._last_picture + _PICTURE_SECONDS:
+                self.print_dashboard()
         if self.epoch % self.config.checkpoint_interval == 0:
             self.save_checkpoint()
         return logs
@@ -290,6 +308,7 @@ class PuffeRL:
 
     def print_dashboard(self) -> None:
         """Draw the dashboard, if standard output is a terminal."""
+        self._last_picture = time.monotonic()
         self.dashboard.update(
             Snapshot(
                 env=self.config.env,
