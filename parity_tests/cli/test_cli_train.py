@@ -1,5 +1,6 @@
 """`puffer-jax train`, `eval` and `plot`: what they write, print and return."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -21,6 +22,7 @@ from puffer_jax.cli import envs as cli_envs
 from puffer_jax.cli import options as cli_options
 from puffer_jax.cli import train
 from puffer_jax.cli.command import main
+from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.run import loggers, trainer
 
 SMALL = ["--train.bptt-horizon", "8", "--policy.hidden-size", "8", "--train.no-anneal-lr"]
@@ -140,14 +142,16 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(native_run, tmp_path, monkeyp
         flags = ["--train.data-dir", str(tmp_path), "--name", "a"]
         assert main(["train", "--config", write_ini(tmp_path), *flags]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"run {run}\n32 of 64 steps, 1 epochs: ")
+    assert printed.startswith(f"run {run}\noptions of {tmp_path / 'run.ini'}\n2 gradient steps")
+    assert "\n32 of 64 steps, 1 epochs: " in printed
     assert printed.endswith(f"go on with: puffer-jax train --resume {run}\n")
     before = lines_of(run)
     assert [line["epoch"] for line in before] == [1]
 
     monkeypatch.chdir(run)
     assert main(["train", "--resume", "."]) == 0
-    assert capsys.readouterr().out.startswith(f"run {run}\n64 of 64 steps, 2 epochs: ")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"run {run}\noptions of .\n") and "\n64 of 64 steps, 2 ep" in printed
     lines = lines_of(run)
     assert lines[:1] == before
     assert [(line["epoch"], line["agent_steps"]) for line in lines[1:]] == [(2, 64)]
@@ -182,7 +186,29 @@ def test_flags_win_over_the_file_and_the_file_over_recommended(tmp_path, options
     best = options("--recommended", "--config", path, "--train.recompute-advantage")
     assert (best.train.reward_clip, best.train.reset_on_done) == (5.0, True)
     assert (best.train.recompute_advantage, best.train.total_timesteps) == (True, 10_000)
-    assert options("--env", "x").train.reset_on_done is False
+    assert options("--env", "x").train.reset_on_done is True
+    assert options("--env", "x", "--no-recommended").train.reset_on_done is False
+
+
+def test_a_preset_is_used_unless_it_is_refused(options):
+    preset = PuffeRLConfig.preset("CartPole-v1")
+    for name in ("CartPole-v1", "gymnax:CartPole-v1", "cartpole"):
+        assert options("--env", name).env == name
+        assert options("--env", name).train.total_timesteps == preset.total_timesteps == 100_000
+    assert options("--env", "CartPole-v1", "--no-preset").train.total_timesteps == 10_000_000
+    assert options("--env", "CartPole-v1", "--train.seed", "3").train.seed == 3
+    plain = options("--env", "CartPole-v1", "--no-recommended").train
+    assert dataclasses.asdict(plain) == dataclasses.asdict(PuffeRLConfig())
+    with pytest.raises(ValueError, match="no preset for 'CartPol-v1'; did you mean 'CartPole-v1'"):
+        PuffeRLConfig.preset("CartPol-v1")
+
+
+def test_names_of_other_libraries_are_known(capsys):
+    assert main(["train", "--env", "cartpole", "--train.lr", "0.1"]) == 2
+    expected = "puffer-jax: no such --train option: lr (did you mean learning_rate?)\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(ValueError, match=r"no such training option: n_epochs \(.* update_epochs"):
+        PuffeRLConfig.from_dict({"n_epochs": 3})
 
 
 def test_what_else_a_pufferlib_file_says(tmp_path, options):
@@ -488,7 +514,7 @@ MISTAKES = {
     "no file": (["train", "--config", "{folder}/x.ini"], "No such file or directory"),
     "no model": (["eval", "{folder}/x.pt", "--env", "cartpole"], "No such file or directory"),
     "no checkpoint": (["eval", "{folder}", "--env", "cartpole"], "no complete checkpoint"),
-    "eval what": (["eval", "{run}.pt"], "give --env"),
+    "eval what": (["eval", "{folder}/model.pt"], "give --env"),
     "episodes": (["eval", "{run}", "--episodes", "0"], "episodes is 0"),
     "does not fit": (["eval", "{run}.pt", "--env", "Acrobot-v1"], "encoder.0.weight"),
     "no text": (["eval", "{run}", "--render", "ansi"], "cartpole cannot be drawn as ansi"),
@@ -594,14 +620,15 @@ def test_what_is_missing_comes_with_the_line_that_installs_it(
 
 
 def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
-    def run(self):
+    def run(self, after_epoch):
         raise puffer_jax.NonFiniteError("epoch 1: the first array is 'value.bias'")
 
     monkeypatch.setattr(trainer.PuffeRL, "run", run)
     flags = ["--train.data-dir", str(tmp_path), "--name", "f"]
     assert main(["train", "--config", write_ini(tmp_path), *flags]) == 2
-    error = "puffer-jax: epoch 1: the first array is 'value.bias'\n"
-    assert capsys.readouterr().err == error
+    *_, sweep, error = capsys.readouterr().err.splitlines()
+    assert sweep.endswith("[sweep] is not used here")
+    assert error == "puffer-jax: epoch 1: the first array is 'value.bias'"
 
 
 def test_every_logger_is_made(tmp_path, options):

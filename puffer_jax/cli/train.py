@@ -17,7 +17,8 @@ from puffer_jax.base.text import near
 from puffer_jax.cli.envs import make_envs, make_policy
 from puffer_jax.cli.options import PolicyName, PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
-from puffer_jax.ppo.config import PuffeRLConfig, near_options, preset_path, read_ini
+from puffer_jax.ppo.config import PuffeRLConfig, near_options
+from puffer_jax.ppo.presets import preset_path, read_ini
 from puffer_jax.run.loggers import Logger
 
 
@@ -38,9 +39,9 @@ class Train:
     """A PufferLib .ini file; flags override it."""
     preset: bool = True
     """Start from the environment's preset, if puffer_jax has one; see puffer_jax/presets."""
-    recommended: bool | None = None
+    recommended: bool = True
     """Start from PuffeRLConfig.recommended(), not from PufferLib's numbers and quirks; presets, the
-    file and flags override it. None: yes, unless there is a file."""
+    file and flags override it. With --config the default is no."""
     resume: Path | None = None
     """Resume the run in this folder, with its options unless flags override them."""
     name: str | None = None
@@ -125,11 +126,9 @@ class Train:
             return f"options of {self.resume}"
         if self.config is not None:
             return f"options of {self.config}"
-        if self.recommended is False:
+        if not self.recommended:
             return "PufferLib's default options"
-        if path is None or not self.preset:
-            return "recommended options"
-        return f"preset {path.name}"
+        return f"preset {path.name}" if self.preset and path else "recommended options"
 
     def _evaluation(self) -> Any:
         """The evaluations that --eval-every asks for."""
@@ -185,7 +184,8 @@ def train_defaults(argv: Sequence[str]) -> Train:
         return read_settings(Path(found.resume))
     if found.config is not None:
         config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
-        return _read_config(Path(found.config), config)
+        read = _read_config(Path(found.config), config)
+        return dataclasses.replace(read, recommended=bool(found.recommended))
     if found.recommended is False:
         return Train(train=TrainOptions(**dataclasses.asdict(PuffeRLConfig())))
     config = PuffeRLConfig.recommended()

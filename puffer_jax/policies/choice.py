@@ -33,10 +33,9 @@ def Policy(
         env: gives the spaces, see `puffer_jax.spaces.env_spec`.
         name: a policy of `puffer_jax.models`; "auto": ProcgenResnet for uint8 images of (64, 64,
             3), Convolutional (the NatureCNN) for all others of at least 36x36, those from 168x168
-            on downsampled to about 84, MLP for continuous
-            actions, Default for everything else. "auto 0.1" is what "auto" was in that version:
-            images of other sizes than Procgen's and Atari's 84x84, and continuous actions, have
-            Default.
+            on downsampled to about 84, MLP for vectors with continuous actions, Default for
+            everything else. "auto 0.1" is what "auto" was in that version: images of other sizes
+            than Procgen's and Atari's 84x84, and continuous actions, had Default.
         rngs: for the weights.
         hidden_size: width of the encoding; None: the policy's own default.
         dtype: of the matmuls.
@@ -48,8 +47,9 @@ def Policy(
     """
     image = image_of(env)
     if name == "auto":
-        continuous = isinstance(spaces.env_spec(env).single_action_space, spaces.Continuous)
-        otherwise = MLP if continuous else Default
+        spec = spaces.env_spec(env)
+        continuous = isinstance(spec.single_action_space, spaces.Continuous)
+        otherwise = MLP if continuous and _is_vector(spec.single_observation_space) else Default
         cls = next((cls for cls in FEED_FORWARD.values() if cls.suits(image)), otherwise)
         if cls is Convolutional and image is not None:
             # The Linear behind the convolutions grows with the image.
@@ -62,3 +62,7 @@ def Policy(
     else:
         raise ValueError(f"no such policy: {near([name], FEED_FORWARD)[0]}")
     return cls.for_env(env, hidden_size=hidden_size, rngs=rngs, dtype=dtype, **options)
+
+
+def _is_vector(observation: spaces.Observation) -> bool:
+    return observation.structured is None and len(observation.shape or ()) == 1

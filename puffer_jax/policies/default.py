@@ -55,7 +55,6 @@ class Default(Flat):
     """
 
     sizes: ClassVar = {"hidden_size": int}
-    torch_names: ClassVar = {**Flat.torch_names, "encoder": "encoder"}
 
     def __init__(
         self,

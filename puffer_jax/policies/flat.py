@@ -26,8 +26,13 @@ class Flat(FeedForward):
         param_dtype: of parameters, logits and values.
     """
 
+    # In the order of torch's parameters: a module's own before those of its layers.
     torch_names: ClassVar = {
-        name: name for name in ("decoder_logstd", "decoder", "decoder_mean", "value")
+        name: name
+        for name in (
+            *("decoder_logstd", "encoder", "actor", "critic"),
+            *("decoder", "decoder_mean", "value"),
+        )
     }
 
     def __init__(self, env: spaces.Env, dtype: DTypeLike | None, param_dtype: DTypeLike):

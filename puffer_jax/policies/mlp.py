@@ -67,7 +67,6 @@ class MLP(Flat):
     """
 
     sizes: ClassVar = {"hidden_sizes": tuple, "activation": str, "separate": bool}
-    torch_names: ClassVar = {**Flat.torch_names, **{name: name for name in ("encoder", *_TRUNKS)}}
 
     def __init__(
         self,

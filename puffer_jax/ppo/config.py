@@ -1,21 +1,17 @@
 """The trainer's configuration: the reference's `[train]` section, and options it lacks."""
 
-import ast
-import configparser
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from puffer_jax.base.text import hint, near
+from puffer_jax.ppo.presets import preset_path, presets, read_ini
+from puffer_jax.ppo.sizes import Sizes
 
 Auto = Literal["auto"]
-
-# With less, none of the tasks in `examples/learning.py` was ever learned.
-_FEWEST_EPOCHS, _FEWEST_UPDATES = 10, 200
 
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
@@ -74,57 +70,6 @@ def option(
     """
     metadata = {"traced": traced, "positive": positive, "within": within}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-class Sizes(NamedTuple):
-    """The shapes of one epoch, settled for a number of agents.
-
-    Attributes:
-        agents: number of agents that act at each step, over all environments.
-        segments: number of rows of the experience buffer; `rounds` * agents.
-        horizon: number of steps in a segment.
-        minibatch_segments: number of rows in a minibatch.
-        minibatches: number of minibatches in an epoch.
-        accumulate: number of minibatches whose gradients make one optimizer step.
-        epochs: number of epochs in the whole run.
-    """
-
-    agents: int
-    segments: int
-    horizon: int
-    minibatch_segments: int
-    minibatches: int
-    accumulate: int
-    epochs: int
-
-    @property
-    def batch(self) -> int:
-        """Number of steps in an epoch."""
-        return self.segments * self.horizon
-
-    @property
-    def updates(self) -> int:
-        """Number of gradient steps in the whole training."""
-        return self.epochs * self.minibatches // self.accumulate
-
-    @property
-    def plan(self) -> str:
-        """The gradient steps in words, for people."""
-        return (
-            f"{self.updates:,} gradient steps planned: {self.epochs:,} epochs of {self.batch:,} "
-            f"steps, in each {self.minibatches // self.accumulate} minibatches of "
-            f"{self.minibatch_segments * self.horizon * self.accumulate:,}"
-        )
-
-    @property
-    def hopeless(self) -> str | None:
-        """Why the plan cannot work, and what would help; None if it may."""
-        if self.epochs < _FEWEST_EPOCHS or self.updates < _FEWEST_UPDATES:
-            return (
-                f"{self.plan}; that is too few to learn from. More total_timesteps, a smaller "
-                "batch_size, fewer environments, or more update_epochs would help"
-            )
-        return None
 
 
 @dataclass(frozen=True)
@@ -297,7 +242,7 @@ class PuffeRLConfig:
         """
         path = preset_path(env)
         if path is None:
-            known = [name for names in _presets().values() for name in names]
+            known = [name for names in presets().values() for name in names]
             raise ValueError(
                 f"no preset for {env!r}{hint(env, known)}; there are {', '.join(known)}"
             )
@@ -439,19 +384,6 @@ def near_options(names: Iterable[str], known: Iterable[str] | None = None) -> li
     ]
 
 
-def preset_path(env: str) -> Path | None:
-    """The file of the preset for an environment, by the name it has in `puffer-jax train`."""
-    return next((path for path, names in _presets().items() if env in names), None)
-
-
-@functools.cache
-def _presets() -> dict[Path, tuple[str, ...]]:
-    """The presets, with the names of the environments they are for."""
-    folder = Path(__file__).parent.parent / "presets"
-    names = {path: read_ini(path)["base"]["env_name"] for path in sorted(folder.glob("*.ini"))}
-    return {path: tuple(str(text).split()) for path, text in names.items()}
-
-
 def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
     """What the field's type or `option` demands and `value` is not; None if it is all of it."""
     union = get_origin(field.type) in (Union, UnionType)
@@ -488,29 +420,3 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 def _multiples(number: int, unit: int) -> str:
     below = number // unit * unit
     return " or ".join(str(n) for n in (below, below + unit) if n > 0)
-
-
-def read_ini(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The sections of a PufferLib `.ini` file; a value that is a Python literal is evaluated.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an `.ini` file.
-    """
-    parser = configparser.ConfigParser()
-    with open(path) as file:
-        try:
-            parser.read_file(file)
-        except configparser.Error as error:
-            raise ValueError(f"{path}: {error}") from error
-    return {
-        section: {name: _literal(text) for name, text in parser.items(section)}
-        for section in parser.sections()
-    }
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

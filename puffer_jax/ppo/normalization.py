@@ -129,6 +129,9 @@ def observed(experience: Experience, normalization: Normalization | None) -> Nor
 
 
 def _played(experience: Experience) -> Array:
-    if experience.mask is None:
-        return jnp.ones_like(experience.rewards)
-    return experience.mask.astype(experience.rewards.dtype)
+    mask = experience.mask
+    return (
+        jnp.ones_like(experience.rewards)
+        if mask is None
+        else jnp.asarray(mask, experience.rewards.dtype)
+    )

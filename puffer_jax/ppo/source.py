@@ -4,8 +4,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import PRNGKeyArray, PyTree
 
-from puffer_jax.ppo.config import Sizes
 from puffer_jax.ppo.experience import Experience, Params
+from puffer_jax.ppo.sizes import Sizes
 
 # name -> values, from the episodes that ended and from the environments' infos.
 Stats = dict[str, list[Any]]

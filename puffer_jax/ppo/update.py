@@ -14,7 +14,7 @@ from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.torch_layout import torch_layout
 from puffer_jax.ppo import normalization, optimizers
 from puffer_jax.ppo.advantage import advantage_of, priorities
-from puffer_jax.ppo.config import PuffeRLConfig, Sizes, near_options
+from puffer_jax.ppo.config import PuffeRLConfig, near_options
 from puffer_jax.ppo.experience import (
     Details,
     Experience,
@@ -26,6 +26,7 @@ from puffer_jax.ppo.experience import (
 )
 from puffer_jax.ppo.moments import Normalization
 from puffer_jax.ppo.objective import loss
+from puffer_jax.ppo.sizes import Sizes
 
 
 @dataclass(frozen=True, eq=False)

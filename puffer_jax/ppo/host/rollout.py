@@ -11,10 +11,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from puffer_jax.base.profile import Profile
 from puffer_jax.nn import random
-from puffer_jax.ppo.config import PuffeRLConfig, Sizes
+from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
 from puffer_jax.ppo.host.envs import HostBatch, HostEnv
 from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
+from puffer_jax.ppo.sizes import Sizes
 from puffer_jax.ppo.source import Stats
 
 
