@@ -14,6 +14,8 @@ MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights 
 # that need either are left out there, and named.
 OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl cli/test_cli
 NEWEST = test_golden environments/test_jaxenv environments/test_environments
+# File by file, in the order of conftest.py.
+BY_FILE = -n 2 --dist loadfile --no-loadscope-reorder
 PIP = pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-matrix test-oldest test-newest lint table docs dist clean
@@ -22,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore parity_tests/vector/test_ray.py
+	$(BIN)/python -m pytest $(BY_FILE) --ignore parity_tests/vector/test_ray.py
 	$(BIN)/python -m pytest parity_tests/vector/test_ray.py
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 PUFFER_JAX_NATIVE=0 \
 	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
@@ -30,11 +32,11 @@ test: .venv/installed
 test-matrix: test-oldest test-newest
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST:%=parity_tests/%.py)
+	.venv-oldest/bin/python -m pytest $(BY_FILE) $(OLDEST:%=parity_tests/%.py)
 
 test-newest: .venv-newest/installed
 	PUFFER_JAX_GOLDEN_ONLY=1 PUFFER_JAX_NO_GYMNAX=1 \
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(NEWEST:%=parity_tests/%.py)
+	.venv-newest/bin/python -m pytest $(BY_FILE) $(NEWEST:%=parity_tests/%.py)
 
 lint: .venv/linters
 	$(BIN)/ruff check .

@@ -59,7 +59,18 @@ def pytest_ignore_collect(collection_path):
     return True if GOLDEN_ONLY and imports_the_reference(collection_path) else None
 
 
+# The files that take longest, so that none of them begins when the other process is done.
+LONGEST = ("fast_paths", "pufferl", "example_policies", "models", "parity", "vector", "examples")
+
+
+def place(item):
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=place)
     for item in items:
         if item.name.startswith("test_ours["):  # the golden files
             item.add_marker("tree")
@@ -85,7 +96,7 @@ def rbg():
 
 
 @pytest.fixture
-def quick(rbg):
+def unoptimised():
     """Compile without LLVM's optimiser, which is half of a compilation.
 
     (Nine tenths of a float64 convolution's.) What XLA makes of a program, its fusions included, is
@@ -95,6 +106,11 @@ def quick(rbg):
     jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick(rbg, unoptimised):
+    """Compile as little as possible."""
 
 
 @pytest.fixture(scope="module", autouse=True)

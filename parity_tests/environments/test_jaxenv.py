@@ -19,6 +19,8 @@ from puffer_jax.base.spaces import Box, Dict, Discrete, MultiDiscrete, env_spec
 from puffer_jax.environments import CartPole, Memory, ProbeMemory, Squared
 from puffer_jax.environments.jax_native import AdaptedEnv, TimeLimited, as_jax_env, autoreset
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 KEY = jax.random.key(0)
 
 

@@ -27,6 +27,8 @@ from puffer_jax.policies.nativize import (
     unflatten_observations,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
 BATCH = 3
 

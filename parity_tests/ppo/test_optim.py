@@ -23,6 +23,8 @@ with warnings.catch_warnings():  # heavyball's import appends filters of its own
     import heavyball
     import heavyball.utils
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 STEPS = 100
 LEARNING_RATE, MAX_NORM, BETA1, BETA2, EPS = 0.015, 3.0, 0.95, 0.999, 1e-12
 

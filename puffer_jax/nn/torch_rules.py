@@ -29,12 +29,12 @@ Rule = tuple[str, tuple[str, ...], Callable[..., Tensor], Callable[..., tuple[Te
 """Torch's name, paths of Flax attributes, Flax arrays -> tensor, (tensor, *shapes) -> arrays."""
 
 
-def same(array: Tensor) -> Tensor:
-    """The array itself, for parameters that both sides lay out alike."""
+def same(array: Any) -> Any:
+    """The array itself, for parameters that both sides lay out alike; also a NumPy scalar."""
     return array
 
 
-def same_back(tensor: Tensor, shape: Shape) -> tuple[Tensor]:
+def same_back(tensor: Any, shape: Shape) -> tuple[Any]:
     """The inverse of `same`."""
     return (tensor,)
 
