@@ -28,6 +28,7 @@ def look(names):
         assert not name.endswith((".so", ".pyc")), name
     assert any("kernels/cc/" in name and name.endswith(".cc") for name in names)
     assert any(name.endswith("puffer_jax/py.typed") for name in names)
+    assert any(name.endswith("puffer_jax/presets/cartpole.ini") for name in names)
 
 
 look(tarfile.open(sdist).getnames())

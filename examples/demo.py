@@ -39,16 +39,6 @@ def train(args: Demo):
         env="CartPole-v1",
         total_timesteps=args.steps,
         seed=args.seed,
-        minibatch_size=512,
-        update_epochs=4,
-        optimizer="adam",
-        learning_rate=5e-3,
-        adam_beta1=0.9,
-        adam_eps=1e-5,
-        max_grad_norm=0.5,
-        gamma=0.99,
-        gae_lambda=0.95,
-        reward_scale=0.05,
         data_dir=str(args.folder),
     )
     shutil.rmtree(args.folder / "run", ignore_errors=True)

@@ -76,7 +76,7 @@ def test_training(tmp_path, command, expected):
 
 @pytest.mark.needs_gymnax
 def test_learning_table(tmp_path):
-    tasks = ("CartPole-v1, gymnasium",)
+    tasks = ("CartPole-v1",)
     out = run(tmp_path, "learning.py", "--tasks", *tasks, "--seeds", "1", "--scale", "0.05")
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == [f"| {task}" for task in tasks]
