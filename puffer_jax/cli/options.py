@@ -43,17 +43,14 @@ class VecOptions(SerialOptions, MultiprocessingOptions):
     """Backend for the modes puffer_jax and puffer."""
 
 
-# "auto 0.1" is in the settings of runs that version 0.1 began.
-PolicyName = Literal["auto", "auto 0.1", "Default", "MLP", "Convolutional", "ProcgenResnet"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions:
     """The policy; options left out have its defaults, or come from the environment."""
 
-    name: PolicyName = "auto"
-    """auto: ProcgenResnet for uint8 images of (64, 64, 3), Convolutional for all others of at least
-    36x36, MLP for continuous actions, Default for everything else."""
+    name: str = "auto"
+    """Default, MLP, Convolutional or ProcgenResnet. auto: ProcgenResnet for uint8 images of
+    (64, 64, 3), Convolutional for all others of at least 36x36, MLP for vectors with continuous
+    actions, Default for everything else."""
     core: str | None = None
     """Put a recurrent core between the encoder and the heads: lstm (which is --rnn) or gru."""
     hidden_size: int | None = None

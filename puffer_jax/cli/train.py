@@ -15,8 +15,10 @@ import tyro
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import near
 from puffer_jax.cli.envs import make_envs, make_policy
-from puffer_jax.cli.options import PolicyName, PolicyOptions, TrainOptions, VecOptions
+from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
+from puffer_jax.policies.choice import AUTO_0_1
+from puffer_jax.policies.registry import FEED_FORWARD
 from puffer_jax.ppo.config import PuffeRLConfig, near_options
 from puffer_jax.ppo.presets import preset_path, read_ini
 from puffer_jax.run.loggers import Logger
@@ -236,7 +238,7 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
         policy["hidden_size"] = widths[0]
     kinds = {"None": "auto", "Policy": "auto"}
     policy_name = str(base.get("policy_name", "Policy"))
-    known = {**kinds, **{n: n for n in get_args(PolicyName)}}
+    known = {**kinds, **{name: name for name in FEED_FORWARD}}
     _check_names(path, "policy_name", [policy_name], known)
     recurrent = {"None": False, "Recurrent": True, "LSTMWrapper": True}
     rnn_name = str(base.get("rnn_name"))
@@ -278,7 +280,7 @@ def read_settings(folder: Path) -> Train:
     settings = _checked(path, values)
     if "eval_every" not in values and settings.policy.name == "auto":
         # Version 0.1 wrote it, and chose less often among the policies.
-        policy = dataclasses.replace(settings.policy, name="auto 0.1")
+        policy = dataclasses.replace(settings.policy, name=AUTO_0_1)
         settings = dataclasses.replace(settings, policy=policy)
     return settings
 
