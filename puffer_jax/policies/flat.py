@@ -77,10 +77,6 @@ class Flat(FeedForward):
             )
         return flat.astype(dtype)
 
-    def input_layers(self) -> tuple[nnx.Linear, ...]:
-        """The layers that read the flat observations."""
-        raise NotImplementedError
-
     @property
     def _heads(self) -> tuple[nnx.Linear, nnx.Linear]:
         return self.decoder_mean if self.is_continuous else self.decoder, self.value
