@@ -714,6 +714,7 @@ def test_probe(name):
         ent_coef=0.0,
         update_epochs=2,
         minibatch_size=256,
+        normalize_rewards=False,  # the values to be learned are those of the rewards
     )
     train = make_train(config, env, policy)
     params, metrics = jax.jit(train)(jax.random.key(0))

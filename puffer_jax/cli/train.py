@@ -106,6 +106,8 @@ class Train:
         write_settings(self, trainer.run_folder)
         trainer.logger = make_logger(self, trainer.run_folder)
         trainer.log_seconds = 0.0
+        if self.resume is not None:
+            print(trainer.message)
         print(f"run {trainer.run_folder}\n{self._start()}\n{trainer.sizes.plan}", flush=True)
         try:
             logs = trainer.run(evaluation)

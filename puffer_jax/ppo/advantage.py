@@ -48,7 +48,8 @@ def puff_advantage(
     decay = jnp.asarray(gamma * gae_lambda * c * alive)
     if mask is not None:
         played = jnp.asarray(mask)[:, :-1]
-        delta, decay = delta * played, decay * played
+        # Not a product: what was not played may be no number.
+        delta, decay = jnp.where(played, delta, 0), jnp.where(played, decay, 0)
 
     return jnp.pad(recurrence(delta, decay), ((0, 0), (0, 1)))
 

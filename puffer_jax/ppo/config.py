@@ -1,6 +1,8 @@
 """The trainer's configuration: the reference's `[train]` section, and options it lacks."""
 
+import configparser
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,7 @@ _ELSEWHERE = {
 
 # Found on the tasks of `examples/learning.py`.
 _RECIPE: dict[str, Any] = {
-    "batch_size": "auto",
-    "bptt_horizon": "auto",
+    "bptt_horizon": "budget",
     "num_minibatches": 4,
     "update_epochs": 4,
     "optimizer": "adam",
@@ -58,7 +59,7 @@ def option(
     *,
     traced: bool = False,
     positive: bool = False,
-    within: tuple[int, int] | None = None,
+    within: tuple[int | float, int | float] | None = None,
 ) -> Any:
     """A field of a configuration, with limits on its value that its type does not express.
 
@@ -92,8 +93,9 @@ class PuffeRLConfig:
         adam_eps: Adam's epsilon.
         max_grad_norm: largest 2-norm of the gradients; larger ones are scaled down to it.
         batch_size: steps in an epoch; "auto": agents * `bptt_horizon`.
-        bptt_horizon: steps in a segment; "auto": `batch_size` / agents; if both are "auto", the
-            largest of 8, 16, ... 128 that divides `total_timesteps` into at least a hundred epochs.
+        bptt_horizon: steps in a segment; "auto": `batch_size` / agents; "budget": the same or, if
+            `batch_size` is "auto", the largest of 8, 16, ... 128 that divides `total_timesteps`
+            into at least a hundred epochs.
         minibatch_size: steps in an update; "auto": the batch, at most 8192; see `num_minibatches`.
         max_minibatch_size: most steps in a forward pass; a larger `minibatch_size` accumulates
             gradients.
@@ -167,10 +169,10 @@ class PuffeRLConfig:
     optimizer: Literal["muon", "adam"] = "muon"
     adam_beta1: float = option(0.95, traced=True, within=(0, 1))
     adam_beta2: float = option(0.999, traced=True, within=(0, 1))
-    adam_eps: float = option(1e-12, traced=True)
+    adam_eps: float = option(1e-12, traced=True, within=(0, math.inf))
     max_grad_norm: float = option(1.5, traced=True, positive=True)
     batch_size: int | Auto = option("auto", positive=True)
-    bptt_horizon: int | Auto = option(64, positive=True)
+    bptt_horizon: int | Auto | Literal["budget"] = option(64, positive=True)
     minibatch_size: int | Auto = option("auto", positive=True)
     max_minibatch_size: int = option(32768, positive=True)
     update_epochs: float = option(1.0, positive=True)
@@ -178,12 +180,12 @@ class PuffeRLConfig:
     gae_lambda: float = option(0.90, traced=True, within=(0, 1))
     vtrace_rho_clip: float = option(1.0, traced=True, positive=True)
     vtrace_c_clip: float = option(1.0, traced=True, positive=True)
-    clip_coef: float = option(0.2, traced=True)
-    vf_coef: float = option(2.0, traced=True)
-    vf_clip_coef: float = option(0.2, traced=True)
+    clip_coef: float = option(0.2, traced=True, within=(0, math.inf))
+    vf_coef: float = option(2.0, traced=True, within=(0, math.inf))
+    vf_clip_coef: float = option(0.2, traced=True, within=(0, math.inf))
     ent_coef: float = option(0.001, traced=True)
-    prio_alpha: float = option(0.8, traced=True)
-    prio_beta0: float = option(0.2, traced=True)
+    prio_alpha: float = option(0.8, traced=True, within=(0, math.inf))
+    prio_beta0: float = option(0.2, traced=True, within=(0, math.inf))
     precision: Literal["float32", "bfloat16"] = "float32"
     use_rnn: bool | None = None
     data_dir: str = "experiments"
@@ -259,30 +261,30 @@ class PuffeRLConfig:
         """
         if isinstance(values, PuffeRLConfig):
             return values
-        fields = {field.name for field in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name not in _TORCH_ONLY}
         unknown = [name for name in known if name not in fields]
         if unknown:
             raise ValueError("no such training option: " + ", ".join(near_options(unknown)))
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        return cls(**{name: _number_like(defaults[name], v) for name, v in known.items()})
+        return cls(**{name: _checked(fields[name], value) for name, value in known.items()})
 
     @classmethod
     def from_ini(cls, path: str | Path) -> "PuffeRLConfig":
         """A configuration from the `[train]` section of a PufferLib `.ini` file.
 
         Raises:
-            ValueError: as `from_dict`.
+            ValueError: as `from_dict`, or there is no such section.
             FileNotFoundError: there is no such file.
         """
-        return cls.from_dict(read_ini(path).get("train", {}))
+        sections = read_ini(path)
+        if "train" not in sections:
+            found = ", ".join(sections) or "none"
+            raise ValueError(f"{path} has no section [train]; its sections are: {found}")
+        return cls.from_dict(sections["train"])
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _number_like(field.default, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-            if rule := _broken_rule(field, value):
-                raise ValueError(f"{field.name} must be {rule}; got {value!r}")
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
 
     def hypers(self) -> dict[str, float]:
         """The numbers of the update that may be traced: see `puffer_jax.make_train`."""
@@ -304,6 +306,8 @@ class PuffeRLConfig:
         if agents is None:
             sized = not (isinstance(batch, str) or isinstance(horizon, str))
             agents = self.num_envs or (max(1, int(batch) // int(horizon)) if sized else 64)
+        if batch == horizon == "auto":
+            raise ValueError("give batch_size or bptt_horizon; both are 'auto'")
         if isinstance(batch, str) and isinstance(horizon, str):
             horizon = _HORIZONS[0]
             for longer in _HORIZONS[1:]:
@@ -384,31 +388,72 @@ def near_options(names: Iterable[str], known: Iterable[str] | None = None) -> li
     ]
 
 
+def _kinds(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    union = get_origin(field.type) in (Union, UnionType)
+    return get_args(field.type) if union else (field.type,)
+
+
 def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
     """What the field's type or `option` demands and `value` is not; None if it is all of it."""
-    union = get_origin(field.type) in (Union, UnionType)
-    kinds = get_args(field.type) if union else (field.type,)
+    kinds = _kinds(field)
     named = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
-    if value in named or (value is None and NoneType in kinds):
+    plain = [kind for kind in kinds if get_origin(kind) is not Literal]
+    if isinstance(value, str) and value in named:
         return None
-    if named and not union:
+    if value is None and NoneType in plain:
+        return None
+    if not plain:
         return f"one of {', '.join(named)}"
+    numeric = int in plain or float in plain
+    if numeric and _is_number(value) and not math.isfinite(value):
+        return "a finite number"
     if field.metadata.get("positive") and not (_is_number(value) and value > 0):
         return "a positive number"
     if within := field.metadata.get("within"):
         low, high = within
         if not (_is_number(value) and low <= value <= high):
-            return f"between {low} and {high}"
-    if int in kinds and isinstance(value, float):
+            return f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+    if int in plain and isinstance(value, float):
         return "a whole number"
+    if bool in plain and not isinstance(value, bool):
+        return " or ".join(["true or false", *named])
+    if numeric and not _is_number(value):
+        return " or ".join(["a number", *named])
+    if str in plain and not isinstance(value, str):
+        return "a text"
     return None
 
 
-def _number_like(default: Any, value: Any) -> Any:
-    """A number as the default's type: people write 1e6 for a number of steps."""
-    if isinstance(default, float) and _is_number(value):
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    value = _typed(field, value)
+    if rule := _broken_rule(field, value):
+        raise ValueError(f"{field.name} must be {rule}; got {value!r}")
+    return value
+
+
+# As configparser reads them.
+_WORDS = configparser.ConfigParser.BOOLEAN_STATES
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value as the field's type: 1e6 for a number of steps, "off", NumPy's and JAX's scalars."""
+    kinds = _kinds(field)
+    if not isinstance(value, str | bool | int | float) and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, str) and str not in kinds:
+        word = value.strip().lower()
+        if bool in kinds and word in _WORDS:
+            value = _WORDS[word]
+        elif word == "none":
+            value = None
+        elif int in kinds or float in kinds:
+            try:
+                value = float(word)
+            except ValueError:
+                return value
+    if float in kinds and _is_number(value):
         return float(value)
-    if isinstance(value, float) and not isinstance(default, float) and value.is_integer():
+    if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 

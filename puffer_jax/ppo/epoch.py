@@ -62,6 +62,7 @@ class Loop:
         stream: the source's stream, see `Source`.
         key: split for every batch and every update.
         names: see `Learner`.
+        schedule_epoch: see `Learner`.
         programs: the compiled functions: "update" and "acting"; of a pure source also "collect" and
             "epoch".
     """
@@ -69,6 +70,7 @@ class Loop:
     def __init__(self, config: PuffeRLConfig, source: Source, policy: nnx.Module, profile: Profile):
         learner = make_learner(config, source.sizes, policy)
         self.source, self.names, self._profile = source, learner.names, profile
+        self.schedule_epoch = learner.schedule_epoch
         self.state: TrainState = owned(learner.init(split(policy)[1]))
         self.key, reset_key = jax.random.split(jax.random.key(config.seed))
 

@@ -79,6 +79,8 @@ class TrainState(NamedTuple):
         nonfinite: int32, in how many optimizer steps an array in `Learner.names` was not finite.
         culprit: int32, index into `Learner.names` of the first such array; -1 if there was none.
         normalization: what is known about observations and rewards; None: neither is normalised.
+        unplayed: float32, how many batches the steps would fill that were not played (see
+            `Experience.mask`); None counts as 0.
     """
 
     params: Params
@@ -87,6 +89,7 @@ class TrainState(NamedTuple):
     nonfinite: Array
     culprit: Array
     normalization: Normalization | None = None
+    unplayed: Array | None = None
 
 
 class Details(NamedTuple):

@@ -32,15 +32,28 @@ def _clamp(x: Array, low: ArrayLike, high: ArrayLike) -> Array:
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
+def _where_played(mask: Array, logits: PyTree, values: Array) -> tuple[PyTree, Array]:
+    """Logits and values, with some that are finite for steps that were not played."""
+    flat = mask.reshape(-1)
+
+    def finite(x: Array) -> Array:
+        return jnp.where(flat.reshape(-1, *[1] * (x.ndim - 1)), x, 1)
+
+    return jax.tree.map(finite, logits), jnp.where(mask | jnp.isfinite(values), values, 0)
+
+
 def _mean(x: Array, mask: Array | None) -> Array:
-    return x.mean() if mask is None else (x * mask).sum() / jnp.maximum(mask.sum(), 1)
+    if mask is None:
+        return x.mean()
+    return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def _standardise(x: Array, mask: Array | None) -> Array:
     count = x.size if mask is None else mask.sum()
     centred = x - _mean(x, mask)
-    squares = centred**2 if mask is None else centred**2 * mask
-    return centred / (jnp.sqrt(squares.sum() / (count - 1)) + 1e-8)
+    squares = centred**2 if mask is None else jnp.where(mask, centred**2, 0)
+    # Of a single step nothing is known about the deviation.
+    return centred / (jnp.sqrt(squares.sum() / jnp.maximum(count - 1, 1)) + 1e-8)
 
 
 def loss(
@@ -65,6 +78,9 @@ def loss(
         The loss, and the metrics by the reference's names, plus "ratio" and "values" (rows, time).
     """
     logits, values = evaluate_segments(policy, batch)
+    if batch.mask is not None:
+        # What was not played may have neither a possible action nor a number for a value.
+        logits, values = _where_played(batch.mask, logits, values)
     _, logprobs, entropy = sample_logits(logits, action=batch.actions)
     logratio = logprobs.reshape(batch.logprobs.shape) - batch.logprobs
     ratio = jnp.exp(logratio)

@@ -60,7 +60,16 @@ class Learner:
             self.config.optimizer, self.to_torch, self.from_torch, **numbers
         )
         opt_state = optimizer.init(params)
-        return TrainState(params, opt_state, zero, zero, zero - 1, self.normalization)
+        unplayed = jnp.zeros((), jnp.float32)
+        return TrainState(params, opt_state, zero, zero, zero - 1, self.normalization, unplayed)
+
+    def schedule_epoch(self, state: TrainState) -> Array:
+        """How far the schedules are: played batches, at most as many as are planned."""
+        # Dividing an int32 gives float32, even where everything else is float64.
+        epoch = state.epoch.astype(float)
+        if state.unplayed is not None:
+            epoch = epoch - state.unplayed
+        return jnp.clip(epoch, 0, self.sizes.epochs)
 
     def acting(self, state: TrainState) -> Params:
         """The parameters to act with: those of the policy that takes observations as they come."""
@@ -90,7 +99,7 @@ class Learner:
         if (key is None) == (indices is None):
             raise ValueError("give either a key or the indices of the minibatches")
         count, accumulate = self.sizes.minibatches, self.sizes.accumulate
-        experience = jax.tree.map(jnp.asarray, experience)
+        experience = _finite_where_unplayed(jax.tree.map(jnp.asarray, experience))
         gamma = self.config.gamma if hypers is None else hypers.get("gamma", self.config.gamma)
         experience, known = normalization.normalize_rewards(experience, state.normalization, gamma)
         terms = _terms(self, state, experience, hypers)
@@ -110,7 +119,11 @@ class Learner:
         losses["explained_variance"] = _explained_variance(details)
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
         known = normalization.observed(experience, known)
-        return state._replace(epoch=state.epoch + 1, normalization=known), losses, details
+        unplayed = state.unplayed
+        if unplayed is not None and experience.mask is not None:
+            unplayed = unplayed + (1 - experience.mask.mean(dtype=unplayed.dtype))
+        state = state._replace(epoch=state.epoch + 1, normalization=known, unplayed=unplayed)
+        return state, losses, details
 
 
 def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Learner:
@@ -132,6 +145,18 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
     )
     known = normalization.initial(config, policy, sizes.agents)
     return Learner(config, sizes, graphdef, known, to_torch, from_torch, names)
+
+
+def _finite_where_unplayed(experience: Experience) -> Experience:
+    """The batch with 0 for whatever is not a number in steps that were not played."""
+    if (mask := experience.mask) is None:
+        return experience
+
+    def finite(x: Array) -> Array:
+        return jnp.where(mask | jnp.isfinite(x), x, 0)
+
+    names = ("logprobs", "values", "rewards")
+    return experience._replace(**{name: finite(getattr(experience, name)) for name in names})
 
 
 class Minibatch(NamedTuple):
@@ -188,8 +213,7 @@ def _terms(
     traced = {name: jnp.asarray(x, dtype) for name, x in (replaced or {}).items()}
     hypers: Hypers = config.hypers() | traced
     rate, beta0 = hypers["learning_rate"], hypers["prio_beta0"]
-    # Dividing an int32 gives float32, even where everything else is float64.
-    epoch = state.epoch.astype(float)
+    epoch = learner.schedule_epoch(state)
     if config.anneal_lr:
         rate = optimizers.cosine_schedule(rate, epochs)(epoch)
     numbers = _optimizer_numbers(hypers, rate)

@@ -28,6 +28,9 @@ from puffer_jax.base.packages import require
 from puffer_jax.run.loggers import PathLike
 from puffer_jax.weights.files import save_weights
 
+# Leaves of the trainer that 0.1 did not have; where they are missing, `like` keeps its own.
+_LATER = ("['train'].unplayed",)
+
 _FORMAT = 1
 
 _STATE = re.compile(r"state_(\d{6,})")
@@ -158,14 +161,18 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
         if index["format"] != _FORMAT:
             raise ValueError(f"{folder} has format {index['format']}; this version reads {_FORMAT}")
         leaves = dict(_named(like))
+        found: dict[str, Description] = index["leaves"]
+        absent = {name for name in _LATER if name in leaves and name not in found}
         expected = {name: _describe(name, leaf) for name, leaf in leaves.items()}
-        problems = _mismatches(expected, index["leaves"])
+        problems = _mismatches(
+            {name: what for name, what in expected.items() if name not in absent}, found
+        )
         if problems:
             raise ValueError(f"{folder} does not fit: {'; '.join(problems)}")
 
         # The leaves may come in another order: they are matched by name.
         keys = {name: str(i) for i, name in enumerate(index["leaves"])}
-        full = [keys[name] for name, leaf in leaves.items() if _size(leaf)]
+        full = [keys[name] for name, leaf in leaves.items() if name in keys and _size(leaf)]
         data = {}
         if full:
             kinds = dict.fromkeys(full, ocp.RestoreArgs(restore_type=np.ndarray))
@@ -176,7 +183,9 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
                 ),
             ).arrays
     values = [
-        _like(data[keys[name]] if keys[name] in data else _empty(leaf), leaf)
+        leaf
+        if name in absent
+        else _like(data[keys[name]] if keys[name] in data else _empty(leaf), leaf)
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]

@@ -1,11 +1,11 @@
 """A run on disk and in the logs: its name, folder, checkpoints and logger."""
 
-import shutil
 from pathlib import Path
 
 from flax import nnx
 from jaxtyping import PyTree
 
+from puffer_jax.base.files import write_atomically
 from puffer_jax.run import checkpoint
 from puffer_jax.run.loggers import Logger, Logs
 
@@ -60,7 +60,7 @@ class Run:
     def publish(self, model: Path) -> Path:
         """Copy a model to `data_dir/run_id.pt`, as the reference does; returns the copy's path."""
         path = self.folder.with_name(self.folder.name + model.suffix)
-        shutil.copyfile(model, path)
+        write_atomically(path, lambda file: file.write(model.read_bytes()))
         return path
 
     def close(self, model: Path) -> None:

@@ -288,7 +288,8 @@ class PuffeRL:
                 means[name] = sum(numbers) / len(numbers)
         rate = self.config.learning_rate
         if self.config.anneal_lr:
-            rate = float(optimizers.cosine_schedule(rate, self.total_epochs)(self.epoch))
+            epoch = self.loop.schedule_epoch(self.state)
+            rate = float(optimizers.cosine_schedule(rate, self.total_epochs)(epoch))
         logs = {
             "SPS": self.sps,
             "agent_steps": self.global_step,
@@ -351,6 +352,12 @@ class PuffeRL:
         self.global_step = self._last_log_step = int(metadata["global_step"])
         self.experience = None
         self.message = f"resumed from {folder} at epoch {self.epoch}"
+        planned, now = metadata["config"]["total_timesteps"], self.config.total_timesteps
+        if planned != now:
+            self.message += (
+                f"; total_timesteps was {planned:,} and is {now:,}, so the schedules go on from "
+                f"{min(1.0, self.global_step / now):.0%} of the way"
+            )
 
     def close(self) -> Path:
         """Save, close the environments and the logger; returns the path of the final model.
@@ -360,9 +367,11 @@ class PuffeRL:
         if self._final_path is None:
             self.loop.source.close()
             model = self.save_checkpoint()
-            self._final_path = self._run.publish(model)
+            path = self._run.publish(model)
             self._run.close(model)
             self.dashboard.close()
+            # Not before: what failed may be tried again.
+            self._final_path = path
         return self._final_path
 
     def __enter__(self) -> "PuffeRL":
