@@ -69,7 +69,7 @@ def test_a_file_without_its_section(tmp_path):
         (300_000, 64, 32, 16),
         (10_000_000, 64, 128, 16),
         (1_000, 1, 8, 4),
-        (100_000, 8, 128, 16),
+        (100_000, 8, 64, 16),
     ],
 )
 def test_the_budget_sets_the_sizes(steps, agents, horizon, minibatches):
