@@ -123,7 +123,8 @@ def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) 
     Args:
         env: one of
 
-            - a `JaxEnv`; its `step` may also return five values, (obs, state, reward, done, info).
+            - a `JaxEnv`: the page `puffer_jax/environments/README.md` has its contract, and one of
+              15 lines. Its `step` may also return five values, (obs, state, reward, done, info).
               Then `info["truncation"]` or `info["truncated"]`, if there is one, says whether
               done is a truncation.
             - a gymnax environment, or the pair (env, params) of `gymnax.make`. Since gymnax 1.0
