@@ -676,3 +676,22 @@ def test_plot_says_what_it_needs(reports, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         reports("Discrete").plot(tmp_path / "errors.png")
+
+
+def test_what_is_no_number_proves_nothing():
+    env = stub_env(gs.Box(-1, 1, (4,)), gs.Discrete(3))
+    policy = puffer_jax.Default(env, 8, rngs=nnx.Rngs(0))
+    reference = reference_policy(policy)
+    puffer_jax.load_state_dict(policy, reference.state_dict())
+    observations = np.ones((8, 4), np.float32)
+    assert compare(reference, policy, observations).failures == []
+    observations[3] = np.nan
+    report = compare(reference, policy, observations)
+    assert "output logits: torch's array has a NaN; equal_nan=True lets ours have it, too" in (
+        report.failures
+    )
+    assert compare(reference, policy, observations, equal_nan=True).failures == []
+    policy.decoder.bias[...] = jnp.full(3, jnp.inf)
+    reference.decoder.bias.data[:] = math.inf
+    infinite = compare(reference, policy, np.ones((8, 4), np.float32))
+    assert "output logits: nothing to compare: all of torch's are infinite" in infinite.failures

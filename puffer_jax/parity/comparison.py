@@ -27,6 +27,7 @@ def compare(
     done: ArrayLike | None = None,
     *,
     seed: int = 0,
+    equal_nan: bool = False,
 ) -> Report:
     """Run both policies, forward and backward, and measure how far apart they are.
 
@@ -54,6 +55,8 @@ def compare(
         done: (batch, time), where an episode begins. PufferLib cannot reset within a segment,
             so the torch side then runs step by step.
         seed: the seed of the loss.
+        equal_nan: whether a NaN of torch's is right where ours is one, too. By default it is a
+            failure, for nothing was compared there.
 
     Raises:
         ImportError: torch is missing.
@@ -79,9 +82,9 @@ def compare(
         for run in theirs
     ]
     rows = (
-        *_rows("output", [run.outputs for run in theirs], [run.outputs for run in ours]),
-        *_rows("gradient", [run.gradients for run in theirs], [run.gradients for run in ours]),
-        *_rows("layer", [_calls(run) for run in theirs], [_calls(run) for run in ours]),
+        *_rows("output", [r.outputs for r in theirs], [r.outputs for r in ours], equal_nan),
+        *_rows("gradient", [r.gradients for r in theirs], [r.gradients for r in ours], equal_nan),
+        *_rows("layer", [_calls(r) for r in theirs], [_calls(r) for r in ours]),
     )
     here, there = _calls(ours[0]).keys(), _calls(theirs[0]).keys()
     not_compared = [f"{name} (torch only)" for name in there if name not in here]
@@ -144,17 +147,32 @@ def _calls(run: Run) -> Arrays:
     }
 
 
-def _rows(kind: Kind, theirs: list[Arrays], ours: list[Arrays]) -> Iterator[Row]:
+def _rows(
+    kind: Kind, theirs: list[Arrays], ours: list[Arrays], equal_nan: bool = True
+) -> Iterator[Row]:
     for name in theirs[0] | ours[0]:
         there = [arrays[name] for arrays in theirs if name in arrays]
         here = [arrays[name] for arrays in ours if name in arrays]
-        if there and here:
+        if there and here and (problem := _incomparable(there[0], equal_nan)):
+            yield _failed(name, kind, there[0].shape, problem)
+        elif there and here:
             views = _layer_views(here, there[0].shape) if kind == "layer" else [here]
             rows = [_row(name, kind, there, view) for view in views]
             yield min(rows, key=lambda row: row.float64.relative)
         elif kind == "output":
             problem = f"missing in {'JAX' if there else 'torch'}"
             yield _failed(name, kind, (there or here)[0].shape, problem)
+
+
+def _incomparable(exact: np.ndarray, equal_nan: bool) -> str:
+    """Why agreeing with `exact` would prove nothing, or an empty text."""
+    if equal_nan:
+        return ""
+    if not exact.size:
+        return f"nothing to compare: torch's array is empty, {exact.shape}"
+    if np.isnan(exact).any():
+        return "torch's array has a NaN; equal_nan=True lets ours have it, too"
+    return "" if np.isfinite(exact).any() else "nothing to compare: all of torch's are infinite"
 
 
 def _layer_views(here: list[np.ndarray], shape: tuple[int, ...]) -> Iterator[list[np.ndarray]]:
