@@ -26,15 +26,6 @@ def main(args: Args):
     config = puffer_jax.PuffeRLConfig.recommended(
         num_envs=args.num_envs,
         total_timesteps=args.steps,
-        minibatch_size=args.num_envs * 16,
-        update_epochs=4,
-        optimizer="adam",
-        adam_beta1=0.9,
-        adam_eps=1e-5,
-        max_grad_norm=0.5,
-        gamma=0.99,
-        gae_lambda=0.95,
-        reward_scale=0.05,
     )
     train = puffer_jax.make_train(
         config, env, lambda rngs: puffer_jax.Default(env, hidden_size=64, rngs=rngs)

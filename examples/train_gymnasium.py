@@ -29,16 +29,6 @@ def main(args: Args):
         env=args.env,
         seed=args.seed,
         total_timesteps=args.steps,
-        minibatch_size=args.num_envs * 16,
-        update_epochs=4,
-        optimizer="adam",
-        learning_rate=5e-3,
-        adam_beta1=0.9,
-        adam_eps=1e-5,
-        max_grad_norm=0.5,
-        gamma=0.99,
-        gae_lambda=0.95,
-        reward_scale=0.05,
         data_dir="runs",
     )
     trainer = puffer_jax.PuffeRL(config, envs, policy)

@@ -18,7 +18,7 @@ class Args:
     recurrent: bool = False
     num_envs: int = 64
     steps: int = 500_000
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     seed: int = 0
 
 
@@ -32,16 +32,7 @@ def main(args: Args):
         seed=args.seed,
         num_envs=args.num_envs,
         total_timesteps=args.steps,
-        minibatch_size=args.num_envs * 16,
-        update_epochs=4,
-        optimizer="adam",
         learning_rate=args.learning_rate,
-        adam_beta1=0.9,
-        adam_eps=1e-5,
-        max_grad_norm=0.5,
-        gamma=0.99,
-        gae_lambda=0.95,
-        reward_scale=0.05 if args.env == "CartPole-v1" else 1.0,
         data_dir="runs",
     )
     logger = puffer_jax.JSONLLogger(f"runs/{args.env}_seed{args.seed}/log.jsonl")

@@ -151,7 +151,8 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(native_run, tmp_path, monkeyp
     monkeypatch.chdir(run)
     assert main(["train", "--resume", "."]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"run {run}\noptions of .\n") and "\n64 of 64 steps, 2 ep" in printed
+    assert printed.startswith(f"resumed from {run} at epoch 1\nrun {run}\noptions of .\n")
+    assert "\n64 of 64 steps, 2 epochs: " in printed
     lines = lines_of(run)
     assert lines[:1] == before
     assert [(line["epoch"], line["agent_steps"]) for line in lines[1:]] == [(2, 64)]

@@ -272,7 +272,8 @@ def test_commands_vectorise_them():
 @pytest.mark.needs_reference  # of torch: it reads and writes .pt files
 @pytest.mark.usefixtures("quick")
 def test_train_and_play_from_the_command_line(tmp_path, capsys):
-    small = "--vec.num-envs 2 --train.bptt-horizon 8 --policy.hidden-size 8 --name a".split()
+    small = "--no-recommended --vec.num-envs 2 --train.bptt-horizon 8 --name a".split()
+    small += ["--policy.hidden-size", "8"]
     for name, steps in (("pettingzoo:classic/rps_v2", 64), ("MiniGrid-Empty-5x5-v0", 32)):
         folder = tmp_path / str(steps)
         flags = ["--train.data-dir", str(folder), "--train.total-timesteps", str(steps)]

@@ -473,8 +473,10 @@ def test_training(creator, chance, best, tmp_path):
             update_epochs=4,
             optimizer="adam",
             learning_rate=1e-2,
+            max_grad_norm=1.5,
             ent_coef=0.0,
             anneal_lr=False,
+            normalize_rewards=False,
             data_dir=str(tmp_path),
         )
         trainer = puffer_jax.PuffeRL(config, vecenv, policy)

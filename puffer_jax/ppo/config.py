@@ -95,7 +95,7 @@ class PuffeRLConfig:
         batch_size: steps in an epoch; "auto": agents * `bptt_horizon`.
         bptt_horizon: steps in a segment; "auto": `batch_size` / agents; "budget": the same or, if
             `batch_size` is "auto", the largest of 8, 16, ... 128 that divides `total_timesteps`
-            into at least a hundred epochs.
+            into at least a hundred epochs, or the least that a given `minibatch_size` fits into.
         minibatch_size: steps in an update; "auto": the batch, at most 8192; see `num_minibatches`.
         max_minibatch_size: most steps in a forward pass; a larger `minibatch_size` accumulates
             gradients.
@@ -309,9 +309,10 @@ class PuffeRLConfig:
         if batch == horizon == "auto":
             raise ValueError("give batch_size or bptt_horizon; both are 'auto'")
         if isinstance(batch, str) and isinstance(horizon, str):
-            horizon = _HORIZONS[0]
+            horizon, minibatch = _HORIZONS[0], self.minibatch_size
             for longer in _HORIZONS[1:]:
-                if self.total_timesteps >= _EPOCHS * agents * longer:
+                fits = isinstance(minibatch, str) or agents * horizon >= minibatch
+                if not fits or self.total_timesteps >= _EPOCHS * agents * longer:
                     horizon = longer
         if isinstance(batch, str):
             batch = agents * int(horizon)
