@@ -38,6 +38,7 @@ test-oldest: .venv-oldest/installed
 test-newest: .venv-newest/installed
 	PUFFER_JAX_GOLDEN_ONLY=1 PUFFER_JAX_NO_GYMNAX=1 \
 	.venv-newest/bin/python -m pytest $(BY_FILE) $(NEWEST:%=parity_tests/%.py)
+	rm .venv-newest/installed  # made anew next time, since what is newest changes
 
 lint: .venv/linters
 	$(BIN)/ruff check .
@@ -76,11 +77,10 @@ dist: .venv/dist
 	.venv-oldest/bin/$(PIP) --no-deps "$(REFERENCE)"
 	touch $@
 
-# Made anew each time, since what is newest changes.
-.PHONY: .venv-newest/installed
-.venv-newest/installed:
+.venv-newest/installed: pyproject.toml
 	python=$$(.ci/python 3.13) && "$$python" -m venv --clear .venv-newest
 	.venv-newest/bin/$(PIP) -e ".[train,vector,pettingzoo,atari,minigrid,tools]"
+	touch $@
 
 .venv/linters: .venv/installed
 	$(BIN)/$(PIP) -e ".[lint]"
