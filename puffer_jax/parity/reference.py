@@ -20,10 +20,11 @@ def reference_policy(jax_policy: nnx.Module) -> TorchModule:
         ValueError: a custom class, or a space that PufferLib's policy cannot take.
 
     Example:
-        >>> import numpy as np, puffer_jax
+        >>> import numpy as np, puffer_jax, torch
         >>> from flax import nnx
         >>> env = puffer_jax.environments.make("cartpole")
         >>> policy = puffer_jax.Default(env, rngs=nnx.Rngs(0))
+        >>> _ = torch.manual_seed(0)
         >>> reference = puffer_jax.parity.reference_policy(policy)
         >>> _ = puffer_jax.load_state_dict(policy, reference.state_dict())
         >>> observations = np.ones((3, 4), np.float32)
