@@ -17,7 +17,7 @@ from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax.kernels import convolution, lstm, perceptron, pooling, recurrence, use
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 from puffer_jax.kernels.windows import Windows
 from puffer_jax.nn import linear, random
 from puffer_jax.nn.images import Conv2d, ImageLayers
@@ -37,7 +37,7 @@ def kernels(request):
     """With the CPU kernels and as on machines that cannot build them."""
     if request.param == "cpu":
         message = "the tests need a C++ compiler, as the reference does"
-        assert library.is_available("float64"), message
+        assert native.is_available("float64"), message
     with use(request.param):
         yield request.param
 
@@ -360,7 +360,7 @@ def test_float32_functions_are_accurate():
     with jax.enable_x64(False):
         z = jnp.linspace(-30, 30, 60001, dtype=jnp.float32)[:, None]
         one = jnp.ones((1, 1), jnp.float32)
-        assert library.takes(z)
+        assert native.takes(z)
         (gelu,) = perceptron.perceptron(z, one, one[0] * 0)
         # Input, forget and output gate take z, the candidate 1; what remains is sigmoid^2-like.
         weight = jnp.asarray([[1], [0], [0], [0]], jnp.float32)
@@ -493,11 +493,11 @@ import logging, sys
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
 import jax.numpy as jnp
 from puffer_jax import layers
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 from puffer_jax.kernels.windows import Windows
 x = jnp.ones((1, 3, 3, 2))
 out = layers.convolution(x, jnp.ones((3, 3, 2, 1)), jnp.ones(1), Windows())
-print(library.takes(x), out.item())
+print(native.takes(x), out.item())
 """
 
 
@@ -524,15 +524,15 @@ def test_every_source_tells_libraries_apart(tmp_path):
     sources = {"adam.cc": "void adam() {}", "kernels.cc": '#include "adam.cc"', "vectors.h": ""}
     for name, text in reversed(sources.items()):
         (tmp_path / name).write_text(text)
-    key = library._key(tmp_path, b"flags")
-    assert key == library._key(tmp_path, b"flags") != library._key(tmp_path, b"other flags")
+    key = native._key(tmp_path, b"flags")
+    assert key == native._key(tmp_path, b"flags") != native._key(tmp_path, b"other flags")
     for name, text in sources.items():
         (tmp_path / name).write_text(text + "// changed")
-        assert library._key(tmp_path, b"flags") != key
+        assert native._key(tmp_path, b"flags") != key
         (tmp_path / name).write_text(text)
-    assert library._key(tmp_path, b"flags") == key
+    assert native._key(tmp_path, b"flags") == key
     (tmp_path / "vectors.h").rename(tmp_path / "lanes.h")
-    assert library._key(tmp_path, b"flags") != key
+    assert native._key(tmp_path, b"flags") != key
 
 
 LENGTHS = """
@@ -630,7 +630,7 @@ def test_vectors_of_any_length(tmp_path, length):
 def test_without_a_compiler(tmp_path):
     out, log = run_script(tmp_path, CXX="no-such-compiler")
     assert out == "False 19.0"
-    assert "WARNING puffer_jax.kernels.cpu.library no C++ compiler no-such-compiler" in log
+    assert "WARNING puffer_jax.kernels.cpu.native no C++ compiler no-such-compiler" in log
     out, log = run_script(tmp_path, PUFFER_JAX_NATIVE="0")
     assert out == "False 19.0" and "puffer_jax" not in log
 

@@ -19,7 +19,7 @@ from support.bars import stub_env
 
 import puffer_jax
 from puffer_jax.kernels import OPERATIONS, replace, use
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.nn.cores.lstm import LSTM
 from puffer_jax.nn.images import flatten_channels_first
@@ -498,7 +498,7 @@ IMPLEMENTATIONS = [
 @pytest.mark.parametrize("operation, implementation", IMPLEMENTATIONS)
 def test_a_wrong_gradient_is_found(operations_of, operation, implementation):
     if implementation == "cpu":
-        assert library.is_available("float64"), "the tests need a C++ compiler"
+        assert native.is_available("float64"), "the tests need a C++ compiler"
     policies = ("Discrete", "LSTM", "Convolutional", "ProcgenResnet")
     name = next(n for n in policies if operation in operations_of(n, implementation))
     build, inputs = PAIRS[name]

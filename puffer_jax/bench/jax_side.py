@@ -20,7 +20,7 @@ from puffer_jax import ppo, vector
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 from puffer_jax.ppo.config import PuffeRLConfig
 
 
@@ -31,7 +31,7 @@ def start(threads: int, device: str, precision: str) -> dict[str, object]:
     else:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-    kernels = "ours" if library.is_available("float32") else "XLA's"
+    kernels = "ours" if native.is_available("float32") else "XLA's"
     return {**versions, "device": jax.devices()[0].device_kind, "kernels": kernels}
 
 

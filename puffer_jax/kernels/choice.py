@@ -2,7 +2,7 @@
 
 An operation is declared once, with all its implementations:
 
-    _pool = Operation("max_pool", xla=_pool_xla, cpu=Kernel(_pool_cpu, takes=library.takes))
+    _pool = Operation("max_pool", xla=_pool_xla, cpu=Kernel(_pool_cpu, takes=native.takes))
     y = _pool(x)
 
 Callers know nothing of devices. `use` and `replace` are for tests and measurements.

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 from puffer_jax.kernels.windows import Windows
 
 
@@ -50,7 +50,7 @@ def _cpu_takes(x: Array, kernel: Array, bias: Array, *, windows: Windows) -> boo
         side + 2 * pad >= size
         for side, pad, size in zip(sides, windows.pads, kernel.shape, strict=False)
     )
-    return x.size > 0 and fits and library.takes(kernel, bias)
+    return x.size > 0 and fits and native.takes(kernel, bias)
 
 
 _convolution = Operation(

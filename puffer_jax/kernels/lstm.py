@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 
 
 def _gates(
@@ -89,7 +89,7 @@ def _step_cpu_takes(*arrays: Array, dtype: DTypeLike | None) -> bool:
 
 def _kernels_compute_in(dtype: DTypeLike | None, x: Array, *others: Array) -> bool:
     # `x` may have any dtype: it is cast to that of the others.
-    return dtype in (None, others[0].dtype) and x.size > 0 and library.takes(*others)
+    return dtype in (None, others[0].dtype) and x.size > 0 and native.takes(*others)
 
 
 _step = Operation("lstm_step", xla=_step_xla, cpu=Kernel(_step_cpu, takes=_step_cpu_takes))

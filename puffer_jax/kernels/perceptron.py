@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 
 
 @jax.custom_jvp
@@ -62,7 +62,7 @@ _linear = Operation(
     "linear",
     xla=_linear_xla,
     cpu=Kernel(
-        cpu.differentiable(cpu.linear, cpu.linear_gradient, _linear_xla), takes=library.takes
+        cpu.differentiable(cpu.linear, cpu.linear_gradient, _linear_xla), takes=native.takes
     ),
 )
 
@@ -71,6 +71,6 @@ _perceptron = Operation(
     xla=_perceptron_xla,
     cpu=Kernel(
         cpu.differentiable(cpu.perceptron, cpu.perceptron_gradient, _perceptron_xla),
-        takes=library.takes,
+        takes=native.takes,
     ),
 )

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 
 
 def max_pool(
@@ -32,6 +32,6 @@ _max_pool = Operation(
     xla=_max_pool_xla,
     cpu=Kernel(
         cpu.differentiable(cpu.max_pool, cpu.max_pool_gradient, _max_pool_xla),
-        takes=library.takes,
+        takes=native.takes,
     ),
 )

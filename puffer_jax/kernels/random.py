@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt32
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 
 THREEFRY = "threefry2x32"
 
@@ -54,7 +54,7 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> Int32[Arr
 
 def can_draw(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> bool:
     """Whether the CPU kernels can draw with this key from these logits."""
-    return is_threefry(key) and library.takes(logits) and 2 * logits.size < _COUNTERS
+    return is_threefry(key) and native.takes(logits) and 2 * logits.size < _COUNTERS
 
 
 def _threefry_xla(words: Array, *, shape: tuple[int, ...]) -> Array:
@@ -67,7 +67,7 @@ def _threefry_cpu(words: Array, *, shape: tuple[int, ...]) -> Array:
 
 
 def _threefry_cpu_takes(words: Array, *, shape: tuple[int, ...]) -> bool:
-    return 0 < math.prod(shape) < _COUNTERS and library.is_available("float32")
+    return 0 < math.prod(shape) < _COUNTERS and native.is_available("float32")
 
 
 def _categorical_xla(key: Array, logits: Array) -> Array:

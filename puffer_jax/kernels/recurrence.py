@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 
 
 def recurrence(
@@ -30,5 +30,5 @@ def _recurrence_xla(a: Array, b: Array) -> Array:
 
 
 _recurrence = Operation(
-    "recurrence", xla=_recurrence_xla, cpu=Kernel(cpu.recurrence, takes=library.takes)
+    "recurrence", xla=_recurrence_xla, cpu=Kernel(cpu.recurrence, takes=native.takes)
 )

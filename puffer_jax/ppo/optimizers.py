@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
-from puffer_jax.kernels.cpu import library
+from puffer_jax.kernels.cpu import native
 
 # Between parameters and tensors in torch's layout, see `puffer_jax.nn.torch_layout`.
 Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
@@ -153,7 +153,7 @@ def _adam_step_cpu(
 def _adam_step_cpu_takes(
     params: PyTree, state: PyTree, gradients: PyTree, skip: ArrayLike, **numbers: ArrayLike
 ) -> bool:
-    return library.takes(*jax.tree.leaves((params, gradients)))
+    return native.takes(*jax.tree.leaves((params, gradients)))
 
 
 _adam_step = Operation(

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import call, like
+from puffer_jax.kernels.cpu.native import call, like
 
 
 def adam(numbers: Array, gradient: Array, *arrays: Array) -> tuple[Array, ...]:

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from puffer_jax.kernels.choice import Function
-from puffer_jax.kernels.cpu.library import is_floating
+from puffer_jax.kernels.cpu.native import is_floating
 
 
 def differentiable(forward: Function, backward: Function, plain: Function) -> Function:

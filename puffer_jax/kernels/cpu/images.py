@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import call, is_floating, like
+from puffer_jax.kernels.cpu.native import call, is_floating, like
 from puffer_jax.kernels.windows import Windows
 
 

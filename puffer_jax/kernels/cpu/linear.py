@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import call, like
+from puffer_jax.kernels.cpu.native import call, like
 
 
 def linear(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], None]:

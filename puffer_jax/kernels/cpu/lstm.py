@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array
 
-from puffer_jax.kernels.cpu.library import call, like
+from puffer_jax.kernels.cpu.native import call, like
 
 
 def lstm(keep: bool, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:

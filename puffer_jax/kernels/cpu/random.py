@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
-from puffer_jax.kernels.cpu.library import call
+from puffer_jax.kernels.cpu.native import call
 
 
 def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from puffer_jax.kernels.cpu.library import call, like
+from puffer_jax.kernels.cpu.native import call, like
 
 
 @jax.custom_vjp
