@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base.spaces import Box, Discrete
+from puffer_jax.environments.jax_native import Transition
 from puffer_jax.nn import random
 
 _GRAVITY = 9.8
@@ -62,9 +63,7 @@ class CartPole:
         state = CartPoleState(*values, steps=jnp.int32(0))
         return _observation(state), state
 
-    def step(
-        self, key: PRNGKeyArray, state: CartPoleState, action: ArrayLike
-    ) -> tuple[Array, CartPoleState, Array, Array, Array, dict[str, Array]]:
+    def step(self, key: PRNGKeyArray, state: CartPoleState, action: ArrayLike) -> Transition:
         """One step of 0.02 s; `key` is not used."""
         x, x_dot, theta, theta_dot, steps = state
         force = jnp.where(action == 1, _FORCE, -_FORCE).astype(x.dtype)

@@ -8,7 +8,7 @@ their attributes, so neither gymnax nor brax is imported here.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,11 @@ _PROTOCOL = (
     " adapted"
 )
 
+Transition = tuple[Array, Tree, Array, Array, Array, dict[str, Tree]]
+"""What a step gives: obs, state, reward, terminated, truncated, info."""
 
+
+@runtime_checkable
 class JaxEnv(Protocol):
     """One environment, not a batch. Both functions are pure and can be traced.
 
@@ -59,7 +63,7 @@ class JaxEnv(Protocol):
         """`(obs, state)` of a new episode; obs is an array, or a dict or tuple of arrays."""
         ...
 
-    def step(self, key: PRNGKeyArray, state: Tree, action: Tree, /) -> tuple[Tree, ...]:
+    def step(self, key: PRNGKeyArray, state: Tree, action: Tree, /) -> Transition:
         """`(obs, state, reward, terminated, truncated, info)`; never resets.
 
         reward, terminated and truncated are scalars; both of the latter may be set at once, as

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from puffer_jax.base.spaces import Box, Discrete
+from puffer_jax.environments.jax_native import Transition
 from puffer_jax.nn import random
-
-_Transition = tuple[Array, PyTree, Array, Array, Array, dict[str, Array]]
 
 # Up, down, left, right, then the diagonals, as (row, column).
 _MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)], np.int32)
@@ -90,7 +89,7 @@ class Squared:
         state = SquaredState(jnp.full(2, self.distance, jnp.int32), targets, jnp.int32(0))
         return self._observation(state), state
 
-    def step(self, key: PRNGKeyArray, state: SquaredState, action: ArrayLike) -> _Transition:
+    def step(self, key: PRNGKeyArray, state: SquaredState, action: ArrayLike) -> Transition:
         """Move; `key` is not used."""
         row, column = position = state.position + jnp.asarray(_MOVES)[action]
         tiles = jnp.arange(self._side)
@@ -188,7 +187,7 @@ class Memory:
         state = MemoryState(digits, jnp.int32(0), jnp.int32(0))
         return self._observation(state), state
 
-    def step(self, key: PRNGKeyArray, state: MemoryState, action: ArrayLike) -> _Transition:
+    def step(self, key: PRNGKeyArray, state: MemoryState, action: ArrayLike) -> Transition:
         """Count the answer if one was asked for; `key` is not used."""
         asked = state.steps - self._asks_from
         right = (asked >= 0) & (state.digits[jnp.maximum(asked, 0)] == jnp.asarray(action))

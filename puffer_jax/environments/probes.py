@@ -14,12 +14,11 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from puffer_jax.base.spaces import Box, Discrete
+from puffer_jax.environments.jax_native import Transition
 from puffer_jax.nn import random
-
-_Transition = tuple[Array, PyTree, Array, Array, Array, dict[str, Array]]
 
 
 def _sign(key: PRNGKeyArray) -> Array:
@@ -42,7 +41,7 @@ class _OneStep:
         obs = self._observation(key)
         return obs, obs
 
-    def step(self, key: PRNGKeyArray, state: Array, action: ArrayLike) -> _Transition:
+    def step(self, key: PRNGKeyArray, state: Array, action: ArrayLike) -> Transition:
         reward = self._reward(state, jnp.asarray(action))
         return state, state, reward, jnp.bool_(True), jnp.bool_(False), {}
 
@@ -101,7 +100,7 @@ class ProbeDiscount:
         obs = -jnp.ones(1, jnp.float32)
         return obs, obs
 
-    def step(self, key: PRNGKeyArray, state: Array, action: ArrayLike) -> _Transition:
+    def step(self, key: PRNGKeyArray, state: Array, action: ArrayLike) -> Transition:
         """On to the second step, or the end."""
         last = state[0] > 0
         obs = jnp.ones(1, jnp.float32)
@@ -180,7 +179,7 @@ class ProbeMemory:
         state = ProbeMemoryState(_sign(key), jnp.int32(0))
         return self._observation(state), state
 
-    def step(self, key: PRNGKeyArray, state: ProbeMemoryState, action: ArrayLike) -> _Transition:
+    def step(self, key: PRNGKeyArray, state: ProbeMemoryState, action: ArrayLike) -> Transition:
         """The action counts at step k, which is the last."""
         last = state.steps >= self.k
         right = jnp.asarray(action) == self.expected_action(state.cue)

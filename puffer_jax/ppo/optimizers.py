@@ -6,8 +6,7 @@ traced function and continue from the old state. In float32 a Python `beta` is m
 traced one: 1 - 0.999 is rounded once, after the subtraction, as in torch.
 """
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +16,11 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from puffer_jax.base.text import hint
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import native
-
-# Between parameters and tensors in torch's layout, see `puffer_jax.nn.torch_layout`.
-Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
+from puffer_jax.nn.torch_layout import Conversion
 
 # (params, opt_state, gradients, skip) -> (params, opt_state); where `skip`, they stay as they are.
 OptimizerStep = Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
@@ -70,9 +68,10 @@ def make(
     if name == "muon":
         optimizer = muon(learning_rate, beta1, to_torch, from_torch)
         return optax.chain(clip_by_global_norm(max_grad_norm), optimizer)
-    near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}{hint}")
+    raise ValueError(
+        f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}"
+        + hint(name, OPTIMIZERS, cutoff=0.4)
+    )
 
 
 def _clipped_adam(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from puffer_jax.nn import random
 from puffer_jax.nn.params import GraphDef, merge, split
-from puffer_jax.nn.torch_layout import torch_layout
+from puffer_jax.nn.torch_layout import Conversion, torch_layout
 from puffer_jax.ppo import normalization, optimizers
 from puffer_jax.ppo.advantage import advantage_of, priorities
 from puffer_jax.ppo.config import PuffeRLConfig, near_options
@@ -48,8 +48,8 @@ class Learner:
     sizes: Sizes
     graphdef: GraphDef
     normalization: Normalization | None
-    to_torch: optimizers.Conversion
-    from_torch: optimizers.Conversion
+    to_torch: Conversion
+    from_torch: Conversion
     names: tuple[str, ...]
 
     def init(self, params: Params) -> TrainState:

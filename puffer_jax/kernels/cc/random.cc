@@ -123,18 +123,25 @@ void categorical(const Draw& draw, const T* logits, std::int32_t* result) {
   }
 }
 
-ffi::Error Categorical(ffi::ThreadPool pool, In keys, In logits, Out result) {
+// Calls `draw(key, Draw, index of its first row)` for pieces of the rows, in parallel: one key draws
+// the actions of a whole array of logits.
+template <class F>
+ffi::Error each_draw(ffi::ThreadPool pool, In keys, In logits, F draw) {
   const Index n = logits.dimensions().back(), draws = keys.element_count() / 2;
   const Index rows = logits.element_count() / n / draws;
+  const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
   return with_type(logits.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
     parallel(pool, draws * pieces, [&](Index task) {
-      const Index draw = task / pieces, first = task % pieces * each, at = draw * rows + first;
-      const std::uint32_t* key = in<std::uint32_t>(keys) + 2 * draw;
-      categorical(Draw{key, rows, n, first, std::min(rows, first + each)}, in<T>(logits) + at * n,
-                  out<std::int32_t>(result) + at);
+      const Index number = task / pieces, first = task % pieces * each;
+      const std::uint32_t* key = in<std::uint32_t>(keys) + 2 * number;
+      draw(zero, Draw{key, rows, n, first, std::min(rows, first + each)}, number * rows + first);
     });
+  });
+}
+
+ffi::Error Categorical(ffi::ThreadPool pool, In keys, In logits, Out result) {
+  return each_draw(pool, keys, logits, [&](auto zero, const Draw& draw, Index row) {
+    categorical(draw, in<decltype(zero)>(logits) + row * draw.n, out<std::int32_t>(result) + row);
   });
 }
 
@@ -213,24 +220,18 @@ void sample(const Draw& draw, const T* logits, const Samples<T>& results) {
 // Draws with key number `component` of those that the key is split into.
 ffi::Error Sample(ffi::ThreadPool pool, In keys, In logits, Out actions, Out logprobs,
                   Out entropies, Index component) {
-  const Index n = logits.dimensions().back(), draws = keys.element_count() / 2;
-  const Index rows = logits.element_count() / n / draws;
-  return with_type(logits.element_type(), [&](auto zero) {
+  return each_draw(pool, keys, logits, [&](auto zero, Draw draw, Index row) {
     using T = decltype(zero);
-    const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
-    parallel(pool, draws * pieces, [&](Index task) {
-      const Index draw = task / pieces, first = task % pieces * each, at = draw * rows + first;
-      Words a, b;
-      threefry(in<std::uint32_t>(keys) + 2 * draw, std::uint32_t(component), a, b);
-      const std::uint32_t key[] = {a[0], b[0]};
-      const Samples<T> results{
-          .actions = out<std::int32_t>(actions) + at,
-          .logprobs = out<T>(logprobs) + at,
-          .entropies = out<T>(entropies) + at,
-      };
-      sample(Draw{key, rows, n, first, std::min(rows, first + each)}, in<T>(logits) + at * n,
-             results);
-    });
+    Words a, b;
+    threefry(draw.key, std::uint32_t(component), a, b);
+    const std::uint32_t key[] = {a[0], b[0]};
+    draw.key = key;
+    const Samples<T> results{
+        .actions = out<std::int32_t>(actions) + row,
+        .logprobs = out<T>(logprobs) + row,
+        .entropies = out<T>(entropies) + row,
+    };
+    sample(draw, in<T>(logits) + row * draw.n, results);
   });
 }
 
