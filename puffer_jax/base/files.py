@@ -30,3 +30,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out early whether a folder, which need not exist yet, can be written to.
+
+    Raises:
+        NotADirectoryError: it, or what it would lie in, is not a folder.
+        PermissionError: nothing can be written there.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"cannot write to {folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {folder}: {nearest} is not writable")

@@ -153,7 +153,10 @@ class Train:
 
 SETTINGS = "config.json"
 
-_INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train", "sweep")
+_INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train")
+
+# PufferLib's, which have no meaning here; "torch" is one of its version 4.
+_INI_UNUSED = ("sweep", "torch")
 
 _INI_BASE = ("env_name", "package", "policy_name", "rnn_name", "max_suggestion_cost")
 
@@ -202,10 +205,11 @@ def train_defaults(argv: Sequence[str]) -> Train:
 def _read_config(path: Path, config: PuffeRLConfig) -> Train:
     """The options in a PufferLib .ini file."""
     sections = read_ini(path)
-    groups = {name: values for name, values in sections.items() if not name.startswith("sweep.")}
+    unused = [name for name in sections if name.split(".")[0] in _INI_UNUSED]
+    groups = {name: values for name, values in sections.items() if name not in unused}
     _check_names(path, "section", groups, _INI_SECTIONS)
-    if any(name.startswith("sweep") for name in sections):
-        print(f"{path}: [sweep] is not used here", file=sys.stderr)
+    for name in dict.fromkeys(name.split(".")[0] for name in unused):
+        print(f"{path}: [{name}] is not used here", file=sys.stderr)
     base, vec, policy, rnn = (dict(groups.get(n, {})) for n in ("base", "vec", "policy", "rnn"))
     _check_names(path, "key in [base]", base, _INI_BASE)
     try:

@@ -3,6 +3,7 @@
 import configparser
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,13 @@ _ELSEWHERE = {
     "clip_eps": "clip_coef",
     "num_timesteps": "total_timesteps",
     "vf_loss_coef": "vf_coef",
+    # PufferLib 4's.
+    "horizon": "bptt_horizon",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_eps",
+    "replay_ratio": "update_epochs",
+    "min_lr_ratio": "anneal_lr",
 }
 
 # Found on the tasks of `examples/learning.py`.
@@ -439,6 +447,8 @@ _WORDS = configparser.ConfigParser.BOOLEAN_STATES
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     """A value as the field's type: 1e6 for a number of steps, "off", NumPy's and JAX's scalars."""
     kinds = _kinds(field)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if not isinstance(value, str | bool | int | float) and getattr(value, "shape", None) == ():
         value = value.item()
     if isinstance(value, str) and str not in kinds:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -12,7 +13,6 @@ from puffer_jax.base.profile import Profile
 from puffer_jax.nn.params import split
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Hypers, Metrics, Params, TrainState
-from puffer_jax.ppo.rollout import owned
 from puffer_jax.ppo.source import Source, Stats
 from puffer_jax.ppo.update import make_learner
 
@@ -49,6 +49,8 @@ class Loop:
     """Training, an epoch at a time: its state, and the programs that advance it.
 
     Everything that training needs compiled is compiled here, except a policy's step on the host.
+    No program is given its arguments' memory: whatever interrupts or fails an epoch, what the last
+    finished one left is whole, and `saved` returns that.
 
     Args:
         config: the options of the update, and the seed.
@@ -58,9 +60,9 @@ class Loop:
 
     Attributes:
         source: where experience comes from.
-        state: the train state, which updates change.
-        stream: the source's stream, see `Source`.
-        key: split for every batch and every update.
+        state: the train state after the last update.
+        stream: the source's stream at that time, see `Source`.
+        key: the key at that time; split for every batch and every update.
         names: see `Learner`.
         schedule_epoch: see `Learner`.
         programs: the compiled functions: "update" and "acting"; of a pure source also "collect" and
@@ -71,48 +73,56 @@ class Loop:
         learner = make_learner(config, source.sizes, policy)
         self.source, self.names, self._profile = source, learner.names, profile
         self.schedule_epoch = learner.schedule_epoch
-        self.state: TrainState = owned(learner.init(split(policy)[1]))
+        # Whoever holds the policy may give its arrays away.
+        self.state: TrainState = jax.tree.map(jnp.copy, learner.init(split(policy)[1]))
         self.key, reset_key = jax.random.split(jax.random.key(config.seed))
 
         def update(*args: Any) -> tuple[TrainState, Metrics]:
             return learner.update(*args)[:2]
 
         self.programs = {
-            "update": jax.jit(update, donate_argnums=0),
+            "update": jax.jit(update),
             "acting": jax.jit(learner.acting),
         }
         if source.pure:
-            self.programs["collect"] = jax.jit(source.collect, donate_argnums=1)
+            self.programs["collect"] = jax.jit(source.collect)
             whole = partial(epoch, source.collect, learner.update, learner.acting)
-            self.programs["epoch"] = jax.jit(whole, donate_argnums=(0, 1))
-            self.stream = owned(jax.jit(source.init)(reset_key))
+            self.programs["epoch"] = jax.jit(whole)
+            self.stream = jax.jit(source.init)(reset_key)
         else:
             self.stream = source.init(reset_key)
+        # The stream and the key after what has been collected since the last update.
+        self._ahead: tuple[PyTree, PRNGKeyArray] | None = None
 
     def evaluate(self) -> tuple[Experience, int, Stats]:
         """Collect a batch; returns it, the agent steps that were played, and statistics."""
-        self.stream, experience, outcome = self._collect(
-            self.acting(), self.stream, self._next_key()
-        )
+        stream, key = self._latest()
+        key, collect_key = jax.random.split(key)
+        stream, experience, outcome = self._collect(self.acting(), stream, collect_key)
+        self._ahead = stream, key
         return experience, *self.source.summary(outcome)
 
     def train(self, experience: Experience) -> Metrics:
         """Learn from a batch; returns the losses."""
-        self.state, losses = self._update(self.state, experience, self._next_key(), None)
+        stream, key = self._latest()
+        key, update_key = jax.random.split(key)
+        state, losses = self._update(self.state, experience, update_key, None)
+        self._finish(state, stream, key)
         return losses
 
     def advance(self) -> tuple[Metrics, int, Stats]:
         """`evaluate` and `train`; in one program if the source is pure."""
-        keys = self._next_key(), self._next_key()
+        stream, key = self._latest()
+        key, collect_key = jax.random.split(key)
+        key, update_key = jax.random.split(key)
+        before = self.state, stream, (collect_key, update_key)
         if self.source.pure:
             with self._profile("train"):
-                self.state, self.stream, losses, outcome = jax.block_until_ready(
-                    self.programs["epoch"](self.state, self.stream, keys)
-                )
+                done = jax.block_until_ready(self.programs["epoch"](*before))
         else:
-            self.state, self.stream, losses, outcome = epoch(
-                self._collect, self._update, self.acting, self.state, self.stream, keys
-            )
+            done = epoch(self._collect, self._update, self.acting, *before)
+        state, stream, losses, outcome = done
+        self._finish(state, stream, key)
         return losses, *self.source.summary(outcome)
 
     def acting(self, state: TrainState | None = None) -> Params:
@@ -129,14 +139,14 @@ class Loop:
 
     def restore(self, saved: dict[str, PyTree]) -> None:
         """Go on from what `saved` returned."""
-        saved = owned(saved)
-        self.state, self.key = saved["train"], saved["key"]
-        if self.source.pure:
-            self.stream = saved["stream"]
+        stream, _ = self._latest()  # environments on the host go on from where they are
+        self._finish(saved["train"], saved["stream"] if self.source.pure else stream, saved["key"])
 
-    def _next_key(self) -> PRNGKeyArray:
-        self.key, key = jax.random.split(self.key)
-        return key
+    def _latest(self) -> tuple[PyTree, PRNGKeyArray]:
+        return self._ahead or (self.stream, self.key)
+
+    def _finish(self, state: TrainState, stream: PyTree, key: PRNGKeyArray) -> None:
+        self.state, self.stream, self.key, self._ahead = state, stream, key, None
 
     def _collect(self, *args: Any) -> tuple[PyTree, Experience, PyTree]:
         collect = self.programs.get("collect", self.source.collect)

@@ -77,7 +77,8 @@ class TrainState(NamedTuple):
         opt_state: the optimizer's state.
         epoch: int32, how many batches have been learned from.
         nonfinite: int32, in how many optimizer steps an array in `Learner.names` was not finite.
-        culprit: int32, index into `Learner.names` of the first such array; -1 if there was none.
+        culprit: int32, index into `Learner.names` of the first such array of the last update that
+            had one; -1 if none had.
         normalization: what is known about observations and rewards; None: neither is normalised.
         unplayed: float32, how many batches the steps would fill that were not played (see
             `Experience.mask`); None counts as 0.

@@ -23,7 +23,8 @@ class Stream(NamedTuple):
         arrival: what the environments handed out last.
         state: the policy's recurrent state.
         returns: the returns so far of the running episodes.
-        lengths: their lengths so far.
+        lengths: their lengths so far, at most 2**31 - 1.
+        lost: what rounding took from `returns`; None counts as 0.
     """
 
     env: PyTree
@@ -31,15 +32,16 @@ class Stream(NamedTuple):
     state: RecurrentState | None
     returns: Float[Array, " agents"]
     lengths: Int[Array, " agents"]
+    lost: Float[Array, " agents"] | None = None
 
 
 class Episodes(NamedTuple):
     """Sums over the episodes that ended in a rollout; all scalars.
 
     Attributes:
-        episodes: the number of episodes.
-        returns: the sum of their returns.
-        lengths: the sum of their lengths.
+        episodes: the number of episodes, int32.
+        returns: the sum of their returns, float32.
+        lengths: the sum of their lengths, float32, since an integer would overflow.
     """
 
     episodes: Array
@@ -50,12 +52,19 @@ class Episodes(NamedTuple):
     def none(cls) -> "Episodes":
         """The sums over no episodes."""
         zero = jnp.zeros((), jnp.float32)
-        return cls(jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros((), jnp.int32), zero, zero)
 
     def means(self) -> dict[str, Array]:
         """Mean return and length; NaN if no episode ended."""
         count = jnp.where(self.episodes == 0, jnp.nan, self.episodes)
         return {"episode_return": self.returns / count, "episode_length": self.lengths / count}
+
+
+def _add(total: Array, lost: Array | None, x: Array) -> tuple[Array, Array]:
+    """Kahan's sum: the total and what rounding took from it, after adding x."""
+    x = x if lost is None else x + lost
+    new = total + x
+    return new, x - (new - total)
 
 
 class JaxSource:
@@ -84,7 +93,7 @@ class JaxSource:
         state = self._player.initial_state(agents)
         final_value = zero.astype(self._player.value_dtype(obs, state))
         arrival = Arrival(obs, zero, no, no, yes, yes, final_value)
-        return Stream(env, arrival, state, zero, jnp.zeros(agents, jnp.int32))
+        return Stream(env, arrival, state, zero, jnp.zeros(agents, jnp.int32), zero)
 
     def collect(
         self, params: Params, stream: Stream, key: PRNGKeyArray
@@ -145,19 +154,18 @@ class JaxSource:
         out = self._step_envs(keys, stream.env, self._player.playable(action))
         final_value = self._final_value(params, out, state, values)
         done = out.terminated | out.truncated
-        returns, lengths = stream.returns + out.reward, stream.lengths + 1
+        returns, lost = _add(stream.returns, stream.lost, out.reward)
+        lengths = stream.lengths + (stream.lengths < jnp.iinfo(jnp.int32).max)
         episodes = Episodes(
             episodes.episodes + done.sum(dtype=jnp.int32),
             episodes.returns + jnp.where(done, returns, 0).sum(),
-            episodes.lengths + jnp.where(done, lengths, 0).sum(dtype=jnp.int32),
+            episodes.lengths + jnp.where(done, lengths, 0).sum(dtype=jnp.float32),
         )
         arrival = Arrival(
             out.obs, out.reward, out.terminated, out.truncated, done, arrival.mask, final_value
         )
-        stream = Stream(
-            out.state, arrival, state, jnp.where(done, 0, returns), jnp.where(done, 0, lengths)
-        )
-        return (stream, episodes), row
+        returns, lengths, lost = (jnp.where(done, 0, x) for x in (returns, lengths, lost))
+        return (Stream(out.state, arrival, state, returns, lengths, lost), episodes), row
 
     def _final_value(
         self, params: Params, out: Step, state: RecurrentState | None, like: Array

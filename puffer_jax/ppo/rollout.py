@@ -164,8 +164,3 @@ def with_following(experience: Experience, after: Last, agents: int) -> Experien
     )
     last = jax.tree.map(lambda row, end: jnp.concatenate([row[agents:], end]), first, after)
     return experience._replace(last=last)
-
-
-def owned(tree: PyTree) -> PyTree:
-    """A copy that may be donated: no one else holds its arrays, and none is in it twice."""
-    return jax.tree.map(jnp.copy, tree)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from puffer_jax.nn import random
 from puffer_jax.nn.params import GraphDef, merge, split
@@ -109,11 +109,12 @@ class Learner:
         values = experience.values
         ones = jnp.ones_like(values)
         details = Details(ones, ones, values, ones[:, 0], None)
-        (state, details), (metrics, rows) = jax.lax.scan(
+        (learned, details), (metrics, rows) = jax.lax.scan(
             lambda carry, draws: _optimizer_step(self, terms, *carry, draws),
-            (state, details),
+            (state._replace(culprit=jnp.full_like(state.culprit, -1)), details),
             draws,
         )
+        state = _if_finite(self, state, learned)
         details = details._replace(indices=rows.reshape(count, -1))
         losses = {name: metrics[name].sum() / count for name in metrics}
         losses["explained_variance"] = _explained_variance(details)
@@ -139,9 +140,11 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
     """
     graphdef, params = split(policy)
     to_torch, from_torch = torch_layout(policy)
+    tensors = sorted(jax.eval_shape(to_torch, params))
     names = (
         *("rewards", "advantages", "log-probabilities", "values", "loss"),
-        *(f"gradient of {name}" for name in jax.eval_shape(to_torch, params)),
+        *(f"gradient of {name}" for name in tensors),
+        *(f"new {name}" for name in tensors),
     )
     known = normalization.initial(config, policy, sizes.agents)
     return Learner(config, sizes, graphdef, known, to_torch, from_torch, names)
@@ -237,7 +240,7 @@ def _optimizer_step(
 ) -> tuple[tuple[TrainState, Details], tuple[Metrics, Array]]:
     """The minibatches of one optimizer step, and the step itself."""
     before, gradients = details, None
-    bad, metrics, rows = jnp.zeros(len(learner.names), bool), [], []
+    bad, metrics, rows = jnp.zeros((), bool), [], []
     for draw in draws:
         current = terms.experience._replace(values=details.values)
         part = _minibatch(learner, terms, state, current, details.ratio, draw)
@@ -300,13 +303,37 @@ def _minibatch(
     return Minibatch(rows, probs, advantages, total, metrics, new_ratio, values, gradients)
 
 
-def _nonfinite(learner: Learner, experience: Experience, part: Minibatch) -> Bool[Array, " names"]:
-    """Which of the arrays `learner.names` have an element that is not finite."""
-    arrays = (
-        *(experience.rewards, part.advantages, part.ratio, part.values, part.loss),
-        *learner.to_torch(part.gradients).values(),
+def _nonfinite(learner: Learner, experience: Experience, part: Minibatch) -> Bool[Array, " arrays"]:
+    """Which arrays of a minibatch, the first of `learner.names`, are not finite."""
+    values = (experience.rewards, part.advantages, part.ratio, part.values, part.loss)
+    return _not_finite((values, learner.to_torch(part.gradients)))
+
+
+def _not_finite(tree: PyTree) -> Bool[Array, " arrays"]:
+    """Which arrays of a tree are not finite, in the order of its leaves: dicts' by their names."""
+    return jnp.stack([~jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+
+
+def _if_finite(learner: Learner, before: TrainState, after: TrainState) -> TrainState:
+    """The state after an update, with the parameters from before it if the new ones are not finite.
+
+    Finite gradients can make such: of a rate that is too high, or with an epsilon of 0.
+    """
+    bad = _not_finite(learner.to_torch(after.params))
+    broken = bad.any() & (learner.config.on_nonfinite != "ignore")
+    params, opt_state = jax.tree.map(
+        lambda old, new: jnp.where(broken, old, new),
+        (before.params, before.opt_state),
+        (after.params, after.opt_state),
     )
-    return jnp.stack([~jnp.isfinite(x).all() for x in arrays])
+    # All that was not finite in the minibatches after it came of that.
+    culprit = jnp.where(broken, len(learner.names) - bad.size + bad.argmax(), after.culprit)
+    return after._replace(
+        params=params,
+        opt_state=opt_state,
+        nonfinite=after.nonfinite + broken,
+        culprit=jnp.where(culprit < 0, before.culprit, culprit).astype(jnp.int32),
+    )
 
 
 def _sum(total: Params | None, gradients: Params) -> Params:

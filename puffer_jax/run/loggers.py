@@ -180,11 +180,15 @@ class WandbLogger:
         wandb = self._wandb = require("wandb", "WandbLogger")
         options: dict[str, Any] = {"id": new_run_id(), "resume": "allow"} | init
         self._run: Any = wandb.init(project=project, **options)
+        # A step of our own: below the last of its own steps, W&B drops whatever is logged, and a
+        # run may be resumed from an earlier checkpoint.
+        self._run.define_metric("agent_steps")
+        self._run.define_metric("*", step_metric="agent_steps")
         self.run_id: str = self._run.id
 
     def log(self, logs: Logs, step: int) -> None:
-        """Log one row."""
-        self._run.log(dict(logs), step=int(step))
+        """Log one row; all is drawn over the metric "agent_steps"."""
+        self._run.log({**logs, "agent_steps": int(step)})
 
     def close(self, model_path: PathLike | None) -> None:
         """Upload the model as an artifact, as the reference does, and finish the run."""

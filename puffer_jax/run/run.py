@@ -5,7 +5,7 @@ from pathlib import Path
 from flax import nnx
 from jaxtyping import PyTree
 
-from puffer_jax.base.files import write_atomically
+from puffer_jax.base.files import check_writable, write_atomically
 from puffer_jax.run import checkpoint
 from puffer_jax.run.loggers import Logger, Logs
 
@@ -20,10 +20,14 @@ class Run:
 
     Attributes:
         logger: the logger; it may be replaced, and the run then takes the name of the new one.
+
+    Raises:
+        OSError: nothing can be written to `data_dir`.
     """
 
     def __init__(self, data_dir: str | Path, logger: Logger, keep: int):
         self._data_dir, self._keep = Path(data_dir), keep
+        check_writable(self._data_dir)
         self.logger = logger
 
     @property
@@ -63,6 +67,6 @@ class Run:
         write_atomically(path, lambda file: file.write(model.read_bytes()))
         return path
 
-    def close(self, model: Path) -> None:
-        """Close the logger; `model` is the final one."""
+    def close(self, model: Path | None) -> None:
+        """Close the logger; `model` is the final one, None if it could not be saved."""
         self.logger.close(model)

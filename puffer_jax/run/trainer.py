@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ Numbers = dict[str, float | int]
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient was NaN or infinite, and `on_nonfinite` is "stop"."""
+    """A loss, a gradient or a parameter was not finite, and `on_nonfinite` is "stop"."""
 
 
 class PuffeRL:
@@ -122,7 +123,8 @@ class PuffeRL:
         self.total_epochs = sizes.epochs
 
         self.experience: Experience | None = None
-        self.global_step = 0
+        self.global_step = self._learned_step = 0
+        self._nonfinite = 0
         self.stats: Stats = defaultdict(list)
         self.losses: dict[str, float] = {}
         self.message = ""
@@ -133,6 +135,7 @@ class PuffeRL:
         self._last_sps = 0.0
         self._last_means: dict[str, float] = {}
         self._new_losses: Metrics = {}
+        self._closed = False
         self._final_path: Path | None = None
 
     # --- what a user reads ------------------------------------------------------------------
@@ -259,8 +262,9 @@ class PuffeRL:
             self.stats[name].extend(values)
 
     def _after_update(self, losses: Metrics) -> Numbers | None:
-        self._new_losses = losses
-        if self.config.on_nonfinite == "stop" and int(self.state.nonfinite):
+        self._new_losses, self._learned_step = losses, self.global_step
+        known, self._nonfinite = self._nonfinite, int(self.state.nonfinite)
+        if self.config.on_nonfinite == "stop" and self._nonfinite > known:
             path = self.save_checkpoint()
             raise NonFiniteError(
                 f"epoch {self.epoch}: the first array with a NaN or an infinity is "
@@ -327,10 +331,13 @@ class PuffeRL:
         )
 
     def save_checkpoint(self) -> Path:
-        """Write `model_{epoch:06d}.pt` and the full train state; returns the model's path."""
+        """Write `model_{epoch:06d}.pt` and the full train state; returns the model's path.
+
+        It is the state after the last update: what has been collected since then is played again.
+        """
         metadata = {
             "config": dataclasses.asdict(self.config),
-            "global_step": self.global_step,
+            "global_step": self._learned_step,
             "epoch": self.epoch,
         }
         path = self._run.save(self.epoch, self.policy, self.loop.saved(), metadata)
@@ -350,6 +357,7 @@ class PuffeRL:
         saved, metadata, folder = self._run.restore(self.loop.saved(), run, epoch)
         self.loop.restore(saved)
         self.global_step = self._last_log_step = int(metadata["global_step"])
+        self._learned_step, self._nonfinite = self.global_step, int(self.state.nonfinite)
         self.experience = None
         self.message = f"resumed from {folder} at epoch {self.epoch}"
         planned, now = metadata["config"]["total_timesteps"], self.config.total_timesteps
@@ -362,16 +370,20 @@ class PuffeRL:
     def close(self) -> Path:
         """Save, close the environments and the logger; returns the path of the final model.
 
-        As in the reference, the model is also copied to `data_dir/run_id.pt`.
+        As in the reference, the model is also copied to `data_dir/run_id.pt`. If it cannot be
+        saved, all else is closed all the same, and another `close` tries again.
         """
-        if self._final_path is None:
-            self.loop.source.close()
+        if self._final_path is not None:
+            return self._final_path
+        model = None
+        with ExitStack() as last:
+            if not self._closed:
+                last.callback(self.dashboard.close)
+                last.callback(lambda: self._run.close(model))
+                last.callback(self.loop.source.close)
+                self._closed = True
             model = self.save_checkpoint()
-            path = self._run.publish(model)
-            self._run.close(model)
-            self.dashboard.close()
-            # Not before: what failed may be tried again.
-            self._final_path = path
+            self._final_path = self._run.publish(model)
         return self._final_path
 
     def __enter__(self) -> "PuffeRL":
