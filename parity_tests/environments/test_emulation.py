@@ -704,6 +704,80 @@ def test_agents_that_are_absent():
         assert buffers_of(ours) == buffers_of(theirs)
 
 
+class Script:
+    """A parallel environment that plays what is written: (agents left, what `step` returns)."""
+
+    metadata = {"name": "script"}  # noqa: RUF012
+    possible_agents = ["a", "b"]  # noqa: RUF012
+    render_mode = None
+
+    def __init__(self, first, steps):
+        self.first, self.steps = first, steps
+
+    def observation_space(self, agent):
+        return Box(-9, 9, (1,))
+
+    def action_space(self, agent):
+        return Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        self.agents, self.left = list(self.first), list(self.steps)
+        return {a: np.ones(1, np.float32) for a in self.first}, {}
+
+    def step(self, actions):
+        agents, seen, rewards, ended, cut = self.left.pop(0)
+        self.agents = list(agents)
+        observations = {a: np.ones(1, np.float32) for a in seen}
+        return observations, rewards, dict.fromkeys(ended, True), dict.fromkeys(cut, True), {}
+
+
+BOTH = {"a": 1, "b": 2}
+ENDS = {  # (who begins, [(agents left, observed, rewards, terminated, truncated)]), over, how
+    "one_each_way": ("ab", [("ab", "ab", BOTH, "a", "b")], [True], "tc"),
+    "all_gone": ("ab", [("", "ab", BOTH, "ab", "")], [True], "tt"),
+    "gone_without_a_word": ("ab", [("", "ab", BOTH, "b", "")], [True], "ct"),
+    "one_goes_on": ("ab", [("b", "ab", BOTH, "a", "")], [False], "t-"),
+    "another_enters": ("a", [("b", "ab", BOTH, "a", "")], [False], "t-"),
+    "another_enters_unseen": ("a", [("ab", "a", BOTH, "a", "")], [False], "tt"),
+    "one_after_the_other": (
+        "ab",
+        [("ab", "ab", BOTH, "a", ""), ("ab", "b", {"b": 2}, "", "b")],
+        [False, True],
+        "tc",
+    ),
+    "comes_back": (
+        "ab",
+        [("b", "ab", BOTH, "a", ""), ("ab", "ab", BOTH, "", ""), ("a", "ab", BOTH, "b", "")],
+        [False, False, False],
+        "-t",
+    ),
+    "without_a_reward": ("ab", [("ab", "ab", {"a": 1}, "", "")], [False], "--"),
+    "without_a_last_look": ("ab", [("b", "b", BOTH, "a", "")], [False], "t-"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_episode_ends_agent_by_agent(name):
+    """With the reference one terminated and the other cut off never ends, for example."""
+    first, steps, over, how = ENDS[name]
+    env = emulation.PettingZooPufferEnv(Script(first, steps))
+    for _ in range(2):  # and again after a reset
+        env.reset()
+        for i, expected in enumerate(over):
+            env.step(np.zeros(2, np.int32))
+            assert env.done == expected, i
+        assert env.terminals.tolist() == [end == "t" for end in how]
+        assert env.truncations.tolist() == [end == "c" for end in how]
+        rewards = steps[-1][2]
+        assert env.rewards.tolist() == [
+            rewards.get(agent, 0) if agent in steps[-1][1] or name == "without_a_last_look" else 0
+            for agent in "ab"
+        ]
+    if not env.done:
+        with pytest.raises(IndexError):  # the next step is the environment's
+            env.step(np.zeros(2, np.int32))
+
+
 def test_errors_with_several_agents():
     made = Crowd(DICT, Discrete(2))
     env = emulation.PettingZooPufferEnv(made)
