@@ -1,6 +1,6 @@
 """Environments on the host behind one interface: PufferLib's vecenvs and gymnasium's."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
 from puffer_jax.base.spaces import Space
+from puffer_jax.ppo.host.stats import Info, Recorders, collect, told
 from puffer_jax.ppo.source import Stats
 from puffer_jax.vector.serial import Serial
 
@@ -110,9 +111,15 @@ class _Agents:
     def __init__(self, first: int, count: int):
         self.first, self.waiting = first, np.ones(count, bool)
         self._returns, self._lengths = np.zeros(count), np.zeros(count, int)
+        self._told: set[str] = set()
 
     def add(self, batch: HostBatch, done: np.ndarray) -> None:
-        """Count a step, and put the episodes that ended with it into `batch.stats`."""
+        """Count a step, and put the episodes that ended with it into `batch.stats`.
+
+        What the environments tell themselves, once or always, is not counted: their episodes may
+        be others (several lives), and their rewards (before a transformation).
+        """
+        self._told |= batch.stats.keys()
         returns, lengths = self._returns, self._lengths
         returns += batch.reward
         lengths += 1
@@ -123,9 +130,9 @@ class _Agents:
             returns[fresh] = 0
             lengths[fresh] = 0
         if np.count_nonzero(done):
-            if "episode_return" not in batch.stats:
-                batch.stats["episode_return"] = returns[done].tolist()
-                batch.stats["episode_length"] = lengths[done].tolist()
+            for name, counted in (("episode_return", returns), ("episode_length", lengths)):
+                if name not in self._told:
+                    batch.stats[name] = counted[done].tolist()
             returns[done] = 0
             lengths[done] = 0
 
@@ -195,9 +202,9 @@ class PufferVecEnv:
             start,
             played,
             None,
-            _collect(infos) if infos else {},
+            collect(infos, self.agents_per_batch) if infos else {},
         )
-        agents.add(batch, done)
+        agents.add(batch, done & ~waiting)  # whoever is absent has ended long ago
         return batch
 
     def send(self, actions: Any) -> None:  # noqa: D102
@@ -229,6 +236,7 @@ class GymnasiumVecEnv:
             raise ValueError(f"{envs}: unknown autoreset_mode {mode!r}")
         self.shows_final = self._mode == "nextstep"
         self._agents = _Agents(0, self.num_agents)
+        self._recorders = Recorders(envs)
         self._batch: HostBatch | None = None
         self._done = np.zeros(self.num_agents, bool)
 
@@ -247,10 +255,13 @@ class GymnasiumVecEnv:
             case "nextstep":
                 start = self._done
             case "samestep" if done.any():
-                final = _fill(obs, infos["final_obs"], done)
+                if isinstance(infos, Mapping) and "final_obs" in infos:
+                    final = _fill(obs, infos["final_obs"], done)
+                self._recorders.begin(done)
             case "disabled" if done.any():
                 final = _copy(obs)
-                obs, _ = self.envs.reset(options={"reset_mask": done})
+                options = {"reset_mask": done.copy()}
+                obs, _ = self._recorders.reset(lambda: self.envs.reset(options=options), done)
         self._done = done
         self._keep(obs, reward, terminated, truncated, start, final, infos)
 
@@ -262,15 +273,10 @@ class GymnasiumVecEnv:
         truncated: np.ndarray,
         start: np.ndarray,
         final: PyTree,
-        infos: Mapping[str, Any],
+        infos: Info,
     ) -> None:
         mask = ~self._done if self._mode == "nextstep" else np.ones(self.num_agents, bool)
-        stats: Stats = {}
-        episode = infos.get("episode")
-        if isinstance(episode, Mapping) and "r" in episode:  # RecordEpisodeStatistics
-            ended = np.asarray(infos.get("_episode", terminated | truncated), bool)
-            stats["episode_return"] = np.asarray(episode["r"])[ended].tolist()
-            stats["episode_length"] = np.asarray(episode["l"])[ended].tolist()
+        stats = told(infos, terminated | truncated)
         reward = np.asarray(reward, np.float32)
         # The environment may write the next observation into the same array.
         self._batch = HostBatch(
@@ -311,23 +317,3 @@ def _fill(obs: PyTree, final: PyTree, done: np.ndarray) -> PyTree:
     for i in np.flatnonzero(done):
         filled[i] = final[i]
     return filled
-
-
-def _collect(infos: Iterable[Mapping[str, Any]]) -> Stats:
-    """The values in a list of nested infos, by path, as the reference's `evaluate` keeps them."""
-    stats: Stats = {}
-    for info in infos:
-        for name, value in _leaves(info):
-            if isinstance(value, np.ndarray | list | tuple):
-                stats.setdefault(name, []).extend(np.asarray(value).ravel().tolist())
-            else:
-                stats.setdefault(name, []).append(value)
-    return stats
-
-
-def _leaves(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in info.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
