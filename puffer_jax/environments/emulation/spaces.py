@@ -130,12 +130,13 @@ def joint_space(space: Space, n: int) -> Space:
     Raises:
         ValueError: `space` is not Discrete, MultiDiscrete or Box.
     """
-    spaces = import_gymnasium().spaces
+    spaces, start = import_gymnasium().spaces, getattr(space, "start", 0)
     match kind_of(space):
         case "discrete":
-            return spaces.MultiDiscrete([space.n] * n)
+            return spaces.MultiDiscrete([space.n] * n, start=[start] * n)
         case "multidiscrete":
-            low, high = np.zeros_like(space.nvec), space.nvec - 1
+            low = start + np.zeros_like(space.nvec)
+            high = low + space.nvec - 1
         case "box":
             low, high = space.low, space.high
         case _:
