@@ -223,16 +223,28 @@ class HostSource:
         self.step = jax.jit(HostStep(self._player, sends=env.overlaps))
         self._value_where = jax.jit(self._values_where)
         self._finish = jax.jit(self._experience)
+        self._playing, self._interruptions = False, 0
 
     def init(self, key: PRNGKeyArray) -> HostStream:
         """Start all episodes; the environments are seeded with `config.seed`."""
-        self._env.async_reset(self._config.seed)
+        return self._begin(self._config.seed)
+
+    def _begin(self, seed: int) -> HostStream:
+        self._env.async_reset(seed)
         return HostStream(dict.fromkeys(self._batches, self._zero), None)
 
     def collect(
         self, params: Params, stream: HostStream, key: PRNGKeyArray
     ) -> tuple[HostStream, Experience, tuple[int, Stats]]:
-        """Play a batch."""
+        """Play a batch.
+
+        If the last call was interrupted (Ctrl-C), nobody knows how far the environments have come:
+        then all episodes start anew, with other seeds.
+        """
+        if self._playing:
+            self._interruptions += 1
+            stream = self._begin(self._config.seed + 1_000_003 * self._interruptions)
+        self._playing = True
         env, states, pending = self._env, dict(stream.states), stream.pending
         if not self._config.store_initial_state:
             states = dict.fromkeys(self._batches, self._zero)
@@ -272,6 +284,7 @@ class HostSource:
         # Nothing writes to them any more, so on CPUs they need not be copied.
         experience = experience._replace(observations=jax.device_put(arrivals.obs))
         lap("copy")
+        self._playing = False
         return HostStream(states, pending), experience, (recording.steps, recording.stats)
 
     def summary(self, outcome: tuple[int, Stats]) -> tuple[int, Stats]:

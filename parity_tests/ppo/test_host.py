@@ -1,20 +1,25 @@
-"""Statistics of episodes on the host: the same in every autoreset mode, and from any info."""
+"""Environments on the host: statistics of their episodes, infos of any kind, interruptions."""
 
 import decimal
 import fractions
 
 import gymnasium
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from gymnasium.spaces import Box, Discrete
 from gymnasium.wrappers import RecordEpisodeStatistics, TransformReward
 from gymnasium.wrappers import vector as of_vectors
-from support.vector_envs import Pair
+from support.vector_envs import Pair, Tick
 
 import puffer_jax
+from puffer_jax.base.profile import Profile
+from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.host.envs import as_host_env
+from puffer_jax.ppo.host.rollout import HostSource
 from puffer_jax.ppo.host.stats import collect, number
 
 MODES = gymnasium.vector.AutoresetMode
@@ -162,3 +167,79 @@ def test_infos_of_any_kind_end_no_training():
     assert sorted(told.keys() - {"episode_return", "episode_length"}, key=int) == [
         str(i) for i in range(len(NUMBERS))
     ]
+
+
+class Count(Tick):
+    """Shows a number from its seed and its step; Ctrl-C comes in the step that it is told."""
+
+    interrupted = None
+
+    def step(self, action):
+        if self.steps + 1 == Count.interrupted:
+            Count.interrupted = None
+            raise KeyboardInterrupt
+        return super().step(action)
+
+
+class Same(nnx.Module):
+    """Does the same everywhere, and counts its steps in its state."""
+
+    hidden_size, is_continuous = 1, False
+
+    def __init__(self):
+        self.weight = nnx.Param(jnp.zeros(()))
+
+    def initial_state(self, batch_size):
+        return {"steps": jnp.zeros((batch_size, 1))}
+
+    def forward_eval(self, observations, state):
+        state = {"steps": state["steps"] + 1}
+        return jnp.zeros((len(observations), 2)) + self.weight[...], state["steps"], state
+
+
+VECENVS = {
+    "serial": lambda: puffer_jax.vector.make(Count, num_envs=2),
+    "turns": lambda: puffer_jax.vector.make(Count, num_envs=2, num_buffers=2),
+    "workers": lambda: puffer_jax.vector.make(
+        Tick, num_envs=2, backend="Multiprocessing", num_workers=2, overwork=True
+    ),
+    "gymnasium": lambda: gymnasium.vector.SyncVectorEnv([Count] * 2),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", VECENVS)
+def test_an_interrupted_rollout_leaves_nothing_behind(kind, monkeypatch):
+    config = PuffeRLConfig.from_dict(
+        {"bptt_horizon": 4, "batch_size": 8, "minibatch_size": 8, "total_timesteps": 10**6}
+        | {"store_initial_state": True}
+    )
+    envs, policy = VECENVS[kind](), Same()
+    host = as_host_env(envs)
+    source = HostSource(config, host, policy, Profile())
+    stream, params = source.init(jax.random.key(9)), puffer_jax.split(policy)[1]
+    seeds = []
+    for i in range(3):
+        key = jax.random.key(i)
+        if i:
+            if kind == "workers":
+                monkeypatch.setattr(host.vecenv, "_wait", interrupt)
+            elif i == 1:
+                Count.interrupted = 6
+            else:  # between `recv` and `send`
+                monkeypatch.setattr(host, "send", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                source.collect(params, stream, key)
+            monkeypatch.undo()
+        stream, experience, (steps, _) = source.collect(params, stream, key)
+        assert steps == 8
+        observations = np.asarray(experience.observations)
+        np.testing.assert_array_equal(observations[..., 1], [[0, 1, 2, 3]] * 2)
+        np.testing.assert_array_equal(experience.values, [[1, 2, 3, 4]] * 2)
+        seeds.append(observations[0, 0, 0])
+    assert len(set(seeds)) == 3
+    envs.close()
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
