@@ -86,6 +86,9 @@ def _traced(actions: Any, space: Space, jax: Any) -> Any:
         low, high = (np.asarray(bound, space.dtype) for bound in (space.low, space.high))
         return actions.clip(*_within(low, high, actions.dtype)).astype(dtype)
     start = np.asarray(getattr(space, "start", 0))
+    last = start + np.asarray(getattr(space, "nvec", getattr(space, "n", None))) - 1
+    if np.any(last > np.iinfo(actions.dtype).max):
+        raise ValueError(f"{space} goes beyond {actions.dtype}, the dtype of the actions")
     return actions + start.astype(actions.dtype) if start.any() else actions
 
 

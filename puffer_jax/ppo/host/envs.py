@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
 from puffer_jax.base.spaces import Space
+from puffer_jax.policies.widths import check_widths
 from puffer_jax.ppo.host.stats import Info, Recorders, collect, told
 from puffer_jax.ppo.source import Stats
 from puffer_jax.vector.serial import Serial
@@ -153,6 +154,7 @@ class PufferVecEnv:
         self.single_observation_space = vecenv.single_observation_space
         self.single_action_space = vecenv.single_action_space
         driver = getattr(vecenv, "driver_env", vecenv)
+        check_widths(driver)
         self.shows_final = bool(getattr(driver, "emulated", False))
         self.overlaps = isinstance(vecenv, Serial) and vecenv.num_buffers > 1
         self._batches: dict[bytes, _Agents] = {}  # by the agents' numbers
@@ -226,6 +228,7 @@ class GymnasiumVecEnv:
     overlaps = False
 
     def __init__(self, envs: Any):
+        check_widths(envs)
         self.envs = envs
         self.num_agents = self.agents_per_batch = int(envs.num_envs)
         self.single_observation_space = envs.single_observation_space
