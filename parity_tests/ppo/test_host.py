@@ -243,3 +243,51 @@ def test_an_interrupted_rollout_leaves_nothing_behind(kind, monkeypatch):
 
 def interrupt(*args):
     raise KeyboardInterrupt
+
+
+class Pool:
+    """The interface of EnvPool, as far as the trainer may take it for another one's.
+
+    Args:
+        kind: "gymnasium", or "gym" as in older releases.
+        batch: how many of its environments it hands out at once.
+    """
+
+    def __init__(self, kind, batch=2):
+        self.observation_space, self.action_space = Box(-1, 1, (1,)), Discrete(2)
+        self.batch = batch
+        if kind == "gymnasium":
+            self.num_envs = 2
+            self.metadata = {"autoreset_mode": MODES.NEXT_STEP}
+            self.single_observation_space = self.observation_space
+            self.single_action_space = self.action_space
+
+    def async_reset(self): ...
+    def recv(self): ...
+    def send(self, action, env_id=None): ...
+
+    def reset(self, *, seed=None, options=None):
+        self.taken = 0
+        return np.zeros((self.batch, 1), np.float32), {"env_id": np.arange(self.batch)}
+
+    def step(self, action):
+        assert action.dtype == np.int32
+        self.taken = (self.taken + 1) % 4  # the fourth is a reset
+        ended = np.full(2, self.taken == 3)
+        rewards = np.full(2, float(self.taken > 0))
+        obs = np.zeros((self.batch, 1), np.float32)
+        return obs, rewards, ended, ~ended & False, {"elapsed_step": np.full(2, self.taken)}
+
+
+def test_envpools_are_gymnasiums_or_an_error():
+    host = as_host_env(Pool("gymnasium"))
+    host.async_reset(0)
+    lengths = []
+    for _ in range(9):
+        lengths += host.recv().stats.get("episode_length", [])
+        host.send(np.zeros(2, np.int32))
+    assert lengths == [3] * 4
+    with pytest.raises(TypeError, match=r"Pool has.*num_agents.*env_type=.gymnasium"):
+        as_host_env(Pool("gym"))
+    with pytest.raises(ValueError, match=r"handed out 1 of 2 environments.*batch_size"):
+        as_host_env(Pool("gymnasium", batch=1)).async_reset(0)

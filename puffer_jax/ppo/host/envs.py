@@ -83,15 +83,25 @@ class HostEnv(Protocol):
 def as_host_env(env: Any) -> HostEnv | None:
     """An environment on the host behind the trainer's interface; None if `env` is not one.
 
-    Takes a PufferLib vecenv (`async_reset`, `recv`, `send`) or a `gymnasium.vector.VectorEnv`.
+    Takes a PufferLib vecenv (`num_agents`, `async_reset`, `recv`, `send`) or what has the interface
+    of a `gymnasium.vector.VectorEnv`, as EnvPool's for gymnasium do.
 
     Raises:
-        TypeError: a single gymnasium environment.
+        TypeError: a single gymnasium environment, or a vector of another kind.
     """
-    if all(callable(getattr(env, name, None)) for name in ("async_reset", "recv", "send")):
+    is_async = all(callable(getattr(env, name, None)) for name in ("async_reset", "recv", "send"))
+    if is_async and hasattr(env, "num_agents"):
         return PufferVecEnv(env)
     if hasattr(env, "single_action_space") and hasattr(env, "num_envs"):
         return GymnasiumVecEnv(env)
+    if is_async:
+        raise TypeError(
+            f"{type(env).__name__} has `async_reset`, `recv` and `send`, but neither the "
+            "`num_agents` of PufferLib's vecenvs nor the `num_envs` and `single_action_space` of "
+            "gymnasium.vector's. EnvPool's environments have the latter if they are made with "
+            'envpool.make(id, env_type="gymnasium", num_envs=8) by one of its newer releases; '
+            "otherwise wrap it in a gymnasium.vector.VectorEnv"
+        )
     if hasattr(env, "action_space") and not callable(env.action_space) and hasattr(env, "render"):
         if type(env).__module__.startswith("gymnasium") or hasattr(env, "unwrapped"):
             raise TypeError(
@@ -222,6 +232,9 @@ class GymnasiumVecEnv:
     NEXT_STEP: the observation that comes with an episode's end is its final one, and the action on
     it is ignored, so it is masked. SAME_STEP and DISABLED: it is the first of the next episode
     (with DISABLED, we reset), and the final one is handed out alongside.
+
+    Raises:
+        ValueError: its autoreset mode is unknown; or it hands out some of its environments only.
     """
 
     needs_mask = True
@@ -233,7 +246,7 @@ class GymnasiumVecEnv:
         self.num_agents = self.agents_per_batch = int(envs.num_envs)
         self.single_observation_space = envs.single_observation_space
         self.single_action_space = envs.single_action_space
-        mode = (envs.metadata or {}).get("autoreset_mode", "NextStep")
+        mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
         self._mode = str(getattr(mode, "value", mode)).replace("_", "").lower()
         if self._mode not in ("nextstep", "samestep", "disabled"):
             raise ValueError(f"{envs}: unknown autoreset_mode {mode!r}")
@@ -281,6 +294,13 @@ class GymnasiumVecEnv:
         mask = ~self._done if self._mode == "nextstep" else np.ones(self.num_agents, bool)
         stats = told(infos, terminated | truncated)
         reward = np.asarray(reward, np.float32)
+        handed = _rows(obs)
+        if handed != self.num_agents:
+            raise ValueError(
+                f"{type(self.envs).__name__} handed out {handed} of {self.num_agents} "
+                "environments; it must hand out all of them at once (EnvPool: batch_size equal to "
+                "num_envs)"
+            )
         # The environment may write the next observation into the same array.
         self._batch = HostBatch(
             0, _copy(obs), reward, terminated, truncated, start, mask, final, stats
@@ -294,6 +314,12 @@ class GymnasiumVecEnv:
 
     def close(self) -> None:  # noqa: D102
         self.envs.close()
+
+
+def _rows(obs: PyTree) -> int:
+    while isinstance(obs, Mapping | tuple):
+        obs = next(iter(obs.values())) if isinstance(obs, Mapping) else obs[0]
+    return len(obs)
 
 
 def _copy(obs: PyTree) -> PyTree:
