@@ -12,6 +12,7 @@ import pufferlib.emulation as reference
 import pufferlib.spaces
 import pufferlib.vector
 import pytest
+from flax import nnx
 from gymnasium.spaces import (
     Box,
     Dict,
@@ -28,10 +29,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pettingzoo.butterfly import knights_archers_zombies_v11
 from pettingzoo.classic import connect_four_v3, rps_v2
+from support.reference import generic, skeleton
 from support.spaces import NESTED, containers, leaf_spaces
 
-from puffer_jax import nativize_dtype, nativize_tensor
-from puffer_jax.environments import emulation
+from puffer_jax import (
+    MLP,
+    Default,
+    load_state_dict,
+    nativize_dtype,
+    nativize_tensor,
+    state_dict,
+    unflatten_observations,
+    vector,
+)
+from puffer_jax.environments import Policy, emulation
 
 # gymnasium's `contains`, which the reference calls.
 CASTING = pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")
@@ -237,6 +248,65 @@ def test_same_as_the_reference_on_gymnasium(name):
         assert ours.rewards[0] == reward
         steps += 1
     assert steps > 10
+
+
+@pytest.mark.parametrize(
+    ("space", "observation", "numbers"),
+    [
+        (Discrete(500), 300, [300]),
+        (Discrete(5, start=-2), -2, [-2]),
+        (Discrete(2**31 - 1), 2**31 - 2, [2**31 - 2]),
+        (Discrete(500, dtype=np.int16), np.int16(300), [300]),
+        (MultiDiscrete([500, 2, 300]), np.array([300, 1, 299]), [300, 1, 299]),
+        (MultiDiscrete([[5, 6], [7, 800]], start=[[0, 1], [-9, 0]]), [[4, 1], [-9, 799]], None),
+        (
+            MultiDiscrete(np.array([5, 6], np.int8), dtype=np.int8),
+            np.array([4, 5], np.int8),
+            [4, 5],
+        ),
+        (Discrete(500, dtype=np.int32), 300, [300]),
+    ],
+    ids=str,
+)
+def test_discrete_observations_are_numbers(space, observation, numbers):
+    """What a policy reads is what it reads without emulation: its weights fit both."""
+    numbers = np.ravel(observation).tolist() if numbers is None else numbers
+    make = constant(lambda i: observation)
+    raw = make(space, Discrete(2))
+    env = emulation.GymnasiumPufferEnv(raw)
+    rows, _ = env.reset()
+    assert rows.dtype == np.int32 and rows.tolist() == [numbers]
+    assert env.single_observation_space.contains(rows[0])
+    with vector.make(lambda: make(space, Discrete(2)), num_envs=3) as vecenv:
+        assert vecenv.reset()[0].tolist() == [numbers] * 3
+    native = nativize_dtype(env.emulated)
+    np.testing.assert_array_equal(np.asarray(nativize_tensor(rows, native)).ravel(), numbers)
+    same = np.asarray(unflatten_observations(rows, space))
+    np.testing.assert_array_equal(same, np.asarray(observation)[None])
+    policies = [generic(lambda e=e: Default(e, 4, rngs=nnx.Rngs(0))) for e in (raw, env)]
+    shapes = [{n: w.shape for n, w in state_dict(policy).items()} for policy in policies]
+    assert shapes[0] == shapes[1] and shapes[0]["encoder.0.weight"] == (4, len(numbers))
+    load_state_dict(policies[1], state_dict(policies[0]))
+    hidden = [
+        policy.encode_observations(x)
+        for policy, x in zip(policies, (np.asarray(observation)[None], rows), strict=True)
+    ]
+    np.testing.assert_array_equal(*map(np.asarray, hidden))
+    if space.dtype == np.int32:  # then the reference has rows, too
+        theirs = theirs_of(raw)
+        assert env.single_observation_space == theirs.single_observation_space
+        assert theirs.reset()[0].tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("space", [Discrete(5), MultiDiscrete([2, 3]), Box(-1, 1, (2,))], ids=str)
+@pytest.mark.parametrize("actions", [Discrete(2), Box(-1, 1, (2,))], ids=str)
+def test_the_same_policy_is_chosen_with_and_without_emulation(space, actions):
+    raw = Sampled(space, actions)
+    chosen = [
+        type(skeleton(lambda e=e: Policy(e, rngs=nnx.Rngs(0))))
+        for e in (raw, emulation.GymnasiumPufferEnv(raw))
+    ]
+    assert chosen == [MLP if isinstance(actions, Box) else Default] * 2
 
 
 def test_in_the_vecenvs_of_the_reference():
