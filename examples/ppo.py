@@ -98,7 +98,7 @@ def train(config: Config, report=lambda step, value: print(f"step {step:7d}  ret
         for step_key in keys:
             action, logprob, value, state = act(params, obs, state, done, step_key)
             row = {"obs": obs, "done": done, "action": action, "logprob": logprob, "value": value}
-            obs, reward, terminated, truncated, info = env.step(np.asarray(action))
+            obs, reward, terminated, truncated, info = env.step(puffer_jax.playable(action, env))
             done, running = terminated | truncated, running + reward
             returns, running = (returns + running[done].tolist())[-100:], running * ~done
             reward = config.reward_scale * reward

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
     from puffer_jax import vector as vector
+    from puffer_jax.base.actions import playable as playable
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
     from puffer_jax.nn.cores.gru import GRU as GRU
     from puffer_jax.nn.cores.lstm import LSTM as LSTM
@@ -63,6 +64,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.weights.state_dicts import state_dict as state_dict
 
 _EXPORTS = {
+    "base.actions": ("playable",),
     "environments.jax_native": ("as_jax_env",),
     "nn.cores.gru": ("GRU",),
     "nn.cores.lstm": ("LSTM",),

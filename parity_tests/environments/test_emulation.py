@@ -12,6 +12,7 @@ import pufferlib.emulation as reference
 import pufferlib.spaces
 import pufferlib.vector
 import pytest
+from flax import nnx
 from gymnasium.spaces import (
     Box,
     Dict,
@@ -28,10 +29,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pettingzoo.butterfly import knights_archers_zombies_v11
 from pettingzoo.classic import connect_four_v3, rps_v2
+from support.reference import generic, skeleton
 from support.spaces import NESTED, containers, leaf_spaces
 
-from puffer_jax import nativize_dtype, nativize_tensor
-from puffer_jax.environments import emulation
+from puffer_jax import (
+    MLP,
+    Default,
+    load_state_dict,
+    nativize_dtype,
+    nativize_tensor,
+    state_dict,
+    unflatten_observations,
+    vector,
+)
+from puffer_jax.environments import Policy, emulation
 
 # gymnasium's `contains`, which the reference calls.
 CASTING = pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")
@@ -237,6 +248,65 @@ def test_same_as_the_reference_on_gymnasium(name):
         assert ours.rewards[0] == reward
         steps += 1
     assert steps > 10
+
+
+@pytest.mark.parametrize(
+    ("space", "observation", "numbers"),
+    [
+        (Discrete(500), 300, [300]),
+        (Discrete(5, start=-2), -2, [-2]),
+        (Discrete(2**31 - 1), 2**31 - 2, [2**31 - 2]),
+        (Discrete(500, dtype=np.int16), np.int16(300), [300]),
+        (MultiDiscrete([500, 2, 300]), np.array([300, 1, 299]), [300, 1, 299]),
+        (MultiDiscrete([[5, 6], [7, 800]], start=[[0, 1], [-9, 0]]), [[4, 1], [-9, 799]], None),
+        (
+            MultiDiscrete(np.array([5, 6], np.int8), dtype=np.int8),
+            np.array([4, 5], np.int8),
+            [4, 5],
+        ),
+        (Discrete(500, dtype=np.int32), 300, [300]),
+    ],
+    ids=str,
+)
+def test_discrete_observations_are_numbers(space, observation, numbers):
+    """What a policy reads is what it reads without emulation: its weights fit both."""
+    numbers = np.ravel(observation).tolist() if numbers is None else numbers
+    make = constant(lambda i: observation)
+    raw = make(space, Discrete(2))
+    env = emulation.GymnasiumPufferEnv(raw)
+    rows, _ = env.reset()
+    assert rows.dtype == np.int32 and rows.tolist() == [numbers]
+    assert env.single_observation_space.contains(rows[0])
+    with vector.make(lambda: make(space, Discrete(2)), num_envs=3) as vecenv:
+        assert vecenv.reset()[0].tolist() == [numbers] * 3
+    native = nativize_dtype(env.emulated)
+    np.testing.assert_array_equal(np.asarray(nativize_tensor(rows, native)).ravel(), numbers)
+    same = np.asarray(unflatten_observations(rows, space))
+    np.testing.assert_array_equal(same, np.asarray(observation)[None])
+    policies = [generic(lambda e=e: Default(e, 4, rngs=nnx.Rngs(0))) for e in (raw, env)]
+    shapes = [{n: w.shape for n, w in state_dict(policy).items()} for policy in policies]
+    assert shapes[0] == shapes[1] and shapes[0]["encoder.0.weight"] == (4, len(numbers))
+    load_state_dict(policies[1], state_dict(policies[0]))
+    hidden = [
+        policy.encode_observations(x)
+        for policy, x in zip(policies, (np.asarray(observation)[None], rows), strict=True)
+    ]
+    np.testing.assert_array_equal(*map(np.asarray, hidden))
+    if space.dtype == np.int32:  # then the reference has rows, too
+        theirs = theirs_of(raw)
+        assert env.single_observation_space == theirs.single_observation_space
+        assert theirs.reset()[0].tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("space", [Discrete(5), MultiDiscrete([2, 3]), Box(-1, 1, (2,))], ids=str)
+@pytest.mark.parametrize("actions", [Discrete(2), Box(-1, 1, (2,))], ids=str)
+def test_the_same_policy_is_chosen_with_and_without_emulation(space, actions):
+    raw = Sampled(space, actions)
+    chosen = [
+        type(skeleton(lambda e=e: Policy(e, rngs=nnx.Rngs(0))))
+        for e in (raw, emulation.GymnasiumPufferEnv(raw))
+    ]
+    assert chosen == [MLP if isinstance(actions, Box) else Default] * 2
 
 
 def test_in_the_vecenvs_of_the_reference():
@@ -702,6 +772,80 @@ def test_agents_that_are_absent():
         results = [env.step({a: 1 for a in ours.possible_agents}) for env in (ours, theirs)]
         assert results[0][1:] == results[1][1:]
         assert buffers_of(ours) == buffers_of(theirs)
+
+
+class Script:
+    """A parallel environment that plays what is written: (agents left, what `step` returns)."""
+
+    metadata = {"name": "script"}  # noqa: RUF012
+    possible_agents = ["a", "b"]  # noqa: RUF012
+    render_mode = None
+
+    def __init__(self, first, steps):
+        self.first, self.steps = first, steps
+
+    def observation_space(self, agent):
+        return Box(-9, 9, (1,))
+
+    def action_space(self, agent):
+        return Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        self.agents, self.left = list(self.first), list(self.steps)
+        return {a: np.ones(1, np.float32) for a in self.first}, {}
+
+    def step(self, actions):
+        agents, seen, rewards, ended, cut = self.left.pop(0)
+        self.agents = list(agents)
+        observations = {a: np.ones(1, np.float32) for a in seen}
+        return observations, rewards, dict.fromkeys(ended, True), dict.fromkeys(cut, True), {}
+
+
+BOTH = {"a": 1, "b": 2}
+ENDS = {  # (who begins, [(agents left, observed, rewards, terminated, truncated)]), over, how
+    "one_each_way": ("ab", [("ab", "ab", BOTH, "a", "b")], [True], "tc"),
+    "all_gone": ("ab", [("", "ab", BOTH, "ab", "")], [True], "tt"),
+    "gone_without_a_word": ("ab", [("", "ab", BOTH, "b", "")], [True], "ct"),
+    "one_goes_on": ("ab", [("b", "ab", BOTH, "a", "")], [False], "t-"),
+    "another_enters": ("a", [("b", "ab", BOTH, "a", "")], [False], "t-"),
+    "another_enters_unseen": ("a", [("ab", "a", BOTH, "a", "")], [False], "tt"),
+    "one_after_the_other": (
+        "ab",
+        [("ab", "ab", BOTH, "a", ""), ("ab", "b", {"b": 2}, "", "b")],
+        [False, True],
+        "tc",
+    ),
+    "comes_back": (
+        "ab",
+        [("b", "ab", BOTH, "a", ""), ("ab", "ab", BOTH, "", ""), ("a", "ab", BOTH, "b", "")],
+        [False, False, False],
+        "-t",
+    ),
+    "without_a_reward": ("ab", [("ab", "ab", {"a": 1}, "", "")], [False], "--"),
+    "without_a_last_look": ("ab", [("b", "b", BOTH, "a", "")], [False], "t-"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_episode_ends_agent_by_agent(name):
+    """With the reference one terminated and the other cut off never ends, for example."""
+    first, steps, over, how = ENDS[name]
+    env = emulation.PettingZooPufferEnv(Script(first, steps))
+    for _ in range(2):  # and again after a reset
+        env.reset()
+        for i, expected in enumerate(over):
+            env.step(np.zeros(2, np.int32))
+            assert env.done == expected, i
+        assert env.terminals.tolist() == [end == "t" for end in how]
+        assert env.truncations.tolist() == [end == "c" for end in how]
+        rewards = steps[-1][2]
+        assert env.rewards.tolist() == [
+            rewards.get(agent, 0) if agent in steps[-1][1] or name == "without_a_last_look" else 0
+            for agent in "ab"
+        ]
+    if not env.done:
+        with pytest.raises(IndexError):  # the next step is the environment's
+            env.step(np.zeros(2, np.int32))
 
 
 def test_errors_with_several_agents():

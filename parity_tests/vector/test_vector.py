@@ -439,6 +439,26 @@ def test_jax_vecenv_packs_structured_observations():
         assert not terminals.any() and (i == 3 or info["count"].tolist() == [i, i])
 
 
+class Numbers:
+    """JAX-native: shows the last action, a number that does not start at 0."""
+
+    observation_space = gymnasium.spaces.Discrete(500, start=-2)
+    action_space = gymnasium.spaces.Discrete(400, start=10)
+
+    def reset(self, key):
+        return jax.numpy.int32(-2), 0
+
+    def step(self, key, state, action):
+        return action, 0, 0.0, False, False, {}
+
+
+def test_jax_vecenv_hands_out_numbers():
+    with JaxVecEnv(Numbers(), 2) as vecenv:
+        assert vecenv.single_action_space == gymnasium.spaces.Discrete(400)
+        assert vecenv.reset(0)[0].tolist() == [[-2], [-2]]
+        assert vecenv.step(np.array([0, 399]))[0].tolist() == [[10], [409]]
+
+
 def test_measure_and_autotune(capsys):
     for vecenv in (
         vector.make(Tick, env_kwargs={"pause": 0.01}, num_envs=2),

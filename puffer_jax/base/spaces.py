@@ -111,6 +111,23 @@ def emulated_dtypes(space: Space) -> tuple[np.dtype, np.dtype]:
     return sample if readable else np.dtype(np.uint8), structured_dtype(space)
 
 
+def row_dtypes(space: Space) -> tuple[np.dtype, np.dtype]:
+    """Dtypes of the rows that emulation makes, and of one observation.
+
+    Those of `emulated_dtypes`, except that a Discrete or MultiDiscrete that stands alone is its
+    numbers, int32, whatever it declares: a policy then reads the same from an environment with and
+    without emulation, and its weights have the same shapes. (The reference has no row at all for a
+    Discrete of int64, and bytes for one of int8.)
+
+    Raises:
+        ValueError: As in `structured_dtype`.
+        TypeError: As in `structured_dtype`.
+    """
+    sample, structured = emulated_dtypes(space)
+    is_number = kind_of(space) in ("discrete", "multidiscrete")
+    return structured.base if is_number else sample, structured
+
+
 @dataclass(frozen=True)
 class Discrete:
     """Actions 0 .. n-1."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from puffer_jax import environments
 from puffer_jax.base.packages import require
-from puffer_jax.base.spaces import Box, Space, emulated_dtypes, kind_of
+from puffer_jax.base.spaces import Box, Space, kind_of, row_dtypes
 from puffer_jax.cli.envs import naming_the_flag
 from puffer_jax.environments import registry
 from puffer_jax.environments.emulation.spaces import gymnasium_space
@@ -49,7 +49,7 @@ class CheckpointOptions:
             space, action_space = _spaces(self.env)
         observation_space, emulated = space, None
         if kind_of(space) != "box":
-            sample, structured = emulated_dtypes(space)
+            sample, structured = row_dtypes(space)
             shape = (structured.itemsize // sample.itemsize,)
             high = 1 if sample.kind == "b" else 100
             observation_space = gymnasium_space(Box(0, high, shape, sample))

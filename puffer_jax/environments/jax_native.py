@@ -32,6 +32,7 @@ from puffer_jax.environments.jax_adapters import (
     split_end,
 )
 from puffer_jax.nn import random
+from puffer_jax.policies.widths import check_widths
 
 _PROTOCOL = (
     "a JAX-native environment has `observation_space`, `action_space`, `reset(key) -> (obs, state)`"
@@ -246,6 +247,7 @@ def _signature(function: Callable[..., Tree]) -> str:
 
 def _fix(env: Env, name: str, inner: Env, max_steps: int | None) -> AdaptedEnv:
     action = _action_spec(inner)
+    check_widths(inner)
     declared = _observation_spec(inner.observation_space)
     reset, step = inner.reset, _six_values(name, inner.step)
     if max_steps is not None:

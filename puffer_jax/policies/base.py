@@ -18,6 +18,7 @@ from puffer_jax.base.text import near
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.params import Shape
 from puffer_jax.policies.protocol import Logits, State
+from puffer_jax.policies.widths import check_widths
 
 # Flax's own initial kernels would be drawn only to be overwritten.
 zeros = jax.nn.initializers.zeros
@@ -65,6 +66,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, env: spaces.Env, dtype: DTypeLike | None, param_dtype: DTypeLike):
         self.env_spec = spaces.env_spec(env)
+        check_widths(env)
         self.dtype = dtype
         self.param_dtype = param_dtype
 

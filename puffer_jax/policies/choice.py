@@ -65,4 +65,6 @@ def Policy(
 
 
 def _is_vector(observation: spaces.Observation) -> bool:
-    return observation.structured is None and len(observation.shape or ()) == 1
+    # A number is a vector of one, as which emulation hands it out.
+    shape = observation.shape
+    return observation.structured is None and shape is not None and len(shape) <= 1

@@ -3,6 +3,9 @@
 PufferLib's wrappers of the same names (`pufferlib.frameworks.cleanrl`), with the PRNG key that
 JAX asks for. They hold the policy and no parameters of their own: torch's names start with
 `policy.`, as in checkpoints of PufferLib's wrappers.
+
+As in CleanRL, what they sample may lie outside the bounds of a Box: keep it for the loss, and send
+`puffer_jax.playable(action, envs)` to the environments.
 """
 
 from collections.abc import Mapping

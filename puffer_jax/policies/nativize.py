@@ -6,8 +6,8 @@ uint8 ("bytes"). This module reads such rows inside `jax.jit`, as `pufferlib.pyt
 reads them in torch. Struct layouts are numpy's and byte order is little-endian.
 
 Without `jax_enable_x64` there are no 64-bit arrays, so 64-bit leaves are narrowed as JAX narrows
-any array: integers keep their low 32 bits (larger values wrap), float64 rounds to the nearest
-float32.
+any array: integers keep their low 32 bits (larger values wrap; policies and the trainer refuse
+spaces that have them, see `widths`), float64 rounds to the nearest float32.
 """
 
 import math

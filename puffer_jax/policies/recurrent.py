@@ -27,6 +27,7 @@ from puffer_jax.policies.base import (
     reference_of,
 )
 from puffer_jax.policies.protocol import Logits, Policy, State
+from puffer_jax.policies.widths import check_widths
 
 
 class Recurrent(nnx.Module):
@@ -74,6 +75,7 @@ class Recurrent(nnx.Module):
         if rngs is not None:
             reset_orthogonal(policy, rngs=rngs)  # type: ignore[arg-type]
         self.env_spec = spaces.env_spec(env)
+        check_widths(env)
         self.policy = policy
         self.input_size = core.input_size
         self.hidden_size = core.hidden_size

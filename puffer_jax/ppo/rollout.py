@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from puffer_jax.base import spaces
+from puffer_jax.base.actions import check_playable, playable
 from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
@@ -52,9 +52,13 @@ class Player:
         config: whether an episode's start resets the state.
         policy: a policy with the structure of those that will act.
         action_space: the action space of the environments.
+
+    Raises:
+        ValueError: a policy cannot act in the action space, see `playable`.
     """
 
     def __init__(self, config: PuffeRLConfig, policy: nnx.Module, action_space: Space):
+        check_playable(action_space)
         self._config, self._policy, self._space = config, policy, action_space
         self._graphdef, self._recurrent = split(policy)[0], is_recurrent(policy)
 
@@ -93,13 +97,9 @@ class Player:
             return state
         return jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
 
-    def playable(self, action: Array) -> Array:
-        """The environment's action for a sampled one: within the bounds of a Box."""
-        space = self._space
-        if spaces.kind_of(space) != "box":
-            return action
-        low, high = (jnp.asarray(b, action.dtype) for b in (space.low, space.high))
-        return jnp.clip(action, low, high)
+    def playable(self, action: PyTree) -> PyTree:
+        """The environments' actions for sampled ones, see `puffer_jax.playable`."""
+        return playable(action, self._space)
 
     def _forward(
         self, params: Params, observations: PyTree, state: RecurrentState | None

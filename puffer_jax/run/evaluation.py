@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from puffer_jax.base import spaces
+from puffer_jax.base.actions import playable
 from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.sampling import sample_logits
@@ -92,7 +92,6 @@ def play(
     recurrent = is_recurrent(policy)
     act = _act(graphdef, recurrent, deterministic)
     key = jax.random.key(seed)
-    space = game.action_space
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     for episode in range(episodes):
         obs, done = game.reset(), False
@@ -101,10 +100,7 @@ def play(
         while not done:
             batch = jax.tree.map(lambda x: np.asarray(x)[None], obs)
             action, state, key = act(params, batch, state, key)
-            action = np.asarray(action)
-            if spaces.kind_of(space) == "box":
-                action = np.clip(action, space.low, space.high).astype(space.dtype)
-            obs, reward, done = game.step(action)
+            obs, reward, done = game.step(playable(action, game))
             returns[episode] += reward
             lengths[episode] += 1
             show(episode)

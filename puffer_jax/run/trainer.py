@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from puffer_jax.base.profile import Profile
@@ -24,6 +23,7 @@ from puffer_jax.ppo.epoch import Loop
 from puffer_jax.ppo.experience import Experience, Metrics, TrainState
 from puffer_jax.ppo.host.envs import as_host_env
 from puffer_jax.ppo.host.rollout import HostSource
+from puffer_jax.ppo.host.stats import number
 from puffer_jax.ppo.jax_rollout import JaxSource
 from puffer_jax.ppo.rollout import check_fits
 from puffer_jax.ppo.source import Source, Stats
@@ -287,7 +287,7 @@ class PuffeRL:
         self.losses = {name: float(value) for name, value in self._new_losses.items()}
         means = {}
         for name, values in self.stats.items():
-            numbers = [float(v) for v in values if isinstance(v, int | float | np.number)]
+            numbers = [n for n in map(number, values) if n is not None]
             if numbers:
                 means[name] = sum(numbers) / len(numbers)
         rate = self.config.learning_rate

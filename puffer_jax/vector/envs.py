@@ -4,14 +4,15 @@ import contextlib
 import inspect
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from puffer_jax.base.spaces import Space, structured_dtype
 
-Info = dict[str, Any]
+Info = Mapping[Any, Any]
+"""What an environment says besides, by name or by agent."""
 
 Env = Any
 """An environment as PufferLib sees it, emulated or its own, recognised by its attributes."""
@@ -279,8 +280,7 @@ class Envs:
                     info = env.step(self._actions[i])[4]
             except Exception as error:
                 info = self._replace(i, error, "stepping")
-            if info:
-                _add(infos, info)
+            _add(infos, info)
         self._unproven -= proven
         return infos
 
@@ -341,6 +341,8 @@ class Envs:
 def _add(infos: list[Info], info: Any) -> None:
     """Add a step's or a reset's info, but not the empty dicts that most agents and resets give."""
     if isinstance(info, list):
-        infos.extend(info)
-    elif any(not isinstance(value, dict) or value for value in info.values()):
+        infos.extend(each for each in info if isinstance(each, Mapping))
+    elif isinstance(info, Mapping) and any(
+        not isinstance(value, dict) or value for value in info.values()
+    ):
         infos.append(info)

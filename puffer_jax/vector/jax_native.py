@@ -65,6 +65,8 @@ class JaxVecEnv(VecEnv):
         is_box = kind_of(env.observation_space) == "box"
         self._fields = flat if is_box else flat.view([("f0", structured)])["f0"][:, 0]
         self._infos: list[Info] = []
+        # The environment's own actions may start elsewhere; those of a vecenv start at 0.
+        self._first_action = np.asarray(getattr(env.action_space, "start", 0), self._action.base)
 
         @jax.jit
         def begin(keys: Tree) -> tuple[Tree, Tree, Tree]:
@@ -95,7 +97,7 @@ class JaxVecEnv(VecEnv):
 
     def _send(self, actions: np.ndarray) -> None:
         over = self._buffers["terminals"] | self._buffers["truncations"]
-        actions = actions.astype(self._action.base, copy=False)
+        actions = self._first_action + actions.astype(self._action.base, copy=False)
         self._keys, self._env_state, *kept = self._step(self._keys, self._env_state, over, actions)
         self._keep(*kept)
 

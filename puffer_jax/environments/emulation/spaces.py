@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.packages import require
-from puffer_jax.base.spaces import Space, children_of, emulated_dtypes, kind_of
+from puffer_jax.base.spaces import Space, children_of, kind_of, row_dtypes
 
 Build = Callable[[list[int]], Any]
 """Builds an environment's own action from the components of a flat one."""
@@ -59,7 +59,7 @@ def emulate_observation_space(space: Space) -> tuple[Space, np.dtype]:
         TypeError: the space is not supported.
         ValueError: a Dict or Tuple has no parts, or keys that cannot name a field.
     """
-    sample, structured = emulated_dtypes(space)
+    sample, structured = row_dtypes(space)
     if kind_of(space) == "box":
         return space, structured
     if sample.kind == "b":
@@ -130,12 +130,13 @@ def joint_space(space: Space, n: int) -> Space:
     Raises:
         ValueError: `space` is not Discrete, MultiDiscrete or Box.
     """
-    spaces = import_gymnasium().spaces
+    spaces, start = import_gymnasium().spaces, getattr(space, "start", 0)
     match kind_of(space):
         case "discrete":
-            return spaces.MultiDiscrete([space.n] * n)
+            return spaces.MultiDiscrete([space.n] * n, start=[start] * n)
         case "multidiscrete":
-            low, high = np.zeros_like(space.nvec), space.nvec - 1
+            low = start + np.zeros_like(space.nvec)
+            high = low + space.nvec - 1
         case "box":
             low, high = space.low, space.high
         case _:

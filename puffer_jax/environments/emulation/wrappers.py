@@ -200,7 +200,8 @@ class PettingZooPufferEnv(_Emulated):
     """A PettingZoo environment behind flat arrays: a row for each possible agent.
 
     An absent agent has a row of zeros, which is masked; unlike in the reference, also after a
-    reset.
+    reset. The episode is over when no agent is left, or each that is left is terminated or
+    truncated; the reference waits until all are terminated, or all truncated.
 
     Attributes:
         env: the parallel environment.
@@ -250,6 +251,7 @@ class PettingZooPufferEnv(_Emulated):
         super().__init__(env, spaces, len(agents), buf, seed)
         self.possible_agents = agents
         self.mask = dict.fromkeys(agents, False)
+        self._ended: set[Hashable] = set()
         self._rows = {agent: self.observations[i] for i, agent in enumerate(agents)}
         self._over = True
 
@@ -285,9 +287,9 @@ class PettingZooPufferEnv(_Emulated):
             ValueError: an observation is not in its space, or is of an agent that does not exist.
         """
         observations, infos = self._reset(seed, options)
-        zeros = dict.fromkeys(observations, False)
-        self._receive(observations, zeros, zeros, zeros)
+        self._receive(observations, {}, {}, {})
         self.terminals[:] = False
+        self._ended.clear()
         self._over = False
         return self._rows, infos
 
@@ -319,7 +321,12 @@ class PettingZooPufferEnv(_Emulated):
             raise ValueError(f"{self.env}: {len(actions)} actions for {self.num_agents} agents")
         observations, rewards, terminated, truncated, infos = self.env.step(read)
         self._receive(observations, rewards, terminated, truncated)
-        self._over = all(terminated.values()) or all(truncated.values())
+        for agent in {**observations, **terminated, **truncated}:  # the others are as before
+            over = terminated.get(agent) or truncated.get(agent)
+            (self._ended.add if over else self._ended.discard)(agent)
+        self._over = self._ended.issuperset(self.env.agents)
+        if self._over:  # whoever left without a word was cut off
+            self.truncations |= self.masks & ~self.terminals
         padded = self._pad(rewards, 0), self._pad(terminated, True), self._pad(truncated, False)
         return self._rows, *padded, infos
 
@@ -335,20 +342,23 @@ class PettingZooPufferEnv(_Emulated):
         terminated: ByAgent,
         truncated: ByAgent,
     ) -> None:
-        """Write the rows of the agents that are observed, and zeros for those that are not."""
+        """Write the rows of the agents that are observed, and zeros for those that are not.
+
+        What is not said of an agent is 0 or False. Who leaves may have a reward without one.
+        """
         count, mask, write = 0, self.mask, self._write
         for i, agent in enumerate(self.possible_agents):
-            present = agent in observations
+            was_present, present = mask[agent], agent in observations
             mask[agent] = self.masks[i] = present
             if present:
                 count += 1
                 write(i, observations[agent])
-                self.rewards[i] = rewards[agent]
-                self.terminals[i] = terminated[agent]
-                self.truncations[i] = truncated[agent]
+                self.terminals[i] = terminated.get(agent, False)
+                self.truncations[i] = truncated.get(agent, False)
             else:
                 self.observations[i] = 0
-                self.rewards[i], self.terminals[i], self.truncations[i] = 0, True, False
+                self.terminals[i], self.truncations[i] = True, False
+            self.rewards[i] = rewards.get(agent, 0) if present or was_present else 0
         if count != len(observations):
             self._check_agents(observations)
 

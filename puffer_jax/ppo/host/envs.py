@@ -1,6 +1,6 @@
 """Environments on the host behind one interface: PufferLib's vecenvs and gymnasium's."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -8,6 +8,8 @@ from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
 from puffer_jax.base.spaces import Space
+from puffer_jax.policies.widths import check_widths
+from puffer_jax.ppo.host.stats import Info, Recorders, collect, told
 from puffer_jax.ppo.source import Stats
 from puffer_jax.vector.serial import Serial
 
@@ -81,15 +83,25 @@ class HostEnv(Protocol):
 def as_host_env(env: Any) -> HostEnv | None:
     """An environment on the host behind the trainer's interface; None if `env` is not one.
 
-    Takes a PufferLib vecenv (`async_reset`, `recv`, `send`) or a `gymnasium.vector.VectorEnv`.
+    Takes a PufferLib vecenv (`num_agents`, `async_reset`, `recv`, `send`) or what has the interface
+    of a `gymnasium.vector.VectorEnv`, as EnvPool's for gymnasium do.
 
     Raises:
-        TypeError: a single gymnasium environment.
+        TypeError: a single gymnasium environment, or a vector of another kind.
     """
-    if all(callable(getattr(env, name, None)) for name in ("async_reset", "recv", "send")):
+    is_async = all(callable(getattr(env, name, None)) for name in ("async_reset", "recv", "send"))
+    if is_async and hasattr(env, "num_agents"):
         return PufferVecEnv(env)
     if hasattr(env, "single_action_space") and hasattr(env, "num_envs"):
         return GymnasiumVecEnv(env)
+    if is_async:
+        raise TypeError(
+            f"{type(env).__name__} has `async_reset`, `recv` and `send`, but neither the "
+            "`num_agents` of PufferLib's vecenvs nor the `num_envs` and `single_action_space` of "
+            "gymnasium.vector's. EnvPool's environments have the latter if they are made with "
+            'envpool.make(id, env_type="gymnasium", num_envs=8) by one of its newer releases; '
+            "otherwise wrap it in a gymnasium.vector.VectorEnv"
+        )
     if hasattr(env, "action_space") and not callable(env.action_space) and hasattr(env, "render"):
         if type(env).__module__.startswith("gymnasium") or hasattr(env, "unwrapped"):
             raise TypeError(
@@ -110,9 +122,15 @@ class _Agents:
     def __init__(self, first: int, count: int):
         self.first, self.waiting = first, np.ones(count, bool)
         self._returns, self._lengths = np.zeros(count), np.zeros(count, int)
+        self._told: set[str] = set()
 
     def add(self, batch: HostBatch, done: np.ndarray) -> None:
-        """Count a step, and put the episodes that ended with it into `batch.stats`."""
+        """Count a step, and put the episodes that ended with it into `batch.stats`.
+
+        What the environments tell themselves, once or always, is not counted: their episodes may
+        be others (several lives), and their rewards (before a transformation).
+        """
+        self._told |= batch.stats.keys()
         returns, lengths = self._returns, self._lengths
         returns += batch.reward
         lengths += 1
@@ -123,9 +141,9 @@ class _Agents:
             returns[fresh] = 0
             lengths[fresh] = 0
         if np.count_nonzero(done):
-            if "episode_return" not in batch.stats:
-                batch.stats["episode_return"] = returns[done].tolist()
-                batch.stats["episode_length"] = lengths[done].tolist()
+            for name, counted in (("episode_return", returns), ("episode_length", lengths)):
+                if name not in self._told:
+                    batch.stats[name] = counted[done].tolist()
             returns[done] = 0
             lengths[done] = 0
 
@@ -146,6 +164,7 @@ class PufferVecEnv:
         self.single_observation_space = vecenv.single_observation_space
         self.single_action_space = vecenv.single_action_space
         driver = getattr(vecenv, "driver_env", vecenv)
+        check_widths(driver)
         self.shows_final = bool(getattr(driver, "emulated", False))
         self.overlaps = isinstance(vecenv, Serial) and vecenv.num_buffers > 1
         self._batches: dict[bytes, _Agents] = {}  # by the agents' numbers
@@ -195,9 +214,9 @@ class PufferVecEnv:
             start,
             played,
             None,
-            _collect(infos) if infos else {},
+            collect(infos, self.agents_per_batch) if infos else {},
         )
-        agents.add(batch, done)
+        agents.add(batch, done & ~waiting)  # whoever is absent has ended long ago
         return batch
 
     def send(self, actions: Any) -> None:  # noqa: D102
@@ -213,22 +232,27 @@ class GymnasiumVecEnv:
     NEXT_STEP: the observation that comes with an episode's end is its final one, and the action on
     it is ignored, so it is masked. SAME_STEP and DISABLED: it is the first of the next episode
     (with DISABLED, we reset), and the final one is handed out alongside.
+
+    Raises:
+        ValueError: its autoreset mode is unknown; or it hands out some of its environments only.
     """
 
     needs_mask = True
     overlaps = False
 
     def __init__(self, envs: Any):
+        check_widths(envs)
         self.envs = envs
         self.num_agents = self.agents_per_batch = int(envs.num_envs)
         self.single_observation_space = envs.single_observation_space
         self.single_action_space = envs.single_action_space
-        mode = (envs.metadata or {}).get("autoreset_mode", "NextStep")
+        mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
         self._mode = str(getattr(mode, "value", mode)).replace("_", "").lower()
         if self._mode not in ("nextstep", "samestep", "disabled"):
             raise ValueError(f"{envs}: unknown autoreset_mode {mode!r}")
         self.shows_final = self._mode == "nextstep"
         self._agents = _Agents(0, self.num_agents)
+        self._recorders = Recorders(envs)
         self._batch: HostBatch | None = None
         self._done = np.zeros(self.num_agents, bool)
 
@@ -247,10 +271,13 @@ class GymnasiumVecEnv:
             case "nextstep":
                 start = self._done
             case "samestep" if done.any():
-                final = _fill(obs, infos["final_obs"], done)
+                if isinstance(infos, Mapping) and "final_obs" in infos:
+                    final = _fill(obs, infos["final_obs"], done)
+                self._recorders.begin(done)
             case "disabled" if done.any():
                 final = _copy(obs)
-                obs, _ = self.envs.reset(options={"reset_mask": done})
+                options = {"reset_mask": done.copy()}
+                obs, _ = self._recorders.reset(lambda: self.envs.reset(options=options), done)
         self._done = done
         self._keep(obs, reward, terminated, truncated, start, final, infos)
 
@@ -262,16 +289,18 @@ class GymnasiumVecEnv:
         truncated: np.ndarray,
         start: np.ndarray,
         final: PyTree,
-        infos: Mapping[str, Any],
+        infos: Info,
     ) -> None:
         mask = ~self._done if self._mode == "nextstep" else np.ones(self.num_agents, bool)
-        stats: Stats = {}
-        episode = infos.get("episode")
-        if isinstance(episode, Mapping) and "r" in episode:  # RecordEpisodeStatistics
-            ended = np.asarray(infos.get("_episode", terminated | truncated), bool)
-            stats["episode_return"] = np.asarray(episode["r"])[ended].tolist()
-            stats["episode_length"] = np.asarray(episode["l"])[ended].tolist()
+        stats = told(infos, terminated | truncated)
         reward = np.asarray(reward, np.float32)
+        handed = _rows(obs)
+        if handed != self.num_agents:
+            raise ValueError(
+                f"{type(self.envs).__name__} handed out {handed} of {self.num_agents} "
+                "environments; it must hand out all of them at once (EnvPool: batch_size equal to "
+                "num_envs)"
+            )
         # The environment may write the next observation into the same array.
         self._batch = HostBatch(
             0, _copy(obs), reward, terminated, truncated, start, mask, final, stats
@@ -285,6 +314,12 @@ class GymnasiumVecEnv:
 
     def close(self) -> None:  # noqa: D102
         self.envs.close()
+
+
+def _rows(obs: PyTree) -> int:
+    while isinstance(obs, Mapping | tuple):
+        obs = next(iter(obs.values())) if isinstance(obs, Mapping) else obs[0]
+    return len(obs)
 
 
 def _copy(obs: PyTree) -> PyTree:
@@ -311,23 +346,3 @@ def _fill(obs: PyTree, final: PyTree, done: np.ndarray) -> PyTree:
     for i in np.flatnonzero(done):
         filled[i] = final[i]
     return filled
-
-
-def _collect(infos: Iterable[Mapping[str, Any]]) -> Stats:
-    """The values in a list of nested infos, by path, as the reference's `evaluate` keeps them."""
-    stats: Stats = {}
-    for info in infos:
-        for name, value in _leaves(info):
-            if isinstance(value, np.ndarray | list | tuple):
-                stats.setdefault(name, []).extend(np.asarray(value).ravel().tolist())
-            else:
-                stats.setdefault(name, []).append(value)
-    return stats
-
-
-def _leaves(info: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in info.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value

@@ -48,10 +48,14 @@ class HostStep:
 
     On CPUs XLA runs a program of at most eight operations in the calling thread, and passes a
     longer one from thread to thread, which takes 0.2 ms: hence so few here and in the kernels.
+
+    Args:
+        player: the policy.
+        sends: whether what it returns is sent as it is, and must be playable.
     """
 
-    def __init__(self, player: Player):
-        self._player = player
+    def __init__(self, player: Player, sends: bool = False):
+        self._player, self._sends = player, sends
         # As for the trainer's keys, which are made at the same time; the default may change.
         self._impl = jax.random.key_impl(jax.random.key(0))
 
@@ -74,11 +78,11 @@ class HostStep:
 
         Returns:
             The state after the step, the outputs, and the action to send, None if it is the sampled
-            one (which in a Box may be out of bounds).
+            one or if that is still to be made playable.
         """
         act_key = jax.random.wrap_key_data(key, impl=self._impl)
         action, logprob, values, state = self._player.act(params, obs, state, start, act_key)
-        played = self._player.playable(action)
+        played = self._player.playable(action) if self._sends else action
         outputs = Outputs(action, jnp.stack([logprob, values], axis=1))
         return state, outputs, None if played is action else played
 
@@ -216,19 +220,31 @@ class HostSource:
         self._zero = self._player.initial_state(env.agents_per_batch)
         steps = self.sizes.segments // env.agents_per_batch * self.sizes.horizon
         self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
-        self.step = jax.jit(HostStep(self._player))
+        self.step = jax.jit(HostStep(self._player, sends=env.overlaps))
         self._value_where = jax.jit(self._values_where)
         self._finish = jax.jit(self._experience)
+        self._playing, self._interruptions = False, 0
 
     def init(self, key: PRNGKeyArray) -> HostStream:
         """Start all episodes; the environments are seeded with `config.seed`."""
-        self._env.async_reset(self._config.seed)
+        return self._begin(self._config.seed)
+
+    def _begin(self, seed: int) -> HostStream:
+        self._env.async_reset(seed)
         return HostStream(dict.fromkeys(self._batches, self._zero), None)
 
     def collect(
         self, params: Params, stream: HostStream, key: PRNGKeyArray
     ) -> tuple[HostStream, Experience, tuple[int, Stats]]:
-        """Play a batch."""
+        """Play a batch.
+
+        If the last call was interrupted (Ctrl-C), nobody knows how far the environments have come:
+        then all episodes start anew, with other seeds.
+        """
+        if self._playing:
+            self._interruptions += 1
+            stream = self._begin(self._config.seed + 1_000_003 * self._interruptions)
+        self._playing = True
         env, states, pending = self._env, dict(stream.states), stream.pending
         if not self._config.store_initial_state:
             states = dict.fromkeys(self._batches, self._zero)
@@ -250,7 +266,7 @@ class HostSource:
             lap("copy")
             action = outputs.action if played is None else played
             if not env.overlaps:
-                action = np.asarray(action)
+                action = self._player.playable(np.asarray(action))
                 lap("forward")
             env.send(action)
             lap("env")
@@ -268,6 +284,7 @@ class HostSource:
         # Nothing writes to them any more, so on CPUs they need not be copied.
         experience = experience._replace(observations=jax.device_put(arrivals.obs))
         lap("copy")
+        self._playing = False
         return HostStream(states, pending), experience, (recording.steps, recording.stats)
 
     def summary(self, outcome: tuple[int, Stats]) -> tuple[int, Stats]:
