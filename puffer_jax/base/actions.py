@@ -1,6 +1,7 @@
 """From what a policy chooses to what an environment accepts."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,22 +34,38 @@ def playable(actions: Any, env: Env | Space) -> Any:
         array([[0.5],
                [2. ]], dtype=float32)
     """
-    space = action_space_of(env)
+    return way_into(action_space_of(env))(actions)
+
+
+def way_into(space: Space) -> Callable[[Any], Any]:
+    """`playable` for one action space, worked out once.
+
+    Raises:
+        ValueError: as in `playable`.
+    """
     check_playable(space)
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(actions, jax.core.Tracer):
-        return _traced(actions, space, jax)
-    actions = np.asarray(actions)
-    if kind_of(space) == "box":
-        # As wide as the wider of the two, so that no bound is rounded; then exactly the space's.
-        low, high = (np.asarray(bound, space.dtype) for bound in (space.low, space.high))
-        return np.clip(actions, low, high).astype(space.dtype)
-    start, dtype = np.asarray(getattr(space, "start", 0)), getattr(space, "dtype", None)
-    if start.any():
-        return (actions + start).astype(actions.dtype if dtype is None else dtype)
-    if dtype is not None and not np.can_cast(actions.dtype, dtype):
-        return actions.astype(dtype)
-    return np.array(actions)
+    is_box, dtype = kind_of(space) == "box", getattr(space, "dtype", None)
+    start = np.asarray(getattr(space, "start", 0))
+    starts_at_0 = not start.any()
+    low = high = start
+    if is_box:
+        low, high = (np.asarray(bound, dtype) for bound in (space.low, space.high))
+
+    def play(actions: Any) -> Any:
+        jax = sys.modules.get("jax")
+        if jax is not None and isinstance(actions, jax.core.Tracer):
+            return _traced(actions, space, jax)
+        actions = np.asarray(actions)
+        if is_box:
+            # In the wider dtype of the two, so that no bound is rounded. (np.clip takes 8 us.)
+            return np.minimum(np.maximum(actions, low), high).astype(dtype)
+        if not starts_at_0:
+            return (actions + start).astype(actions.dtype if dtype is None else dtype)
+        if dtype is not None and not np.can_cast(actions.dtype, dtype):
+            return actions.astype(dtype)
+        return np.array(actions)
+
+    return play
 
 
 def action_space_of(env: Env | Space) -> Space:

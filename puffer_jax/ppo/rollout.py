@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from puffer_jax.base.actions import check_playable, playable
+from puffer_jax.base.actions import way_into
 from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
@@ -58,8 +58,8 @@ class Player:
     """
 
     def __init__(self, config: PuffeRLConfig, policy: nnx.Module, action_space: Space):
-        check_playable(action_space)
-        self._config, self._policy, self._space = config, policy, action_space
+        self._config, self._policy = config, policy
+        self._way_into_space = way_into(action_space)
         self._graphdef, self._recurrent = split(policy)[0], is_recurrent(policy)
 
     def initial_state(self, agents: int) -> RecurrentState | None:
@@ -99,7 +99,7 @@ class Player:
 
     def playable(self, action: PyTree) -> PyTree:
         """The environments' actions for sampled ones, see `puffer_jax.playable`."""
-        return playable(action, self._space)
+        return self._way_into_space(action)
 
     def _forward(
         self, params: Params, observations: PyTree, state: RecurrentState | None
