@@ -33,7 +33,8 @@ def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
 
     The file appears whole or not at all: it is written beside its final place, synced and
     renamed. A symbolic link is replaced by the file, so what it pointed to stays. `.bin` gets a
-    sidecar `<path>.json` with names, shapes and a checksum.
+    sidecar `<path>.json` with names, shapes and a checksum; killed at any moment, the two that are
+    there belong together.
 
     Raises:
         ValueError: the suffix is another one.
