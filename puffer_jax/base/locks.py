@@ -1,5 +1,6 @@
 """One process at a time may write to a folder."""
 
+import atexit
 import fcntl
 import os
 import socket
@@ -56,10 +57,12 @@ def claim(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """Let others claim the folder."""
-    file = _claims.pop(folder.resolve(), None)
+    folder = folder.resolve()
+    file = _claims.pop(folder, None)
     if file is not None:
         with file:
-            (folder / _NAME).unlink(missing_ok=True)
+            if is_at(file, folder / _NAME):
+                (folder / _NAME).unlink()
 
 
 @contextmanager
@@ -80,4 +83,10 @@ def _forget() -> None:
         _claims.popitem()[1].close()
 
 
+def _release_all() -> None:
+    for folder in list(_claims):
+        release(folder)
+
+
 os.register_at_fork(after_in_child=_forget)
+atexit.register(_release_all)
