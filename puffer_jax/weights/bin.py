@@ -138,6 +138,6 @@ def read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Conten
         warnings.warn(
             f"{path} has no sidecar {name}: that it is whole, and that its numbers are in this "
             "policy's order, cannot be known; only their count fits",
-            stacklevel=3,
+            stacklevel=4,
         )
     return tensors, sidecar and sidecar.description

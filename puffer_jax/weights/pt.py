@@ -15,6 +15,7 @@ from flax import nnx
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import TORCH, require
 from puffer_jax.base.text import Json
+from puffer_jax.weights.foreign import one_level_down, refusal
 from puffer_jax.weights.state_dicts import StateDict, named_parameters
 
 
@@ -68,11 +69,10 @@ def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Content
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         # A damaged pickle is a program gone wrong: it can raise any exception.
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                "not a readable state_dict. It is refused unless torch.load with "
-                "weights_only=True accepts it, since unpickling anything else can run code. If "
-                f"it holds a whole module, save module.state_dict() instead. ({reason})"
+                f"not a readable state_dict: {refusal(error)}. It is refused unless torch.load "
+                "with weights_only=True accepts it, since unpickling anything else can run code. "
+                "If it holds a whole module, save module.state_dict() instead"
             ) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"holds a {type(tensors).__name__}, not a state_dict")
@@ -82,7 +82,11 @@ def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Content
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
     ]
     if others:
-        raise ValueError(f"not a state_dict; these do not name tensors: {', '.join(others)}")
+        inside = one_level_down(tensors, torch.Tensor)
+        raise ValueError(
+            f"not a state_dict; these do not name tensors: {', '.join(others)}"
+            + (f"; {inside}" if inside else "")
+        )
     # A view that repeats one number claims any size, and a policy of that size would be built.
     hollow = [str(name) for name, t in tensors.items() if not _is_dense(t, torch)]
     if hollow:
