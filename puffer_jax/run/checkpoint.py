@@ -320,7 +320,11 @@ def _delete(path: Path) -> None:
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    # In version 0.1 the keys of a policy's lists were numbers.
+    return [
+        (re.sub(r"\['(\d+)'\]", r"[\1]", jax.tree_util.keystr(path)), leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
 
 
 def _is_key(leaf: Any) -> bool:
