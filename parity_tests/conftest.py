@@ -11,6 +11,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Both cores have a process of their own.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest
@@ -18,6 +20,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
 
 INSTALL = (
     "the parity tests need the reference: `pip install torch==2.13.0 psutil` and "
@@ -103,9 +106,7 @@ def unoptimised():
     the same without. PUFFER_JAX_OPTIMISED=1, as in `make test`'s second half, leaves it on. Not
     for tests that compute for long.
     """
-    jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

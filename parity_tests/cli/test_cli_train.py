@@ -573,6 +573,10 @@ BAD_FILES = {
     "[train]\nlearning_rate = -1\n": "learning_rate must be a positive number; got -1",
     "[vec]\nzero_copy = maybe\n": "[vec] zero_copy cannot be 'maybe'",
     "no file of this kind\n": "no section headers",
+    "[train]\nlearning_rate = 50%\n": "bad.ini: [train] learning_rate = 50%: %(NAME)s is the value",
+    "[train]\ngamma = %(x)s\n": "bad.ini: [train] gamma = %(x)s: %(NAME)s is the value",
+    "[train]\ngamma = {[]}\n": "gamma must be between 0 and 1; got '{[]}'",
+    "[policy]\nhidden_size = [1]\n[rnn]\nhidden_size = 1\n": "are [[1], 1]; they must be the same",
 }
 
 
@@ -583,7 +587,22 @@ def test_a_bad_file_is_one_line_and_2(text, tmp_path, capsys):
     check_mistake(["train", "--config", str(path)], BAD_FILES[text], tmp_path, capsys)
 
 
-@pytest.mark.parametrize("text", ["{", '{"gold": 1}', '{"vec": {"gold": 1}}'])
+BAD_SETTINGS = [
+    "{",
+    "[" * 50_000,
+    "[]",
+    "null",
+    '{"gold": 1}',
+    '{"vec": {"gold": 1}}',
+    '{"vec": 3}',
+    '{"env": 3}',
+    '{"rnn": "no"}',
+    '{"log": ["paper"]}',
+    '{"train": {"learning_rate": -1.0}}',
+]
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS)
 def test_a_damaged_run_is_one_line_and_2(text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     message = str(tmp_path / "config.json")

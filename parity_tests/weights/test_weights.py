@@ -284,7 +284,8 @@ def test_bin_is_what_the_reference_exports(name, tmp_path, monkeypatch, capsys):
     assert "Saved" in capsys.readouterr().out
     assert (tmp_path / "x.bin").read_bytes() == (tmp_path / "theirs_weights.bin").read_bytes()
     fresh = ours(name, 1)  # theirs comes without a sidecar
-    load_weights(fresh, tmp_path / "theirs_weights.bin")
+    with pytest.warns(UserWarning, match="no sidecar"):
+        load_weights(fresh, tmp_path / "theirs_weights.bin")
     assert bits(fresh) == bits(policy)
 
 
@@ -1384,7 +1385,8 @@ def test_bin_of_another_length(change, tmp_path):
 def test_bin_without_sidecar(tmp_path):
     path, sidecar, _ = bin_pair(tmp_path)
     sidecar.unlink()
-    load_weights(policy := ours("discrete", 1), path)
+    with pytest.warns(UserWarning, match=r"x\.bin has no sidecar x\.bin\.json: .* cannot be known"):
+        load_weights(policy := ours("discrete", 1), path)
     assert bits(policy) == bits(ours("discrete"))
     with pytest.raises(ValueError, match=r"x\.bin: no sidecar x\.bin\.json.*use load_weights"):
         policy_from_checkpoint(path)
@@ -1563,6 +1565,8 @@ def test_damaged_files_never_half_load(good, tmp_path):
             # All of the file's: at most a few bytes differ, nothing is left of the old weights.
             old, new = puffer_jax.state_dict(ours("discrete", 1)), puffer_jax.state_dict(policy)
             assert all((new[name] != old[name]).any() for name in new)
+            if good is good_pt:  # which has checksums; these of safetensors are another library's
+                assert bits(policy) == bits(ours("discrete"))
             outcomes.add("loaded")
 
     check()
@@ -1714,7 +1718,7 @@ def kill_writers_of(suffix, folder):
     line, status = 0, -1
     while status != 0:
         weights.save_weights(old, path)
-        line += random.randint(1, 4)
+        line += random.randint(2, 8)
         child = fork(lambda: dying_at(line, path))
         status = os.waitpid(child, 0)[1]
         assert status in (0, signal.SIGKILL), status
@@ -1763,7 +1767,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(suffix, after_kills)
         for name in found
         if name.startswith("line")
     ]
-    assert max(temporary) == 1 and temporary[-1] == 0
+    assert max(temporary) == (2 if suffix == ".bin" else 1) and temporary[-1] == 0
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

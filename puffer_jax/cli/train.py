@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import tyro
 
 from puffer_jax.base.files import write_atomically
-from puffer_jax.base.text import near
+from puffer_jax.base.text import from_json, near
 from puffer_jax.cli.envs import make_envs, make_policy
 from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
@@ -236,7 +236,7 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
     _check_names(path, "key in [rnn]", rnn, ("input_size", "hidden_size"))
     widths += [policy["hidden_size"]] if "hidden_size" in policy else []
     widths += rnn.values()
-    if len(set(widths)) > 1:
+    if any(width != widths[0] for width in widths):
         raise ValueError(
             f"{path}: the widths in [policy] and [rnn] are {widths}; they must be the same"
         )
@@ -280,9 +280,11 @@ def read_settings(folder: Path) -> Train:
     """
     path = folder / SETTINGS
     try:
-        values = json.loads(path.read_bytes())
+        values = from_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not the options of a run")
     settings = _checked(path, values)
     if "eval_every" not in values and settings.policy.name == "auto":
         # Version 0.1 wrote it, and chose less often among the policies.
@@ -294,19 +296,31 @@ def read_settings(folder: Path) -> Train:
 def _checked(where: Path, values: Mapping[str, Any]) -> Train:
     """`Train` from plain values, refusing what flags would not allow."""
     kinds: dict[str, type] = {"vec": VecOptions, "policy": PolicyOptions, "train": TrainOptions}
-    _check_names(where, "option", values, _fields(Train))
-    settled: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    groups: dict[str, Any] = {}
     for group, kind in kinds.items():
-        given: Mapping[str, Any] = settled.get(group, {})
-        options = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-        _check_names(where, f"key in [{group}]", options, _fields(kind))
-        for field in dataclasses.fields(kind):
-            if not _fits(options.get(field.name, field.default), field.type):
-                raise ValueError(
-                    f"{where}: [{group}] {field.name} cannot be {options[field.name]!r}"
-                )
-        settled[group] = kind(**options)
-    return Train(**settled)
+        given = values.get(group, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where}: [{group}] cannot be {given!r}")
+        groups[group] = kind(**_options(where, f"key in [{group}]", f"[{group}] ", given, kind))
+    try:
+        PuffeRLConfig.from_dict(dataclasses.asdict(groups["train"]))
+    except ValueError as error:
+        raise ValueError(f"{where}: [train] {error}") from error
+    plain = {name: value for name, value in values.items() if name not in kinds}
+    return Train(**_options(where, "option", "", plain, Train), **groups)
+
+
+def _options(
+    where: Path, what: str, prefix: str, given: Mapping[str, Any], kind: type
+) -> dict[str, Any]:
+    """Values for some fields of a dataclass, checked."""
+    options = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    _check_names(where, what, options, fields)
+    for name, value in options.items():
+        if not _fits(value, fields[name]):
+            raise ValueError(f"{where}: {prefix}{name} cannot be {value!r}")
+    return options
 
 
 def _fits(value: object, kind: object) -> bool:

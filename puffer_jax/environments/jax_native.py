@@ -8,6 +8,7 @@ their attributes, so neither gymnax nor brax is imported here.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -19,10 +20,12 @@ from puffer_jax.base.spaces import (
     Env,
     MultiDiscrete,
     Space,
+    children_of,
     env_spec,
     kind_of,
     structured_dtype,
 )
+from puffer_jax.base.text import hint
 from puffer_jax.environments.jax_adapters import (
     BRAX_MAX_STEPS,
     Tree,
@@ -122,7 +125,12 @@ class AdaptedEnv:
     unwrapped: Env
 
 
-def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) -> AdaptedEnv:
+def as_jax_env(
+    env: Env,
+    env_params: Tree = None,
+    max_steps: int | None = None,
+    observation: str | None = None,
+) -> AdaptedEnv:
     """Adapt an environment to `JaxEnv`, checking it once without running it.
 
     Args:
@@ -141,6 +149,8 @@ def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) 
         max_steps: truncate episodes after this many steps, besides the environment's own limits.
             Brax environments have none: for them, None means 1000, as in brax's own training
             (unless `state.info` has "truncation": then something else already counts).
+        observation: the part of its Dict observations that is handed out, such as "state", where
+            "privileged_state" is for nobody's eyes; None: all of them.
 
     Returns:
         The adapted environment; `env` itself if it is adapted already and nothing is to be added.
@@ -165,7 +175,7 @@ def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) 
         if env_params is not None:
             raise ValueError("env is a pair (env, params) already; got env_params as well")
         env, env_params = env
-    if isinstance(env, AdaptedEnv) and env_params is None and max_steps is None:
+    if isinstance(env, AdaptedEnv) and env_params is max_steps is observation is None:
         return env
     name = type(env).__name__
     if hasattr(env, "step_env") and hasattr(env, "default_params"):
@@ -179,6 +189,8 @@ def as_jax_env(env: Env, env_params: Tree = None, max_steps: int | None = None) 
     else:
         _check_protocol(env)
         inner = env
+    if observation is not None:
+        inner = _showing(name, inner, observation)
     return _fix(env, name, inner, max_steps)
 
 
@@ -210,6 +222,31 @@ def autoreset(env: Any) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
         return Step(obs, state, reward, terminated, truncated, final_obs, info)
 
     return step
+
+
+def _showing(name: str, inner: Env, part: str) -> Env:
+    if kind_of(inner.observation_space) != "dict":
+        raise ValueError(
+            f"observation names a part of Dict observations; those of {name} are "
+            f"{inner.observation_space}"
+        )
+    parts = children_of(inner.observation_space) or {}
+    if part not in parts:
+        raise ValueError(
+            f"observation must be one of {', '.join(parts)}; got {part!r}{hint(part, parts)}"
+        )
+
+    def reset(key: PRNGKeyArray) -> tuple[Tree, Tree]:
+        obs, state = inner.reset(key)
+        return obs[part], state
+
+    def step(*arguments: Tree) -> tuple[Tree, ...]:
+        obs, *others = inner.step(*arguments)
+        return obs[part], *others
+
+    return SimpleNamespace(
+        observation_space=parts[part], action_space=inner.action_space, reset=reset, step=step
+    )
 
 
 def _check_protocol(env: Env) -> None:

@@ -1,6 +1,6 @@
 """A policy's parameters as a plain nested dict, and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ class GraphDef:
 def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, PyTree]]:
     """Split a policy into its static structure and a plain nested dict of arrays.
 
-    The dict is what `jax.jit`, `jax.grad`, `jax.vmap`, optax and orbax handle fastest.
+    The dict is what `jax.jit`, `jax.grad`, `jax.vmap`, optax and orbax handle fastest. Its keys are
+    strings, those of lists ("0", "1", ...) too, as `jax.export` wants them.
 
     Returns:
         `(graphdef, params)`; `graphdef` is hashable and equal for policies of the same
@@ -40,7 +41,7 @@ def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, PyTree]]:
         >>> from flax import nnx
         >>> env = puffer_jax.environments.make("cartpole")
         >>> graphdef, params = puffer_jax.split(puffer_jax.Default(env, rngs=nnx.Rngs(0)))
-        >>> params["encoder"]["layers"][0]["kernel"].shape
+        >>> params["encoder"]["layers"]["0"]["kernel"].shape
         (4, 128)
     """
     graphdef, state = nnx.split(policy)
@@ -55,12 +56,15 @@ def split(policy: nnx.Module) -> tuple[GraphDef, dict[str, PyTree]]:
             f"Found {', '.join(others)}"
         )
     params = nnx.to_pure_dict(state)
+    shapes = tuple(sorted(_shapes(params).items(), key=str))
     attributes = tuple((path, tuple(vars(module))) for path, module in _submodules(policy))
-    return GraphDef(graphdef, tuple(sorted(_shapes(params).items(), key=str)), attributes), params
+    return GraphDef(graphdef, shapes, attributes), _renamed(params, _worded)
 
 
 def merge(graphdef: GraphDef, params: Mapping[str, PyTree]) -> Any:
     """Rebuild a policy from what `split` returned; free under `jax.jit` once traced.
+
+    The keys of lists may also be numbers, as they were in version 0.1.
 
     Raises:
         ValueError: `params` lacks an array, has one too many or one of another shape; all
@@ -77,13 +81,16 @@ def merge(graphdef: GraphDef, params: Mapping[str, PyTree]) -> Any:
         >>> values.shape
         (3, 1)
     """
-    expected, found = dict(graphdef.shapes), _shapes(params)
+    expected = {_worded(path): shape for path, shape in graphdef.shapes}
+    found = {_worded(path): shape for path, shape in _shapes(params).items()}
     if expected != found:
         problems = mismatches(
-            {_dotted(path): shape for path, shape in expected.items()},
-            {_dotted(path): shape for path, shape in found.items()},
+            {".".join(path): shape for path, shape in expected.items()},
+            {".".join(path): shape for path, shape in found.items()},
         )
         raise ValueError("the parameters do not fit the policy: " + "; ".join(problems))
+    paths = {_worded(path): path for path, _ in graphdef.shapes}
+    params = _renamed(params, lambda path: paths[_worded(path)])
     policy = nnx.merge(graphdef.graphdef, params)
     # Flax rebuilds attributes in sorted order; torch's order is the order of definition.
     modules = dict(_submodules(policy))
@@ -123,8 +130,14 @@ def _shapes(params: Mapping[str, PyTree]) -> dict[Path, Shape]:
     return {path: tuple(np.shape(x)) for path, x in flat.items()}
 
 
-def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))
+def _worded(path: Path) -> tuple[str, ...]:
+    return tuple(map(str, path))
+
+
+def _renamed(params: Mapping[str, PyTree], rename: Callable[[Path], Path]) -> dict[str, PyTree]:
+    """The same arrays under other paths."""
+    flat: dict[Path, PyTree] = dict(traverse_util.flatten_dict(params))
+    return traverse_util.unflatten_dict({rename(path): array for path, array in flat.items()})
 
 
 def _submodules(module: object, path: Path = ()) -> Iterator[tuple[Path, object]]:

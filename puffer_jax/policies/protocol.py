@@ -1,5 +1,6 @@
 """What the trainer, the weight exchange and `Recurrent` ask of a policy."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from jax.typing import ArrayLike
@@ -63,3 +64,26 @@ class RecurrentPolicy(Protocol):
 def is_recurrent(policy: object) -> bool:
     """Whether the policy carries a state from step to step, that is, has `initial_state`."""
     return hasattr(policy, "initial_state")
+
+
+def forward_of(policy: Any, *names: str) -> Callable[..., Any]:
+    """How a policy is called: its first method of `names`, else whatever else it has.
+
+    Args:
+        policy: the policy.
+        names: of `forward_eval`, `forward` and `__call__`, those to be preferred.
+
+    Raises:
+        TypeError: it has none of them, nor `encode_observations` and `decode_actions`.
+    """
+    for name in (*names, "forward_eval", "forward", "__call__"):
+        method = getattr(policy, name, None)
+        if callable(method):
+            return method
+    if hasattr(policy, "encode_observations") and hasattr(policy, "decode_actions"):
+        return lambda x, state=None: policy.decode_actions(policy.encode_observations(x))
+    raise TypeError(
+        f"{type(policy).__name__} cannot be called: a policy has `forward_eval(observations, state)"
+        "`, `forward` or `__call__`, or `encode_observations` and `decode_actions`, and gives "
+        "(logits, values)"
+    )

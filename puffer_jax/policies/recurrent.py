@@ -152,9 +152,9 @@ class Recurrent(nnx.Module):
         batch, time, flat = self._fold_time(observations)
         encoded = self._encode(flat, state)
         if done is not None:
-            if jnp.shape(done) not in ((batch, time), (batch,) if time == 1 else (batch, time)):
+            if np.shape(done) not in ((batch, time), (batch,) if time == 1 else (batch, time)):
                 raise ValueError(
-                    f"done has shape {jnp.shape(done)}; expected (batch, time) = {(batch, time)}"
+                    f"done has shape {np.shape(done)}; expected (batch, time) = {(batch, time)}"
                 )
             done = jnp.asarray(done).reshape(batch, time).astype(bool)
         sequence = encoded.reshape(batch, time, -1)
@@ -184,9 +184,9 @@ class Recurrent(nnx.Module):
         if state is None:
             return zero
         for name, part in zero.items():
-            if jnp.shape(state[name]) != part.shape:
+            if np.shape(state[name]) != part.shape:
                 raise ValueError(
-                    f"state[{name!r}] has shape {jnp.shape(state[name])}; expected (batch, ...) = "
+                    f"state[{name!r}] has shape {np.shape(state[name])}; expected (batch, ...) = "
                     f"{part.shape}"
                 )
         return {name: state[name] for name in zero}

@@ -288,7 +288,10 @@ class PuffeRLConfig:
         if "train" not in sections:
             found = ", ".join(sections) or "none"
             raise ValueError(f"{path} has no section [train]; its sections are: {found}")
-        return cls.from_dict(sections["train"])
+        try:
+            return cls.from_dict(sections["train"])
+        except ValueError as error:
+            raise ValueError(f"{path}: [train] {error}") from error
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

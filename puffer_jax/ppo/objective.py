@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.nn.sampling import sample_logits
-from puffer_jax.policies.protocol import is_recurrent
+from puffer_jax.policies.protocol import forward_of, is_recurrent
 from puffer_jax.ppo.advantage import advantage_of
 from puffer_jax.ppo.experience import Experience, Hypers, Metrics
 
@@ -23,7 +23,7 @@ def evaluate_segments(
         logits, values, _ = policy.forward(experience.observations, experience.state, **starts)
     else:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experience.observations)
-        logits, values = policy.forward(flat)
+        logits, values = forward_of(policy, "forward")(flat)
     return logits, values.reshape(shape)
 
 

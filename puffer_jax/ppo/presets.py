@@ -3,6 +3,7 @@
 import ast
 import configparser
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,36 @@ def read_ini(path: str | Path) -> dict[str, dict[str, Any]]:
         ValueError: it is not an `.ini` file.
     """
     parser = configparser.ConfigParser()
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         try:
             parser.read_file(file)
-        except configparser.Error as error:
+        except (configparser.Error, ValueError) as error:  # the latter: not UTF-8
             raise ValueError(f"{path}: {error}") from error
     return {
-        section: {name: _literal(text) for name, text in parser.items(section)}
+        section: {
+            name: _literal(_text(path, parser, section, name)) for name in parser.options(section)
+        }
         for section in parser.sections()
     }
 
 
+def _text(path: str | Path, parser: configparser.ConfigParser, section: str, name: str) -> str:
+    try:
+        return parser.get(section, name)
+    except configparser.Error as error:
+        raw = parser.get(section, name, raw=True)
+        raise ValueError(
+            f"{path}: [{section}] {name} = {raw}: %(NAME)s is the value of NAME, and %% a percent "
+            f"sign ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            # A text may look like half a literal.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return ast.literal_eval(text)
+    # TypeError: a set of lists; the last two: brackets within brackets, thousands of them.
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text

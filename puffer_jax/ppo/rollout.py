@@ -15,7 +15,7 @@ from puffer_jax.base.actions import way_into
 from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
-from puffer_jax.policies.protocol import is_recurrent
+from puffer_jax.policies.protocol import forward_of, is_recurrent
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Last, Params, RecurrentState
 
@@ -104,7 +104,7 @@ class Player:
     def _forward(
         self, params: Params, observations: PyTree, state: RecurrentState | None
     ) -> tuple[PyTree, Array, RecurrentState | None]:
-        outputs = merge(self._graphdef, params).forward_eval(observations, state)
+        outputs = forward_of(merge(self._graphdef, params))(observations, state)
         logits, values = outputs[:2]
         return logits, values.reshape(-1), outputs[2] if self._recurrent else None
 
@@ -113,8 +113,10 @@ def check_fits(config: PuffeRLConfig, policy: nnx.Module) -> None:
     """Check that the policy is what the configuration says.
 
     Raises:
+        TypeError: it has no method to call.
         ValueError: it is recurrent, or not, or of a precision, against the configuration.
     """
+    forward_of(policy)
     recurrent = is_recurrent(policy)
     if config.use_rnn is not None and config.use_rnn != recurrent:
         raise ValueError(

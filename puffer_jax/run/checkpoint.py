@@ -6,7 +6,8 @@ A run's folder holds, for each of its last epochs,
     state_{epoch:06d}/      orbax: the train state, and a JSON dict
 
 The state is written last and appears whole, by a rename, so a process killed at any moment leaves
-only complete checkpoints and hidden litter, which the next `save` removes.
+only complete checkpoints and hidden litter, which the next `save` removes. The JSON has checksums
+of every leaf and of itself, so that damage is an error.
 """
 
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +26,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from puffer_jax.base import checksums
+from puffer_jax.base.files import sync, sync_tree
+from puffer_jax.base.locks import claimed
 from puffer_jax.base.packages import require
+from puffer_jax.base.text import from_json
 from puffer_jax.run.loggers import PathLike
 from puffer_jax.weights.files import save_weights
 
@@ -32,6 +38,11 @@ from puffer_jax.weights.files import save_weights
 _LATER = ("['train'].unplayed", "['stream'].lost")
 
 _FORMAT = 1
+
+# What an index has; version 0.1 wrote no checksums.
+_KEYS_0_1 = {"format", "leaves", "metadata"}
+
+_KEYS = _KEYS_0_1 | {"sha256", "index_sha256"}
 
 _STATE = re.compile(r"state_(\d{6,})")
 
@@ -47,6 +58,10 @@ Metadata = dict[str, Any]
 Description = list[str | list[int]]
 
 
+class _Damaged(ValueError):
+    """What was written is not there."""
+
+
 def save(
     run: PathLike,
     epoch: int,
@@ -60,7 +75,7 @@ def save(
     A checkpoint of the same epoch is replaced, by two renames: a process killed between them
     leaves none of that epoch. Of the checkpoints up to this epoch, the last `keep` stay, this one
     included; files with other names, and checkpoints of later epochs, are left alone. Only one
-    process at a time may write to a run's folder.
+    process at a time may write to a run's folder; see `puffer_jax.base.locks`.
 
     Args:
         run: the run's folder; created if missing.
@@ -79,24 +94,33 @@ def save(
             Nothing is written then.
         TypeError: `metadata` is not JSON, or a layer of the policy has no torch counterpart.
         ImportError: orbax is missing.
+        RuntimeError: another process writes to the folder.
     """
     if epoch < 0 or keep < 1:
         raise ValueError(
             f"epoch is {epoch} and must be at least 0; keep is {keep} and must be at least 1"
         )
     run = Path(run).absolute()
-    ocp = _orbax()
-    leaves = _named(state)
+    _orbax()
+    leaves = [(name, leaf, _describe(name, leaf)) for name, leaf in _named(state)]
+    arrays = {name: _data(leaf) for name, leaf, _ in leaves}
     index = {
         "format": _FORMAT,
-        "leaves": {name: _describe(name, leaf) for name, leaf in leaves},
+        "leaves": {name: description for name, _, description in leaves},
         "metadata": metadata,
+        "sha256": {name: checksums.of_array(array) for name, array in arrays.items()},
     }
-    json.dumps(index)
+    index["index_sha256"] = checksums.of_json(from_json(json.dumps(index)))
     # orbax refuses arrays without elements, in which there is nothing to save.
-    data = {str(i): array for i, (_, leaf) in enumerate(leaves) if (array := _data(leaf)).size}
+    data = {str(i): array for i, array in enumerate(arrays.values()) if array.size}
+    with claimed(run):
+        model = _save_model(run, epoch, policy)
+        _save_state(run, epoch, index, data)
+        _prune(run, epoch, keep)
+    return model
 
-    run.mkdir(parents=True, exist_ok=True)
+
+def _save_model(run: Path, epoch: int, policy: nnx.Module) -> Path:
     for path in run.iterdir():
         if _LITTER.fullmatch(path.name):
             _delete(path)
@@ -106,20 +130,24 @@ def save(
     except ImportError:
         model = model.with_suffix(".safetensors")
         save_weights(policy, model)
+    return model
 
+
+def _save_state(run: Path, epoch: int, index: Metadata, data: dict[str, np.ndarray]) -> None:
+    ocp = _orbax()
     final, new = _folder(run, epoch), run / f".state_{epoch:06d}"
     items = {"index": ocp.args.JsonSave(index)}
     if data:
         items["arrays"] = ocp.args.PyTreeSave(data)
     with _checkpointer(ocp) as checkpointer:
         checkpointer.save(new, args=ocp.args.Composite(**items))
+    sync_tree(new)
     if final.exists():
         os.replace(final, new.with_suffix(".old"))
     os.replace(new, final)
+    sync(run)
     if new.with_suffix(".old").exists():
         _delete(new.with_suffix(".old"))
-    _prune(run, epoch, keep)
-    return model
 
 
 def latest(run: PathLike) -> int | None:
@@ -152,14 +180,32 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
     if epoch not in epochs and (epoch is not None or not epochs):
         wanted = "state_*" if epoch is None else _folder(run, epoch).name
         raise FileNotFoundError(f"no complete checkpoint {wanted} in {run}; epochs: {epochs}")
-    folder = _folder(run, epochs[-1] if epoch is None else epoch)
+    epoch = epochs[-1] if epoch is None else epoch
+    folder = _folder(run, epoch)
+    try:
+        return _read(folder, like)
+    except _Damaged as error:
+        for older in reversed(epochs[: epochs.index(epoch)]):
+            try:
+                _read(_folder(run, older), like)
+            except ValueError:
+                continue
+            raise ValueError(
+                f"{error}. {_folder(run, older).name} is whole: restore with epoch={older}, or "
+                f"delete {folder.name}"
+            ) from error
+        raise ValueError(f"{error}. No older checkpoint is whole") from error
+
+
+def _read(folder: Path, like: PyTree) -> tuple[PyTree, Metadata]:
+    """The state and the metadata in one folder; nothing but `_Damaged` and misfits is raised."""
     ocp = _orbax()
     with _checkpointer(ocp) as checkpointer:
-        index = checkpointer.restore(
-            folder, args=ocp.args.Composite(index=ocp.args.JsonRestore())
-        ).index
-        if index["format"] != _FORMAT:
-            raise ValueError(f"{folder} has format {index['format']}; this version reads {_FORMAT}")
+        with _damage(folder, "its index"):
+            index = checkpointer.restore(
+                folder, args=ocp.args.Composite(index=ocp.args.JsonRestore())
+            ).index
+            _check_index(index)
         leaves = dict(_named(like))
         found: dict[str, Description] = index["leaves"]
         absent = {name for name in _LATER if name in leaves and name not in found}
@@ -171,24 +217,66 @@ def restore(run: PathLike, like: PyTree, epoch: int | None = None) -> tuple[PyTr
             raise ValueError(f"{folder} does not fit: {'; '.join(problems)}")
 
         # The leaves may come in another order: they are matched by name.
-        keys = {name: str(i) for i, name in enumerate(index["leaves"])}
-        full = [keys[name] for name, leaf in leaves.items() if name in keys and _size(leaf)]
+        keys = {name: str(i) for i, name in enumerate(found)}
+        blank = {name: _blank(leaf) for name, leaf in leaves.items() if name not in absent}
+        full = {keys[name]: array for name, array in blank.items() if array.size}
         data = {}
         if full:
             kinds = dict.fromkeys(full, ocp.RestoreArgs(restore_type=np.ndarray))
-            data = checkpointer.restore(
-                folder,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.PyTreeRestore(dict.fromkeys(full, 0), restore_args=kinds)
-                ),
-            ).arrays
+            arguments = ocp.args.PyTreeRestore(dict.fromkeys(full, 0), restore_args=kinds)
+            with _damage(folder, "its arrays"):
+                # What is as large as it says it is, and not as it should be, is not read.
+                _check_sizes(full, ocp.PyTreeCheckpointHandler().metadata(folder / "arrays"))
+                data = checkpointer.restore(
+                    folder, args=ocp.args.Composite(arrays=arguments)
+                ).arrays
+    arrays = {
+        name: data[keys[name]] if array.size else array.copy() for name, array in blank.items()
+    }
+    if "sha256" in index:
+        with _damage(folder, "its arrays"):
+            checksums.check(arrays, index["sha256"])
     values = [
-        leaf
-        if name in absent
-        else _like(data[keys[name]] if keys[name] in data else _empty(leaf), leaf)
-        for name, leaf in leaves.items()
+        leaf if name in absent else _like(arrays[name], leaf) for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), values), index["metadata"]
+
+
+@contextmanager
+def _damage(folder: Path, what: str) -> Iterator[None]:
+    """Whatever is raised means that a part of the folder is damaged."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _Damaged(f"{folder}: {what} cannot be read: {reason}") from error
+
+
+def _check_index(index: Any) -> None:
+    """Whether it is what `save` wrote, by its checksum; version 0.1's by its form."""
+    if not isinstance(index, dict):
+        raise ValueError(f"it is a {type(index).__name__}")
+    if (found := index.get("format")) != _FORMAT:
+        raise ValueError(f"it has format {found!r}; this version reads {_FORMAT}")
+    if index.keys() not in (_KEYS, _KEYS_0_1):
+        raise ValueError(f"it has {sorted(index)}, not {sorted(_KEYS)}")
+    if "index_sha256" in index:
+        content = {name: value for name, value in index.items() if name != "index_sha256"}
+        if checksums.of_json(content) != index["index_sha256"]:
+            raise ValueError("the checksum is another one")
+    for name, (dtype, shape) in index["leaves"].items():
+        if not (isinstance(dtype, str) and all(type(size) is int for size in shape)):
+            raise ValueError(f"{name} has dtype {dtype!r} and shape {shape!r}")
+
+
+def _check_sizes(expected: dict[str, np.ndarray], metadata: Any) -> None:
+    tree = getattr(metadata, "tree", metadata)
+    for name, array in expected.items():
+        if tuple(tree[name].shape) != array.shape or tree[name].dtype != array.dtype:
+            raise ValueError(
+                f"array {name} is {tree[name].dtype}{tree[name].shape}, not "
+                f"{array.dtype}{array.shape}"
+            )
 
 
 def _orbax() -> ModuleType:
@@ -232,7 +320,11 @@ def _delete(path: Path) -> None:
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    # In version 0.1 the keys of a policy's lists were numbers.
+    return [
+        (re.sub(r"\['(\d+)'\]", r"[\1]", jax.tree_util.keystr(path)), leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -261,13 +353,12 @@ def _data(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _size(leaf: Any) -> int:
-    return int(np.prod(getattr(leaf, "shape", ())))
-
-
-def _empty(leaf: Any) -> np.ndarray:
+def _blank(leaf: Any) -> np.ndarray:
+    """An array like `_data` of such a leaf; its numbers take no memory."""
     shaped = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return np.empty(shaped.shape, shaped.dtype)
+    if not hasattr(shaped, "shape"):
+        shaped = np.asarray(shaped)
+    return np.broadcast_to(np.zeros((), shaped.dtype), shaped.shape)
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:

@@ -1,6 +1,5 @@
 """Learning curves from the log files of runs: a metric against steps and against seconds."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import numpy as np
 
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import require
+from puffer_jax.base.text import from_json
 
 # The end of a run's name where runs differ only in their seed.
 _SEED = re.compile(r"(_seed|-s)\d+$")
@@ -111,8 +111,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate([*lines, rest], 1):
         try:
             if line.strip():
-                records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+                records.append(from_json(line))
+        except ValueError as error:
             if number <= len(lines):
                 raise ValueError(f"{path}, line {number}: {error}") from error
             # The last line is incomplete: its writer was killed.

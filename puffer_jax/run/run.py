@@ -1,10 +1,12 @@
 """A run on disk and in the logs: its name, folder, checkpoints and logger."""
 
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jaxtyping import PyTree
 
+from puffer_jax.base import locks
 from puffer_jax.base.files import check_writable, write_atomically
 from puffer_jax.run import checkpoint
 from puffer_jax.run.loggers import Logger, Logs
@@ -12,6 +14,9 @@ from puffer_jax.run.loggers import Logger, Logs
 
 class Run:
     """The name of a run, and where it writes.
+
+    Its folder is claimed from the first checkpoint, or from a resume, until `close`: meanwhile no
+    other process can write to it.
 
     Args:
         data_dir: the folder of all runs.
@@ -47,7 +52,12 @@ class Run:
     def save(
         self, epoch: int, policy: nnx.Module, state: PyTree, metadata: checkpoint.Metadata
     ) -> Path:
-        """Write a checkpoint; returns the model's path."""
+        """Write a checkpoint; returns the model's path.
+
+        Raises:
+            RuntimeError: another process writes to the run's folder.
+        """
+        locks.claim(self.folder)
         return checkpoint.save(self.folder, epoch, policy, state, metadata, keep=self._keep)
 
     def restore(
@@ -57,9 +67,17 @@ class Run:
 
         Returns:
             The state, the metadata, and the folder.
+
+        Raises:
+            RuntimeError: it is this run, and another process writes to its folder.
+            ValueError: also if the metadata are not a trainer's.
         """
         folder = self.folder if folder is None else Path(folder)
-        return *checkpoint.restore(folder, like, epoch), folder
+        if folder.is_dir() and folder.resolve() == self.folder.resolve():
+            locks.claim(folder)
+        state, metadata = checkpoint.restore(folder, like, epoch)
+        _check_metadata(folder, metadata)
+        return state, metadata, folder
 
     def publish(self, model: Path) -> Path:
         """Copy a model to `data_dir/run_id.pt`, as the reference does; returns the copy's path."""
@@ -68,5 +86,30 @@ class Run:
         return path
 
     def close(self, model: Path | None) -> None:
-        """Close the logger; `model` is the final one, None if it could not be saved."""
-        self.logger.close(model)
+        """Close the logger, and let others write to the folder.
+
+        Args:
+            model: the final model; None if it could not be saved.
+        """
+        try:
+            self.logger.close(model)
+        finally:
+            locks.release(self.folder)
+
+
+def _check_metadata(folder: Path, metadata: Any) -> None:
+    """Whether the trainer can go on from them; before anything of it is changed."""
+
+    def check(name: str, value: object, least: int) -> None:
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(
+                f"{folder}: {name} in the state's metadata is {value!r}; it must be a whole number "
+                f"from {least} to 2**63 - 1"
+            )
+
+    metadata = metadata if isinstance(metadata, dict) else {}
+    config = metadata.get("config")
+    check("global_step", metadata.get("global_step"), 0)
+    check("epoch", metadata.get("epoch"), 0)
+    planned = config.get("total_timesteps") if isinstance(config, dict) else None
+    check("config.total_timesteps", planned, 1)

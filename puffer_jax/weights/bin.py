@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from puffer_jax.base.files import write_atomically
+from puffer_jax.base import checksums
+from puffer_jax.base.files import write_together
 from puffer_jax.base.text import Json, from_json, to_json
 from puffer_jax.nn.params import mismatches
 from puffer_jax.weights.description import describe
@@ -26,47 +28,82 @@ def save_bin(policy: nnx.Module, path: Path) -> None:
     """Write the file and its sidecar."""
     tensors = {name: p.to_torch() for name, p in named_parameters(policy)[0].items()}
     data = b"".join(tensor.astype("<f4").tobytes() for tensor in tensors.values())
-    sidecar = {
+    description = from_json(to_json(describe(policy)))
+    sidecar: Json = {
         "sha256": hashlib.sha256(data).hexdigest(),
         "parameters": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "policy": describe(policy),
+        "policy": description,
+        "policy_sha256": checksums.of_json(description),
     }
-    # Two files cannot be replaced in one step. Without a sidecar the weights still load, so the
-    # old one goes first: a crash may leave a file without its sidecar, but never with a false one.
-    sidecar_path(path).unlink(missing_ok=True)
-    write_atomically(path, lambda file: file.write(data))
+    # Two files cannot be replaced in one step. The sidecar comes first and speaks of the file
+    # before, too, so that a process killed in between leaves two that belong together.
+    if path.is_file():
+        sidecar["before"] = _entry_of(path)
     text = to_json(sidecar, indent=1).encode()
-    write_atomically(sidecar_path(path), lambda file: file.write(text))
+    write_together(
+        {sidecar_path(path): lambda file: file.write(text), path: lambda file: file.write(data)}
+    )
+
+
+def _entry_of(path: Path) -> Json:
+    """What a sidecar says of the file that is there now; only its hash, if nothing is known."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        content = from_json(sidecar_path(path).read_bytes())
+    except (OSError, ValueError):
+        content = None
+    known = next((e for e in _entries(content) if e.get("sha256") == sha256), {})
+    return {name: value for name, value in known.items() if name != "before"} | {"sha256": sha256}
 
 
 class _Sidecar(NamedTuple):
-    sha256: str
+    sha256: Json
     shapes: dict[str, tuple[int, ...]]
     description: Json
 
 
-def _read_sidecar(path: Path) -> _Sidecar | None:
+def _entries(content: Json) -> list[dict[str, Json]]:
+    """What the sidecar says of the file, and of the one before it."""
+    both = [content, content.get("before")] if isinstance(content, dict) else []
+    return [entry for entry in both if isinstance(entry, dict)]
+
+
+def _read_sidecar(path: Path, sha256: str) -> _Sidecar | None:
+    """What the sidecar says of the file; None if there is none, or it knows only that it was there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     sidecar = sidecar_path(path)
     try:
-        content = from_json(sidecar.read_bytes())
-        shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
+        entries = _entries(from_json(sidecar.read_bytes()))
+        entry = next((e for e in entries if e["sha256"] == sha256), entries[0])
+        if entry == {"sha256": sha256}:
+            return None
+        shapes = {name: tuple(shape) for name, shape in entry["parameters"].items()}
         if not all(type(size) is int and size >= 0 for s in shapes.values() for size in s):
             raise ValueError("a size must be a whole number, at least 0")
-        return _Sidecar(content["sha256"], shapes, content["policy"])
+        # Version 0.1 wrote none.
+        if entry.get("policy_sha256", own := checksums.of_json(entry["policy"])) != own:
+            raise ValueError("its own checksum does not fit the policy that it describes")
+        return _Sidecar(entry["sha256"], shapes, entry["policy"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{sidecar.name} is not a sidecar of weights: {error!r}") from error
 
 
 def read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
     """Read the file; `shapes` are those to expect (None: those in the sidecar).
 
+    Without a sidecar a warning says what cannot be known.
+
     Raises:
         ValueError: the file or its sidecar is damaged or does not fit.
     """
     data = path.read_bytes()
-    sidecar = _read_sidecar(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    sidecar = _read_sidecar(path, sha256)
     name = sidecar_path(path).name
     if shapes is None:
         if sidecar is None:
@@ -81,10 +118,10 @@ def read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Conten
             problems = [f"the order {list(sidecar.shapes)}, not {list(shapes)}"]
         if problems:
             raise ValueError(f"{name} does not fit the policy; it has {'; '.join(problems)}")
-        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
+        if sidecar.sha256 != sha256:
             raise ValueError(
-                f"the checksum is not the one in {name}: the file is damaged, or another program "
-                f"wrote it; delete {name} to load it unchecked"
+                f"it and {name} do not belong together: the checksum is another one, so a file is "
+                f"damaged, or was replaced by itself; delete {name} to load the numbers unchecked"
             )
     sizes = [math.prod(shape) for shape in shapes.values()]
     if len(data) != 4 * sum(sizes):
@@ -97,4 +134,10 @@ def read_bin(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Conten
         name: part.reshape(shape)
         for (name, shape), part in zip(shapes.items(), numbers, strict=True)
     }
+    if sidecar is None:
+        warnings.warn(
+            f"{path} has no sidecar {name}: that it is whole, and that its numbers are in this "
+            "policy's order, cannot be known; only their count fits",
+            stacklevel=4,
+        )
     return tensors, sidecar and sidecar.description

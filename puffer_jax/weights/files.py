@@ -16,6 +16,7 @@ from puffer_jax.base.text import Json
 from puffer_jax.policies.base import Dtypes, Hints
 from puffer_jax.weights.bin import read_bin, save_bin, sidecar_path
 from puffer_jax.weights.description import build
+from puffer_jax.weights.foreign import misnamed, obstacles
 from puffer_jax.weights.inference import infer
 from puffer_jax.weights.pt import Contents, read_pt, save_pt
 from puffer_jax.weights.safetensors import read_safetensors, save_safetensors
@@ -33,7 +34,8 @@ def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
 
     The file appears whole or not at all: it is written beside its final place, synced and
     renamed. A symbolic link is replaced by the file, so what it pointed to stays. `.bin` gets a
-    sidecar `<path>.json` with names, shapes and a checksum.
+    sidecar `<path>.json` with names, shapes and a checksum; killed at any moment, the two that are
+    there belong together.
 
     Raises:
         ValueError: the suffix is another one.
@@ -48,7 +50,9 @@ def save_weights(policy: nnx.Module, path: str | os.PathLike[str]) -> None:
         >>> puffer_jax.save_weights(policy, "model.safetensors")
     """
     path = Path(path)
-    _SAVERS[_suffix(path)](policy, path)
+    with _naming(path):
+        save = _SAVERS[_suffix(path)]
+    save(policy, path)
 
 
 def load_weights(
@@ -82,10 +86,9 @@ def load_weights(
         []
     """
     path = Path(path)
-    read = _READERS[_suffix(path)]
     shapes = {name: parameter.shape for name, parameter in named_parameters(policy)[0].items()}
     with _naming(path):
-        tensors, _ = read(path, shapes)
+        tensors, _ = _read(path, shapes)
         return load_state_dict(policy, tensors, strict, allow_non_finite=allow_non_finite)
 
 
@@ -99,8 +102,10 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _suffix(path: Path) -> str:
     if path.suffix not in _SAVERS:
+        what = misnamed(path)
         raise ValueError(
-            f"{path}: the suffix says the format and must be one of {', '.join(_SAVERS)}"
+            f"the suffix says the format and must be one of {', '.join(_SAVERS)}"
+            + (f"; {what}" if what else "")
         )
     return path.suffix
 
@@ -117,6 +122,13 @@ _READERS: dict[str, Callable[[Path, Mapping[str, tuple[int, ...]] | None], Conte
     ".safetensors": read_safetensors,
     ".bin": read_bin,
 }
+
+
+def _read(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Contents:
+    read = _READERS[_suffix(path)]
+    if what := misnamed(path):
+        raise ValueError(what)
+    return read(path, shapes)
 
 
 def policy_from_checkpoint(
@@ -170,6 +182,8 @@ def policy_from_checkpoint(
         if description is None:
             named = strip_prefixes(tensors, set())
             shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
+            if problems := obstacles(shapes):
+                raise ValueError("; ".join(problems))
             hints = Hints(env, nvec, image_shape, channels_last, downsample, activation)
             description = infer(shapes, hints)
         policy = build(description, env, Dtypes(dtype=dtype, param_dtype=param_dtype))
@@ -179,9 +193,8 @@ def policy_from_checkpoint(
     if isinstance(checkpoint, Mapping):
         return restore(checkpoint, None)
     path = Path(checkpoint)
-    read = _READERS[_suffix(path)]
     with _naming(path):
-        tensors, description = read(path, None)
+        tensors, description = _read(path, None)
         policy = restore(tensors, description)
         order = list(named_parameters(policy)[0])
         # Only the sidecar said which numbers belong where; a permutation may fit as well.

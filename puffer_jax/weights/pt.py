@@ -1,9 +1,12 @@
 """`.pt`: the state_dict that PufferLib's trainer writes and reads."""
 
-from collections import OrderedDict
+import os
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from flax import nnx
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import TORCH, require
 from puffer_jax.base.text import Json
+from puffer_jax.weights.foreign import one_level_down, refusal
 from puffer_jax.weights.state_dicts import StateDict, named_parameters
 
 
@@ -42,6 +46,12 @@ def save_pt(policy: nnx.Module, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(tensors, file))
 
 
+# How much more than a file's size may be read from it.
+_SLACK = 1 << 26
+
+# The attribute of a folder in a zip archive.
+_FOLDER = 0x10
+
 # What a reader gives: tensors under torch's names, and the policy's description if there is one.
 Contents = tuple[StateDict, Json]
 
@@ -54,15 +64,15 @@ def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Content
     """
     torch = import_torch()
     with open(path, "rb") as file:
+        _check_zip(file)
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         # A damaged pickle is a program gone wrong: it can raise any exception.
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                "not a readable state_dict. It is refused unless torch.load with "
-                "weights_only=True accepts it, since unpickling anything else can run code. If "
-                f"it holds a whole module, save module.state_dict() instead. ({reason})"
+                f"not a readable state_dict: {refusal(error)}. It is refused unless torch.load "
+                "with weights_only=True accepts it, since unpickling anything else can run code. "
+                "If it holds a whole module, save module.state_dict() instead"
             ) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"holds a {type(tensors).__name__}, not a state_dict")
@@ -72,12 +82,59 @@ def read_pt(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> Content
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor))
     ]
     if others:
-        raise ValueError(f"not a state_dict; these do not name tensors: {', '.join(others)}")
+        inside = one_level_down(tensors, torch.Tensor)
+        raise ValueError(
+            f"not a state_dict; these do not name tensors: {', '.join(others)}"
+            + (f"; {inside}" if inside else "")
+        )
     # A view that repeats one number claims any size, and a policy of that size would be built.
     hollow = [str(name) for name, t in tensors.items() if not _is_dense(t, torch)]
     if hollow:
         raise ValueError(f"tensors that do not hold their own numbers: {', '.join(hollow)}")
     return dict(tensors), None
+
+
+def _check_zip(file: IO[bytes]) -> None:
+    """Check what torch does not: checksums, names that occur twice, and sizes once inflated."""
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if not is_zip:  # the form before torch 1.6, which has no checksums
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            _check_records(records, os.fstat(file.fileno()).st_size)
+            # torch can be told to write zeros for all of them.
+            checked = any(record.CRC for record in records)
+            damaged = archive.testzip() if checked else None
+    # Offsets that lie lead anywhere, before the file's beginning, too.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise ValueError(f"not a readable state_dict: a broken zip archive ({error})") from error
+    if damaged:
+        raise ValueError(f"damaged: the checksum does not fit {damaged}")
+    file.seek(0)
+
+
+def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
+    inflated = sum(record.file_size for record in records)
+    if inflated > size + _SLACK:
+        raise ValueError(
+            f"{size} bytes that would inflate to {inflated}; torch.save does not compress, so it "
+            "is not what it seems. If it is yours, load and save it again with torch"
+        )
+    # torch finds a record whatever its case.
+    counts = Counter(record.filename.casefold() for record in records)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"not a readable state_dict: records that occur twice: {', '.join(twice)}")
+    # torch would take what happens to be in memory for the numbers of such a record.
+    folders = [
+        record.filename
+        for record in records
+        if record.external_attr & _FOLDER and not record.filename.endswith("/")
+    ]
+    if folders:
+        raise ValueError(f"damaged: records that are marked as folders: {', '.join(folders)}")
 
 
 def _is_dense(tensor: Any, torch: Any) -> bool:

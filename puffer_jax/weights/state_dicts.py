@@ -10,6 +10,7 @@ from flax import nnx
 
 from puffer_jax.nn.params import mismatches
 from puffer_jax.nn.torch_layout import TorchParameter, torch_aliases, torch_parameters
+from puffer_jax.weights.foreign import obstacles
 
 StateDict = Mapping[str, Any]
 """Torch's names -> NumPy, torch or JAX arrays."""
@@ -86,7 +87,8 @@ def load_state_dict(
     Args:
         policy: any `nnx.Module` whose layers have a torch counterpart.
         state_dict: torch's names -> NumPy, torch or JAX arrays.
-        strict: whether missing and unexpected keys are an error; a wrong shape always is.
+        strict: whether missing and unexpected keys are an error; a wrong shape always is, and so
+            are a core's second layer and weights that are not folded (`weight_g`, ...).
         allow_non_finite: whether to accept NaN and infinity.
 
     Raises:
@@ -116,6 +118,8 @@ def load_state_dict(
         for problem in mismatches(expected, found)
         if strict or problem.startswith("wrong shape")
     ]
+    # These are no matter of strictness: without them the policy would compute something else.
+    problems += obstacles(tensors, expected)
 
     # Only tensors of the right shape are looked into, however large the others claim to be.
     fitting = [name for name, shape in expected.items() if found.get(name) == shape]
