@@ -634,6 +634,29 @@ def test_make():
     assert {"make", "names", *environments.__all__} <= set(dir(environments))
 
 
+class Privileged(Counter):
+    observation_space = Dict({"state": Box(0, 100, (1,)), "privileged_state": Box(0, 100, (2,))})
+
+    def reset(self, key):
+        obs, state = super().reset(key)
+        return {"state": obs, "privileged_state": jnp.zeros(2, jnp.float32)}, state
+
+    def step(self, key, state, action):
+        obs, *others = super().step(key, state, action)
+        return {"state": obs, "privileged_state": jnp.ones(2, jnp.float32)}, *others
+
+
+def test_one_part_of_the_observations():
+    env = as_jax_env(Privileged(), observation="state")
+    assert env.observation_space == Box(0, 100, (1,))
+    obs, state = env.reset(KEY)
+    assert obs.shape == (1,) and env.step(KEY, state, 0)[0].tolist() == [1.0]
+    with pytest.raises(ValueError, match=r"one of state, privileged_state; got 'sate'.*'state'"):
+        as_jax_env(Privileged(), observation="sate")
+    with pytest.raises(ValueError, match="names a part of Dict observations; those of Counter"):
+        as_jax_env(Counter(), observation="state")
+
+
 def test_imports_are_lazy():
     code = (
         "import sys, puffer_jax.environments as e; e.names(); assert 'jax' not in sys.modules;"

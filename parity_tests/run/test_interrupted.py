@@ -171,6 +171,31 @@ def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path):
         build(tmp_path / "file" / "runs")
 
 
+class Called(nnx.Module):
+    """As little of a policy as there can be."""
+
+    is_continuous = False
+
+    def __init__(self, policy):
+        self.inner = policy
+
+    def __call__(self, observations, state=None):
+        return self.inner(observations)
+
+
+def test_a_policy_may_have_any_forward(tmp_path):
+    trainers = []
+    for wrap in (lambda policy: policy, Called):
+        config = PuffeRLConfig.from_dict({**SIZES, "data_dir": tmp_path})
+        policy = wrap(puffer_jax.Default(Clock(), hidden_size=4, rngs=nnx.Rngs(0)))
+        trainers.append(PuffeRL(config, Clock(), policy))
+        trainers[-1].run_epoch()
+    states = [jax.tree.leaves(trainer.state.params) for trainer in trainers]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    with pytest.raises(TypeError, match="Module cannot be called: a policy has `forward_eval"):
+        PuffeRL(config, Clock(), nnx.Module())
+
+
 def test_statistics_of_long_episodes():
     env = as_jax_env(Clock(20, lambda time: jnp.where(time == 0, 1e8, 3.0)))
     policy = puffer_jax.Default(env, hidden_size=4, rngs=nnx.Rngs(0))
