@@ -5,14 +5,12 @@ import re
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the session is compilation, and its second half, in Flax's other mode, compiles the same.
+# The second half of the session, in Flax's other mode, compiles much of the same.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Both cores have a process of their own.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest
@@ -20,7 +18,6 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_disable_most_optimizations", True)
 
 INSTALL = (
     "the parity tests need the reference: `pip install torch==2.13.0 psutil` and "
@@ -33,6 +30,18 @@ REFERENCE = re.compile(
     re.M,
 )
 OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
+if not OPTIMISED:
+    # Most of the session is compilation, of which this saves a third: one process a core, and
+    # fusions without MLIR where XLA still can. Other processes that tests start, and `make test`'s
+    # second half, compile as users do.
+    flags = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_cpu_parallel_codegen_split_count=1"
+    if jax.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    jax.devices()
+    del os.environ["XLA_FLAGS"]
+    if flags is not None:
+        os.environ["XLA_FLAGS"] = flags
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"
 # Its releases so far cannot be installed beside jax 0.12, so what tests it may be left out, too.
 NO_GYMNAX = os.environ.get("PUFFER_JAX_NO_GYMNAX") == "1"
@@ -106,7 +115,9 @@ def unoptimised():
     the same without. PUFFER_JAX_OPTIMISED=1, as in `make test`'s second half, leaves it on. Not
     for tests that compute for long.
     """
+    jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
