@@ -14,6 +14,7 @@ import argparse
 import functools
 import io
 import json
+import math
 import random
 import select
 import shutil
@@ -77,16 +78,24 @@ class Format(NamedTuple):
 # --- formats -------------------------------------------------------------------------------------
 
 
+SHAPES = {
+    "encoder.0.weight": (8, 4),
+    "encoder.0.bias": (8,),
+    "decoder.weight": (3, 8),
+    "decoder.bias": (3,),
+    "value.weight": (1, 8),
+    "value.bias": (1,),
+}
+
+
 @functools.cache
 def policy(seed: int) -> Any:
     """A small policy; that of seed 0 is in the files."""
-    from flax import nnx
-
     import puffer_jax
 
-    space = argparse.Namespace(shape=(4,), low=0, high=1, dtype=np.float32)
-    env = argparse.Namespace(observation_space=space, action_space=argparse.Namespace(n=3))
-    return puffer_jax.Default(env, 8, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    tensors = {n: rng.normal(size=shape).astype(np.float32) for n, shape in SHAPES.items()}
+    return puffer_jax.policy_from_checkpoint(tensors, nvec=3)
 
 
 def contents(module: Any) -> dict[str, bytes]:
@@ -117,16 +126,6 @@ def load_weights(path: Path) -> dict[str, bytes]:
         puffer_jax.load_state_dict(
             module, {n: np.frombuffer(b, "<f4").reshape(SHAPES[n]) for n, b in before.items()}
         )
-
-
-SHAPES = {
-    "encoder.0.weight": (8, 4),
-    "encoder.0.bias": (8,),
-    "decoder.weight": (3, 8),
-    "decoder.bias": (3,),
-    "value.weight": (1, 8),
-    "value.bias": (1,),
-}
 
 
 def rebuild(path: Path) -> dict[str, bytes]:
@@ -478,66 +477,105 @@ def faults(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- another watches -----------------------------------------------------------------------------
 
 
-def watch(name: str, files: int, seed: int, until: float) -> list[dict[str, Any]]:
-    """`attempts` in a process of its own, begun again after a crash or a hang."""
-    results: list[dict[str, Any]] = []
-    while len(results) < files and time.monotonic() < until:
-        arguments = ["--worker", name, "--first", len(results), "--files", files, "--seed", seed]
-        # Only a crash makes what it says interesting; orbax's threads complain about most files.
-        said = tempfile.TemporaryFile()
-        worker = subprocess.Popen(
-            [sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, stderr=said
-        )
-        assert worker.stdout is not None
-        if worker.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"the good files of {name!r} do not load")
-        while len(results) < files and time.monotonic() < until:
-            ready = select.select([worker.stdout], [], [], SECONDS_A_FILE)[0]
-            line = worker.stdout.readline() if ready else b""
-            if not line:
-                outcome = "crash" if ready else "hang"
-                said.seek(0)
-                error = said.read()[-2000:].decode(errors="replace")
-                number = {"number": len(results), "memory": 0, "size": 0}
-                results.append({**number, "outcome": outcome, "error": error})
+def work(names: list[str], first: int, files: int, seed: int, seconds: float) -> None:
+    """Attempt files of each format, and print a line of JSON for each.
+
+    Args:
+        names: the formats, one after another.
+        first: number of the first file of the first of them.
+        files: number of files of each format.
+        seed: see `attempts`.
+        seconds: for each format.
+    """
+    for i, name in enumerate(names):
+        began = math.inf
+        for result in attempts(name, range(0 if i else first, files), seed):
+            print(json.dumps({"format": name, **result}), flush=True)
+            began = min(began, time.monotonic())  # the first result is that the good file loads
+            if time.monotonic() > began + seconds:
                 break
-            results.append(json.loads(line))
-        worker.kill()
-        worker.wait()
-        worker.stdout.close()
-        said.close()
+    print(json.dumps({"format": None}), flush=True)
+
+
+def watch(names: list[str], files: int, seed: int, seconds: float) -> dict[str, list[Any]]:
+    """`work` in a process of its own, begun again after a crash or a hang; outcomes by format."""
+    results: dict[str, list[Any]] = {name: [] for name in names}
+    todo: list[str] = list(names)
+    while todo:
+        options = ["--files", files, "--seed", seed, "--seconds", seconds * len(todo)]
+        start = ["--worker", "--first", len(results[todo[0]]), *options, "--formats", *todo]
+        # Only a crash makes what it says interesting; orbax's threads complain about most files.
+        with tempfile.TemporaryFile() as said:
+            worker = subprocess.Popen(
+                [sys.executable, __file__, *map(str, start)], stdout=subprocess.PIPE, stderr=said
+            )
+            outcome, began = follow(worker, todo, results)
+            worker.kill()
+            worker.wait()
+            said.seek(0)
+            error = said.read()[-2000:].decode(errors="replace")
+        if not began:
+            raise RuntimeError(f"the good files of {todo[0]!r} do not load: {error}")
+        if outcome:
+            number = len(results[todo[0]])
+            lost = {"number": number, "outcome": outcome, "error": error, "memory": 0, "size": 0}
+            results[todo[0]].append(lost)
     return results
 
 
+def follow(
+    worker: "subprocess.Popen[bytes]", todo: list[str], results: dict[str, list[Any]]
+) -> tuple[str, bool]:
+    """Collect what a worker prints; returns how it ended, "" if well, and if a good file loaded.
+
+    Formats that are done are taken out of `todo`.
+    """
+    assert worker.stdout is not None
+    began = False
+    with worker.stdout as lines:
+        while True:
+            patience = SECONDS_A_FILE if began else 300  # it imports JAX first
+            if not select.select([lines], [], [], patience)[0]:
+                return "hang", began
+            line = lines.readline()
+            if not line:
+                return "crash", began
+            result = json.loads(line)
+            name = result.pop("format")
+            while todo and todo[0] != name:
+                del todo[0]
+            if name is None:
+                return "", True
+            if result:
+                results[name].append(result)
+            began = True
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--files", type=int, default=1000, help="files of each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all formats")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all formats")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    share = options.seconds / len(options.formats)
     if options.worker:
-        numbers = range(options.first, options.files)
-        for result in attempts(options.worker, numbers, options.seed):
-            print(json.dumps(result) if result else "ready", flush=True)
+        work(options.formats, options.first, options.files, options.seed, share)
         return 0
-    bad, end = 0, time.monotonic() + options.seconds
-    for i, name in enumerate(options.formats):
-        start = time.monotonic()
-        until = start + max(0.0, end - start) / (len(options.formats) - i)
-        results = watch(name, options.files, options.seed, until)
+    found = watch(options.formats, options.files, options.seed, share)
+    for name, results in found.items():
         counts = Counter(result["outcome"] for result in results)
         over = max((r["memory"] - r["size"] for r in results), default=0)
         said = ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
-        seconds = time.monotonic() - start
-        print(f"{name:22}{len(results):7} files: {said}; {over / 2**20:.0f} MiB; {seconds:.0f} s")
+        print(
+            f"{name:22}{len(results):7} files: {said}; at most {over / 2**20:.0f} MiB over its size"
+        )
         for result in faults(results)[:5]:
             print(f"    file {result['number']}: {result['outcome']}: {result['error'][:3000]}")
-        sys.stdout.flush()
-        bad += len(faults(results))
-    return int(bad > 0)
+    return int(any(faults(results) for results in found.values()))
 
 
 if __name__ == "__main__":
