@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sanitize
 import scipy.special
 from flax import nnx
 from support.bars import stub_env
@@ -616,8 +617,13 @@ print("equal")
 """
 
 
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    return sanitize.build_driver(tmp_path_factory.mktemp("driver"))
+
+
 @pytest.mark.parametrize("length", ["16", "32", "64"])
-def test_vectors_of_any_length(tmp_path, length):
+def test_vectors_of_any_length(tmp_path, length, driver):
     """Processors have vectors of 16, 32 or 64 bytes; compilers have all of them everywhere."""
     flags = f"-DVECTOR_BYTES={length} -Og"  # compiles in a third of the time
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PUFFER_JAX_CXXFLAGS": flags}
@@ -625,6 +631,11 @@ def test_vectors_of_any_length(tmp_path, length):
     command = [sys.executable, "-c", LENGTHS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "equal", done.stderr
+    # What was built for that never leaves its memory, and does without.
+    for dtype in ("float32", "float64"):
+        (library,) = (tmp_path / "puffer_jax").glob(f"{dtype}-*.so")
+        for mode in sanitize.GUARDED:
+            sanitize.run(driver, library, dtype, mode, shapes=1 if mode == "starve" else 8)
 
 
 def test_without_a_compiler(tmp_path):
