@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 #include <utility>
 
@@ -40,6 +39,8 @@ enum class Slot {
   kScores,           // logits with noise
 };
 
+constexpr std::align_val_t kAligned{kBytes};
+
 // Memory for one purpose, kept by the thread: fresh pages cost as much as the arithmetic on them.
 // It is followed by room for one more panel: a product reads whole panels, though the last row of a
 // matrix that is used as one may end within it, and ignores what comes of the rest.
@@ -48,15 +49,14 @@ T* scratch(Index size) {
   struct Memory {
     T* data = nullptr;
     Index size = 0;
-    ~Memory() { std::free(data); }
+    ~Memory() { ::operator delete(data, kAligned); }
   };
   thread_local Memory memory;
   if (memory.size < size) {
-    std::free(std::exchange(memory.data, nullptr));
     memory.size = 0;  // and stays so if there is no memory
+    ::operator delete(std::exchange(memory.data, nullptr), kAligned);
     const std::size_t bytes = (size * sizeof(T) + kBytes - 1) / kBytes * kBytes + kWidest * kBytes;
-    memory.data = static_cast<T*>(std::aligned_alloc(kBytes, bytes));
-    if (memory.data == nullptr) throw std::bad_alloc();
+    memory.data = static_cast<T*>(::operator new(bytes, kAligned));
     memory.size = size;
   }
   return memory.data;

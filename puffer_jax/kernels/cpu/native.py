@@ -1,32 +1,17 @@
-"""The shared library of CPU kernels: built where it runs, loaded, called from JAX."""
+"""The CPU kernels as custom calls of XLA: registered when first needed, called from JAX."""
 
-import ctypes
-import hashlib
 import logging
 import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from puffer_jax.kernels.cpu import build
+
 _logger = logging.getLogger(__name__)
-
-_FLAGS = (
-    *("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
-    "-falign-loops=64",  # the product's loop ran up to a tenth slower elsewhere
-)
-
-_TYPES = {"float32": "float", "float64": "double"}
 
 _NAMES = (
     "puffer_jax_lstm_forward",
@@ -57,7 +42,7 @@ def takes(*arrays: Array) -> bool:
     dtypes = {array.dtype.name for array in arrays}
     return (
         len(dtypes) == 1
-        and dtypes <= _TYPES.keys()
+        and dtypes <= build.TYPES.keys()
         and all(array.size for array in arrays)
         and is_available(*dtypes)
     )
@@ -82,62 +67,28 @@ def _load(dtype: str) -> bool:
     """Register the kernels with XLA, built if need be; False if that is not possible."""
     if os.environ.get("PUFFER_JAX_NATIVE") == "0":
         return False
-    cxx = os.environ.get("CXX")
-    compiler = shutil.which(cxx) if cxx else shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        _logger.warning(
-            "no C++ compiler%s, so LSTMs, convolutions and perceptrons run on XLA's own, slower "
-            "operations (PUFFER_JAX_NATIVE=0 hides this)",
-            f" {cxx}" if cxx else "",
-        )
-        return False
     try:
-        library = ctypes.CDLL(str(_built(compiler, dtype)))
-    # Path.home() raises RuntimeError if there is none.
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        _logger.warning(
-            "the CPU kernels could not be built, so LSTMs, convolutions and perceptrons run on "
-            "XLA's own, slower operations (PUFFER_JAX_NATIVE=0 hides this): %s",
-            getattr(error, "stderr", None) or error,
-        )
+        library = build.load(dtype)
+        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _NAMES}
+    except build.BuildError as error:
+        _warn(str(error))
         return False
-    for name in _NAMES:
-        handler = jax.ffi.pycapsule(getattr(library, name))
+    except AttributeError as error:
+        _warn(f"the CPU kernels are not what they should be ({error})")
+        return False
+    for name, handler in handlers.items():
         jax.ffi.register_ffi_target(f"{name}_{dtype}", handler, platform="cpu")
     return True
 
 
-def _key(sources: Traversable, *parts: bytes) -> str:
-    """What identifies a library: all its sources, headers included, and the other parts."""
-    found = sorted(sources.iterdir(), key=lambda file: file.name)
-    named = (part for file in found for part in (file.name.encode(), file.read_bytes()))
-    return hashlib.sha256(b"\0".join((*named, *parts))).hexdigest()[:16]
-
-
-def _built(compiler: str, dtype: str) -> Path:
-    """The shared library, from the cache or compiled now."""
-    sources = files("puffer_jax.kernels") / "cc"
-    extra = shlex.split(os.environ.get("PUFFER_JAX_CXXFLAGS", ""))
-    flags = [*_FLAGS, *extra, f"-DNUMBER={_TYPES[dtype]}"]
-    # What the compiler predefines tells its version and the processor's instructions.
-    query = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    target = subprocess.run(query, capture_output=True, check=True).stdout
-    key = _key(sources, target, " ".join(flags).encode(), version("jaxlib").encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puffer_jax"
-    library = folder / f"{dtype}-{key}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    _logger.info("compiling the CPU kernels to %s", library)
-    # Processes that compile at the same time each write a file of their own; the last one stays.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        result = Path(scratch) / library.name
-        # It includes all others, which lie beside it; with -I, <threads.h> would be ours, too.
-        source = str(sources / "kernels.cc")
-        command = [compiler, *flags, "-isystem", jax.ffi.include_dir(), source]
-        subprocess.run([*command, "-o", str(result)], capture_output=True, text=True, check=True)
-        result.replace(library)
-    return library
+@cache
+def _warn(reason: str) -> None:
+    """Log why there are no kernels, once."""
+    _logger.warning(
+        "%s, so LSTMs, convolutions and perceptrons run on XLA's own, slower operations "
+        "(PUFFER_JAX_NATIVE=0 hides this)",
+        reason,
+    )
 
 
 def call(
@@ -162,7 +113,7 @@ def call(
     Returns:
         Arrays in the structure of `results`.
     """
-    dtype = next(array.dtype.name for array in arrays if array.dtype.name in _TYPES)
+    dtype = next(array.dtype.name for array in arrays if array.dtype.name in build.TYPES)
     kernel = jax.ffi.ffi_call(
         f"{name}_{dtype}", results, vmap_method=vmap_method, input_output_aliases=aliases
     )
