@@ -289,6 +289,35 @@ def assert_found(report, layer, *messages):
     assert not str(report).startswith("CLOSE")
 
 
+class Attention(nnx.Module):
+    def __init__(self):
+        self.is_continuous = False
+        self.attention = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0))
+
+    def forward(self, x, state=None):
+        y = self.attention(x)[:, 0]
+        return y, y[:, :1]
+
+
+class TorchAttention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x, state=None):
+        y = self.attention(x, x, x, need_weights=False)[0][:, 0]
+        return y, y[:, :1]
+
+
+def test_a_layer_that_computes_in_float32_is_named():
+    torch.manual_seed(0)
+    theirs, ours = TorchAttention(), Attention()
+    puffer_jax.load_state_dict(ours, theirs.state_dict())
+    assert_found(
+        compare(theirs, ours, normal(32, 4, 6)), "attention", "nnx.MultiHeadAttention does unless"
+    )
+
+
 def test_swapped_lstm_gates_are_found():
     class Swapped(LSTM):
         def _weights(self):

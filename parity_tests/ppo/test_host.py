@@ -245,6 +245,22 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("quick")
+def test_agents_that_did_not_play_are_named():
+    config = {"bptt_horizon": 4, "batch_size": 12, "minibatch_size": 12, "total_timesteps": 1200}
+    for use_mask, advice in (
+        (False, "1 of 3: 2), and use_mask=False learns from them"),
+        (True, ""),
+    ):
+        with puffer_jax.vector.make(Pair, num_envs=1) as vecenv:
+            policy = puffer_jax.Default(vecenv, hidden_size=4, rngs=nnx.Rngs(0))
+            given = PuffeRLConfig.from_dict(config | {"use_mask": use_mask})
+            source = HostSource(given, as_host_env(vecenv), policy, Profile())
+            stream = source.init(jax.random.key(0))
+            source.collect(puffer_jax.split(policy)[1], stream, jax.random.key(1))
+        assert advice in source.advice() and bool(advice) == bool(source.advice())
+
+
 class Pool:
     """The interface of EnvPool, as far as the trainer may take it for another one's.
 

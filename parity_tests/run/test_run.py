@@ -139,6 +139,7 @@ def test_wandb_offline(tmp_path):
         logger = WandbLogger("puffer", dir=sys.argv[1], config={"gamma": 0.5}, id="run-7")
         assert logger.run_id == "run-7", logger.run_id
         logger.log({"environment/score": 12.5}, 64)
+        logger.log({"environment/score": 13.5}, 32)  # resumed from an earlier checkpoint
         logger.close(folder / "model.pt")
     """
     environment = os.environ | {
@@ -156,7 +157,8 @@ def test_wandb_offline(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     (record,) = tmp_path.glob("wandb/offline-run-*/run-run-7.wandb")
-    assert b"environment/score" in record.read_bytes()
+    data = record.read_bytes()
+    assert b"environment/score" in data and b"12.5" in data and b"13.5" in data
 
 
 @pytest.mark.parametrize(

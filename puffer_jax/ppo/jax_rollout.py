@@ -132,6 +132,10 @@ class JaxSource:
             stats["episode_length"] = [lengths / count] * int(count)
         return self.sizes.batch, stats
 
+    def advice(self) -> str:
+        """Nothing: all agents are there."""
+        return ""
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -41,5 +41,9 @@ class Source(Protocol):
         """How many agent steps were played, and the statistics of the episodes that ended."""
         ...
 
+    def advice(self) -> str:
+        """What there is to say if a number is not finite; empty if nothing."""
+        ...
+
     def close(self) -> None:
         """Close the environments."""

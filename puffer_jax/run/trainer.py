@@ -270,6 +270,7 @@ class PuffeRL:
                 f"epoch {self.epoch}: the first array with a NaN or an infinity is "
                 f"{self.loop.names[int(self.state.culprit)]!r}. No such update was applied; "
                 f"the last good parameters are in {path}. on_nonfinite='skip' trains on"
+                + self.loop.source.advice()
             )
         logs = None
         if self.done or time.time() > self.last_log_time + self.log_seconds:

@@ -215,6 +215,7 @@ class HostSource:
                 f"{env.agents_per_batch} of {env.num_agents}"
             )
         self._masked = env.needs_mask or config.use_mask
+        self._unplayed: set[int] = set()
         self._batches = range(0, self.sizes.agents, env.agents_per_batch)
         self._player = Player(config, policy, env.single_action_space)
         self._zero = self._player.initial_state(env.agents_per_batch)
@@ -291,6 +292,17 @@ class HostSource:
         """The outcome itself."""
         return outcome
 
+    def advice(self) -> str:
+        """Which agents' rows are learned from although they did not play."""
+        if not self._unplayed:
+            return ""
+        first = ", ".join(map(str, sorted(self._unplayed)[:8]))
+        return (
+            f"; there were steps that agents did not play ({len(self._unplayed)} of "
+            f"{self.sizes.agents}: {first}{', ...' if len(self._unplayed) > 8 else ''}), and "
+            "use_mask=False learns from them, too: use_mask=True leaves them out"
+        )
+
     def close(self) -> None:
         """Close the environments."""
         self._env.close()
@@ -298,6 +310,8 @@ class HostSource:
     def _arrival(self, params: Params, state: RecurrentState | None, batch: HostBatch) -> Arrival:
         """The parts of a batch that the options ask for; `state` is the one before it."""
         config, final_value = self._config, None
+        if not (self._masked or batch.mask.all()):
+            self._unplayed.update((batch.agent + np.flatnonzero(~batch.mask)).tolist())
         if config.bootstrap_truncation and not self._env.shows_final:
             cut = batch.truncated & ~batch.terminated
             final_value = np.zeros(len(cut), np.float32)
