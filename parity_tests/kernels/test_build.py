@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -47,6 +48,11 @@ def library(dtype="float32"):
     return build.library(build.find_compiler(), dtype)
 
 
+def content(cache):
+    """Without the locks, which stay."""
+    return {path for path in cache.iterdir() if path.suffix != ".lock"}
+
+
 def calls(cache):
     return len((cache.parent / "calls").read_text().splitlines())
 
@@ -56,8 +62,21 @@ def test_what_was_compiled_is_kept(cache):
     assert first.read_bytes() == b"a library" and first.parent == cache
     assert library() == first and calls(cache) == 1
     assert library("float64") != first and calls(cache) == 2
-    assert len(list(cache.iterdir())) == 2
+    assert len(content(cache)) == 2
     assert not any(stat.S_IMODE(p.stat().st_mode) & 0o022 for p in (cache, first))
+
+
+def test_processes_that_need_the_same_compile_it_once(cache):
+    kept = library()
+    elsewhere = kept.rename(cache.parent / "elsewhere")
+    with open(cache / ".float32.lock") as lock, ThreadPoolExecutor() as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that compiles
+        found = pool.submit(library)
+        assert not wait([found], timeout=0.3).done
+        elsewhere.rename(kept)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert found.result(10) == kept
+    assert calls(cache) == 1
 
 
 def truncate(path):
@@ -154,7 +173,7 @@ def test_a_compiler_that_fails_is_not_asked_again(cache, monkeypatch, caplog):
     (record,) = caplog.records
     line = record.getMessage()
     assert "compiler (kernels.cc:3: error: broken on purpose), so LSTMs" in line
-    assert "\n" not in line and not list(cache.iterdir())
+    assert "\n" not in line and not content(cache)
     compile_with(COMPILER, cache.parent, monkeypatch)
     monkeypatch.setenv("CXX", os.environ["CXX"] + " -O1")  # another one is asked
     assert library().exists()
@@ -224,7 +243,7 @@ def test_what_killed_builds_leave_is_removed(cache):
     fcntl.flock(alive, fcntl.LOCK_EX)
     kept = library()
     os.close(alive)
-    assert set(cache.iterdir()) == {kept, *folders[1:3]}
+    assert content(cache) == {kept, *folders[1:3]}
 
 
 def test_old_libraries_are_removed(cache):
@@ -242,7 +261,7 @@ def test_old_libraries_are_removed(cache):
     made.write_bytes(b"another library")
     os.environ["CXX"] += " -O1"  # the fixture restores it
     newest = library()
-    assert set(cache.iterdir()) == {newest, used, *others[: build._KEPT - 2], double}
+    assert content(cache) == {newest, used, *others[: build._KEPT - 2], double}
 
 
 def test_a_library_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):

@@ -37,6 +37,9 @@ _FLAGS = (
 # Of each dtype, the libraries used last: of several environments or compilers, say.
 _KEPT = 8
 
+# For another process that compiles the same; that takes half a minute on a slow machine.
+_LONGEST_WAIT = 300.0  # seconds
+
 # What has failed in this process: whoever asks next need not wait for it to fail again.
 _failures: dict["Compiler", str] = {}
 
@@ -131,15 +134,12 @@ def _library(compiler: Compiler, dtype: str) -> Path:
     parts = target, " ".join(flags), version("jaxlib")
     name = f"{dtype}-{_key(sources, *(part.encode() for part in parts))}"
     folder = cache_folder()
-    for kept in folder.glob(f"{name}-*.so"):
-        if is_sound(kept):
-            os.utime(kept)  # the ones used last are kept
+    if kept := _cached(folder, name):
+        return kept
+    with _turn(folder / f".{dtype}.lock"), _scratch(folder) as scratch:
+        if kept := _cached(folder, name):  # by another process, in the meantime
             return kept
-        _logger.warning("%s is not what was compiled once, and is compiled again", kept)
-        with suppress(OSError):
-            kept.unlink()
-    _logger.info("compiling the CPU kernels to %s", folder)
-    with _scratch(folder) as scratch:
+        _logger.info("compiling the CPU kernels to %s", folder)
         # It includes all others, which lie beside it; with -I, <threads.h> would be ours, too.
         source = str(sources / "kernels.cc")
         result = scratch / "kernels.so"
@@ -149,6 +149,17 @@ def _library(compiler: Compiler, dtype: str) -> Path:
     for old in _by_age(folder.glob(f"{dtype}-*.so"))[_KEPT:]:
         old.unlink(missing_ok=True)
     return kept
+
+
+def _cached(folder: Path, name: str) -> Path | None:
+    for kept in folder.glob(f"{name}-*.so"):
+        if is_sound(kept):
+            os.utime(kept)  # the ones used last are kept
+            return kept
+        _logger.warning("%s is not what was compiled once, and is compiled again", kept)
+        with suppress(OSError):
+            kept.unlink()
+    return None
 
 
 def _run(command: Sequence[str]) -> str:
@@ -238,6 +249,27 @@ def keep(result: Path, folder: Path, name: str) -> Path:
     finally:
         os.close(descriptor)
     return kept
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Wait while another process compiles the same, but not for ever: it may have been stopped."""
+    import fcntl  # Windows has none, nor kernels
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        deadline = time.monotonic() + _LONGEST_WAIT
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
