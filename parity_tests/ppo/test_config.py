@@ -44,6 +44,8 @@ def test_values_are_read_as_their_types(name, value, expected):
         ("clip_coef", -1, "at least 0"),
         ("learning_rate", math.nan, "a finite number"),
         ("reward_scale", math.inf, "a finite number"),
+        pytest.param("learning_rate", 10**400, "a finite number", id="too large for a float"),
+        pytest.param("total_timesteps", -(10**400), "a finite number", id="as small"),
         ("gamma", 1.5, "between 0 and 1"),
         ("optimizer", "adamw", "one of muon, adam"),
         ("env", 3, "a text"),

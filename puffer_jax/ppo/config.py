@@ -4,6 +4,7 @@ import configparser
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ Auto = Literal["auto"]
 
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
+
+# An int may be too large to become a float, but compares with one.
+_LARGEST = sys.float_info.max
 
 # What other libraries call them.
 _ELSEWHERE = {
@@ -417,7 +421,7 @@ def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
     if not plain:
         return f"one of {', '.join(named)}"
     numeric = int in plain or float in plain
-    if numeric and _is_number(value) and not math.isfinite(value):
+    if numeric and _is_number(value) and not abs(value) <= _LARGEST:
         return "a finite number"
     if field.metadata.get("positive") and not (_is_number(value) and value > 0):
         return "a positive number"
@@ -465,7 +469,7 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
                 value = float(word)
             except ValueError:
                 return value
-    if float in kinds and _is_number(value):
+    if float in kinds and _is_number(value) and abs(value) <= _LARGEST:
         return float(value)
     if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
