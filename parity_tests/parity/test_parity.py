@@ -318,6 +318,56 @@ def test_a_layer_that_computes_in_float32_is_named():
     )
 
 
+class Between(nnx.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between):
+        self.is_continuous, self.between = False, between
+        options = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float32}
+        self.first, self.out = nnx.Linear(6, 6, **options), nnx.Linear(6, 6, **options)
+
+    def forward(self, x, state=None):
+        y = self.out(self.between(x, self.first(x)))
+        return y, y[:, :1]
+
+
+class TorchBetween(torch.nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.between, self.first = between, torch.nn.Linear(6, 6)
+        self.out = torch.nn.Linear(6, 6)
+
+    def forward(self, x, state=None):
+        y = self.out(self.between(x, self.first(x)))
+        return y, y[:, :1]
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, said",
+    [
+        (lambda x, y: torch.relu(y), lambda x, y: jnp.tanh(y), "ReLU to the output of first, ours"),
+        (
+            lambda x, y: torch.nn.functional.gelu(y),
+            lambda x, y: jax.nn.gelu(y),
+            "applies GELU to the output of first, ours GELU in its tanh form",
+        ),
+        (lambda x, y: x + torch.relu(y), lambda x, y: x, "look between first and out)"),
+        (lambda x, y: y + x, lambda x, y: x, "torch adds the output of first, ours does not"),
+        (lambda x, y: y.flip(1), lambda x, y: y, "the same numbers stand in another order"),
+        (lambda x, y: 255 * y + x, lambda x, y: y + x / 255, "torch's is 255 times ours"),
+    ],
+)
+def test_a_fault_between_layers_is_not_the_next_layers(theirs, ours, said):
+    torch.manual_seed(0)
+    theirs, ours = TorchBetween(theirs), Between(ours)
+    puffer_jax.load_state_dict(ours, theirs.state_dict())
+    report = compare(theirs, ours, normal(32, 6))
+    assert report.hint.startswith("its input differs already: look between first and out")
+    assert_found(report, "out", report.hint)
+    assert said.rstrip(")") in report.hint
+    assert not said.endswith(")") or report.hint.endswith("out")
+
+
 def test_swapped_lstm_gates_are_found():
     class Swapped(LSTM):
         def _weights(self):

@@ -1,7 +1,7 @@
 """A comparison: both sides run, and a row for each array that they have in common."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -11,9 +11,10 @@ from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
 from puffer_jax.nn.torch_layout import torch_aliases
+from puffer_jax.parity.hints import explain
 from puffer_jax.parity.jax_side import run_jax
-from puffer_jax.parity.report import PRECISIONS, Errors, Kind, Report, Row
-from puffer_jax.parity.shared import Arrays, Inputs, Run, TorchModule
+from puffer_jax.parity.report import BARS, PRECISIONS, Errors, Kind, Report, Row
+from puffer_jax.parity.shared import Arrays, Call, Inputs, Run, TorchModule
 from puffer_jax.parity.torch_side import import_torch, run_torch
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.weights.state_dicts import state_dict
@@ -84,12 +85,12 @@ def compare(
     rows = (
         *_rows("output", [r.outputs for r in theirs], [r.outputs for r in ours], equal_nan),
         *_rows("gradient", [r.gradients for r in theirs], [r.gradients for r in ours], equal_nan),
-        *_rows("layer", [_calls(r) for r in theirs], [_calls(r) for r in ours]),
+        *_rows("layer", [_layers(r) for r in theirs], [_layers(r) for r in ours]),
     )
-    here, there = _calls(ours[0]).keys(), _calls(theirs[0]).keys()
+    here, there = _calls(ours[0]), _calls(theirs[0])
     not_compared = [f"{name} (torch only)" for name in there if name not in here]
     not_compared += [f"{name} (JAX only)" for name in here if name not in there]
-    return Report(rows, weights_differ, tuple(not_compared))
+    return Report(rows, weights_differ, tuple(not_compared), _hint(rows, there, here))
 
 
 def _inputs(
@@ -139,12 +140,43 @@ def _differing_weights(torch_policy: TorchModule, jax_policy: nnx.Module) -> Ite
     yield from (f"{name} (missing in torch)" for name in ours if name not in known)
 
 
-def _calls(run: Run) -> Arrays:
+def _calls(run: Run) -> dict[str, Call]:
     return {
-        f"{name} (call {i + 1})" if i else name: array
+        f"{name} (call {i + 1})" if i else name: call
         for name, calls in run.layers.items()
-        for i, array in enumerate(calls)
+        for i, call in enumerate(calls)
     }
+
+
+def _layers(run: Run) -> Arrays:
+    return {name: call.output for name, call in _calls(run).items()}
+
+
+def _hint(rows: Sequence[Row], theirs: dict[str, Call], ours: dict[str, Call]) -> str:
+    """Where to look if the first layer that differs was already given something else."""
+    bar = BARS["layer"]["float64"]
+    earlier: Arrays = {}
+    for row in rows:
+        if row.kind != "layer":
+            continue
+        there, here = theirs[row.name], ours[row.name]
+        if row.float64.relative <= bar:
+            earlier[row.name] = there.output
+            continue
+        if there.input is None or here.input is None:
+            return ""
+        views = [view for (view,) in _layer_views([here.input], there.input.shape)]
+        errors = [
+            _errors(view, there.input, np.dtype(np.float64)).relative
+            for view in views
+            if view.shape == there.input.shape
+        ]
+        if min(errors, default=math.inf) <= bar:
+            return ""
+        after = f"between {list(earlier)[-1]} and {row.name}" if earlier else f"before {row.name}"
+        said = explain(*(np.asarray(x.input, np.float64) for x in (there, here)), earlier)
+        return f"its input differs already: look {after}" + (f" ({said})" if said else "")
+    return ""
 
 
 def _rows(

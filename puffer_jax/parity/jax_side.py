@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.torch_layout import torch_modules
 from puffer_jax.parity.shared import (
+    Call,
     Inputs,
     Outputs,
     Run,
@@ -79,7 +80,7 @@ def run_jax(
         return sum(terms, jnp.zeros((), dtype)), outputs
 
     @jax.jit
-    def run_recorded(params: PyTree, *arrays: PyTree) -> dict[str, list[Array]]:
+    def run_recorded(params: PyTree, *arrays: PyTree) -> dict[str, list[Call]]:
         module = build(params)
         layers = _record_jax(module)
         train(module, *arrays)
@@ -102,17 +103,18 @@ def _set_dtypes(module: nnx.Module, dtype: np.dtype) -> None:
                 vars(submodule)[name] = dtype
 
 
-def _record_jax(module: nnx.Module) -> dict[str, list[Array]]:
-    """Have every layer, and every plain function in a Sequential, append its outputs."""
-    calls: dict[str, list[Array]] = {}
+def _record_jax(module: nnx.Module) -> dict[str, list[Call]]:
+    """Have every layer, and every plain function in a Sequential, append its calls."""
+    calls: dict[str, list[Call]] = {}
     outside = get_opaque_trace_state(convention="nnx")
 
-    def recorder(name: str) -> Callable[[object], None]:
-        def record(output: object) -> None:
+    def recorder(name: str) -> Callable[..., None]:
+        def record(output: object, first: object = None, *_: object) -> None:
             array = output[0] if isinstance(output, tuple) else output
             # What is computed inside a scan or vmap has no single value out here.
             if isinstance(array, jax.Array) and get_opaque_trace_state("nnx") == outside:
-                calls.setdefault(name, []).append(array)
+                given = first if isinstance(first, jax.Array) else None
+                calls.setdefault(name, []).append(Call(array, given))
 
         return record
 
@@ -127,10 +129,10 @@ def _record_jax(module: nnx.Module) -> dict[str, list[Array]]:
     return calls
 
 
-def _recording(function: Callable[..., T], record: Callable[[object], None]) -> Callable[..., T]:
+def _recording(function: Callable[..., T], record: Callable[..., None]) -> Callable[..., T]:
     def call(*args: object, **kwargs: object) -> T:
         output = function(*args, **kwargs)
-        record(output)
+        record(output, *args)
         return output
 
     return call
@@ -138,12 +140,12 @@ def _recording(function: Callable[..., T], record: Callable[[object], None]) -> 
 
 @functools.cache
 def _recording_class(cls: type) -> type:
-    """A subclass whose instances hand every output to their `_record`."""
+    """A subclass whose instances hand every call to their `_record`."""
 
     def recording(method: Callable[..., T]) -> Callable[..., T]:
         def call(self: Any, *args: object, **kwargs: object) -> T:
             output = method(self, *args, **kwargs)
-            self._record(output)
+            self._record(output, *args)
             return output
 
         return call

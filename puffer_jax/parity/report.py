@@ -118,11 +118,14 @@ class Report:
         rows: outputs, gradients and layers, each in torch's order.
         weights_differ: parameters that differ or are missing on one side, by torch's names.
         not_compared: layers that ran on one side only.
+        hint: where to look, if the first layer that differs was given another input than torch's;
+            else empty.
     """
 
     rows: tuple[Row, ...]
     weights_differ: tuple[str, ...]
     not_compared: tuple[str, ...]
+    hint: str = ""
 
     def of(self, kind: Kind) -> list[Row]:
         """The rows of one kind."""
@@ -183,7 +186,7 @@ class Report:
         if failures := self.failures:
             raise AssertionError(
                 f"the policies differ, first in layer {self.first_difference}:\n"
-                + "\n".join([*failures, *([_IN_FLOAT32] if self.computed_in_float32 else [])])
+                + "\n".join(filter(None, (*failures, self._advice())))
             )
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -247,10 +250,14 @@ class Report:
             lines += [f"layers not compared: {_some(self.not_compared)}"]
         return "\n".join(lines)
 
+    def _advice(self) -> str:
+        return self.hint or (_IN_FLOAT32 if self.computed_in_float32 else "")
+
     def _where(self) -> str:
         if self.first_difference is not None:
+            advice = self._advice()
             where = f"First layer that differs: {self.first_difference}"
-            return f"{where}; {_IN_FLOAT32}" if self.computed_in_float32 else where
+            return f"{where}; {advice}" if advice else where
         agree = f"All {len(self.of('layer'))} layers agree."
         if any(row.failures for row in self.of("output")):
             return agree + " Look at what is done between and after them."

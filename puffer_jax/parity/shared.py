@@ -19,19 +19,26 @@ Outputs = dict[str, Any]
 TorchModule = Any
 
 
+class Call(NamedTuple):
+    """One call of a layer: its output, and its first argument if that is an array."""
+
+    output: Any
+    input: Any
+
+
 class Run(NamedTuple):
     """What a policy computed in one precision.
 
     Attributes:
         outputs: those of the training call, and those of `forward_eval` as "eval.*".
         gradients: of the loss with respect to every parameter, by torch's names.
-        layers: each layer's outputs, one for each call within the training call.
+        layers: each layer's calls within the training call.
         differentiated: the outputs that make up the loss.
     """
 
     outputs: Arrays
     gradients: Arrays
-    layers: dict[str, list[np.ndarray]]
+    layers: dict[str, list[Call]]
     differentiated: frozenset[str]
 
 

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from puffer_jax.base.packages import TORCH, require
 from puffer_jax.parity.shared import (
     Arrays,
+    Call,
     Inputs,
     Outputs,
     Run,
@@ -115,11 +116,20 @@ def _torch_steps(policy: TorchModule, observations: PyTree, state: Outputs, done
     return outputs | {f"state.{name}": state[name] for name in names}
 
 
-def _fold_steps(calls: list[np.ndarray], steps: int) -> list[np.ndarray]:
+def _fold_steps(calls: list[Call], steps: int) -> list[Call]:
     """The calls of all steps as the calls that one whole segment would have made."""
     each = len(calls) // steps
-    stacked = [np.stack(calls[i::each], axis=1) for i in range(each)]
-    return [array.reshape(-1, *array.shape[2:]) for array in stacked]
+
+    def fold(arrays: list[np.ndarray]) -> np.ndarray:
+        array = np.stack(arrays, axis=1)
+        return array.reshape(-1, *array.shape[2:])
+
+    def whole(calls: list[Call]) -> Call:
+        inputs = [call.input for call in calls if call.input is not None]
+        output = fold([call.output for call in calls])
+        return Call(output, fold(inputs) if len(inputs) == len(calls) else None)
+
+    return [whole(calls[i::each]) for i in range(each)]
 
 
 @contextmanager
@@ -162,22 +172,26 @@ def _torch_computing_in(dtype: Any) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolution
 
 
-def _record_torch(policy: TorchModule) -> dict[str, list[np.ndarray]]:
-    """Have every layer append its outputs; the names come in the order the layers finish."""
+def _record_torch(policy: TorchModule) -> dict[str, list[Call]]:
+    """Have every layer append its calls; the names come in the order the layers finish."""
     torch = import_torch()
-    calls: dict[str, list[np.ndarray]] = {}
+    calls: dict[str, list[Call]] = {}
 
     def recording(name: str, module: TorchModule, forward: Callable[..., T]) -> Callable[..., T]:
         time_first = isinstance(module, torch.nn.RNNBase) and not module.batch_first
 
+        def kept(tensor: Any) -> np.ndarray:
+            if time_first and tensor.ndim == 3:
+                tensor = tensor.transpose(0, 1)
+            # A copy, since an in-place activation may follow.
+            return np.array(tensor.detach().cpu().numpy())
+
         def call(*args: object, **kwargs: object) -> T:
+            given = kept(args[0]) if args and isinstance(args[0], torch.Tensor) else None
             output = forward(*args, **kwargs)
             array: Any = output[0] if isinstance(output, tuple) else output
             if isinstance(array, torch.Tensor):
-                if time_first and array.ndim == 3:
-                    array = array.transpose(0, 1)
-                # A copy, since an in-place activation may follow.
-                calls.setdefault(name, []).append(np.array(array.detach().cpu().numpy()))
+                calls.setdefault(name, []).append(Call(kept(array), given))
             return output
 
         return call
