@@ -308,3 +308,20 @@ def test_atari_example(tmp_path):
     assert (tmp_path / "atari" / "curve.png").read_bytes().startswith(b"\x89PNG")
     with Image.open(tmp_path / "atari" / "agent.gif") as image:
         assert (image.format, image.size) == ("GIF", (160, 210))
+
+
+def test_what_moved_to_another_package_is_pointed_to(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpe2", None)
+    with pytest.raises(ImportError, match=r"simple_spread_v3: .*: pip install mpe2$"):
+        environments.make("pettingzoo:mpe/simple_spread_v3")
+
+
+def test_ids_that_a_module_registers(tmp_path, monkeypatch):
+    (tmp_path / "plugin_of_mine.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Mine-v3', 'gymnasium.envs.classic_control:CartPoleEnv', "
+        "max_episode_steps=7)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    env = environments.make("plugin_of_mine:Mine-v3")
+    assert env.env.spec.max_episode_steps == 7

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import sys
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -12,13 +13,17 @@ from puffer_jax.environments.families import Arguments, Family, unknown
 def _create(name: str, known: str, arguments: Arguments) -> Env:
     """The parallel environment of one of PettingZoo's modules; if it has none, the one in turns."""
     names = _names()
-    if f"pettingzoo:{known}" not in names:
+    folder, _, file = known.partition("/")
+    moved = folder == "mpe" and f"pettingzoo:{known}" not in names
+    if not moved and f"pettingzoo:{known}" not in names:
         raise unknown(name, names)
     try:
-        module = importlib.import_module(f"pettingzoo.{known.replace('/', '.')}")
+        module = importlib.import_module(f"mpe2.{file}" if moved else f"pettingzoo.{folder}.{file}")
     except ImportError as error:
-        extra = known.partition("/")[0]
-        raise ImportError(f"{name}: {error}: pip install 'pettingzoo[{extra}]'") from error
+        if moved and sys.modules.get("mpe2") is not None:
+            raise unknown(name, names) from error
+        package = "mpe2" if moved else f"'pettingzoo[{folder}]'"
+        raise ImportError(f"{name}: {error}: pip install {package}") from error
     make = getattr(module, "parallel_env", None) or module.env
     try:
         return make(**arguments)
