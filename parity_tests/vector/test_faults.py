@@ -189,6 +189,36 @@ def test_half_an_answer_is_awaited_only_until_the_timeout():
         assert [len(info["large"]) for info in infos] == [1 << 22] * 4
 
 
+@pytest.mark.parametrize(
+    ("said", "where"),
+    [
+        (lambda: {"fine": 1, "odd": (i for i in ())}, r"info\['odd'\]"),
+        (lambda: {"agent": {"fine": 1, "odd": (i for i in ())}}, r"info\['agent'\]\['odd'\]"),
+    ],
+    ids=["key", "agent"],
+)
+def test_an_info_that_cannot_be_sent_is_named(said, where):
+    env_kwargs = [{}, {}, {"info": partial(dict, fine=1)}, {"info": said}]
+    vecenv = vector.make([Tick] * 4, env_kwargs=env_kwargs, **POOL)
+    told = rf"worker 1 .* failed sending {where} of environment 3, which cannot be pickled: Type"
+    with pytest.raises(WorkerError, match=told):
+        run(vecenv)
+
+
+def test_infos_that_are_sent_but_cannot_be_read():
+    class Unreadable:
+        def __reduce__(self):
+            return int, ("no number",)
+
+    with vector.make(Tick, env_kwargs={"info": lambda: {"f": lambda: 3}}, **POOL) as vecenv:
+        vecenv.reset(0)
+        infos = vecenv.step(np.zeros(4, int))[4]
+        assert [info["f"]() for info in infos] == [3] * 4
+    vecenv = vector.make(Tick, env_kwargs={"info": lambda: {"x": Unreadable()}}, **POOL)
+    with pytest.raises(WorkerError, match="could not unpickle: ValueError"):
+        run(vecenv)
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_large_creator(stopped, monkeypatch):
     """Larger than a socket takes; a worker that is stopped ends the attempt."""

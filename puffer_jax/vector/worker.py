@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -231,7 +231,9 @@ class Process:
             end = _REPLY.size + size
             if len(self._inbox) < end:
                 break
-            replies.append(_read(kind, bytes(self._inbox[_REPLY.size : end])) if size else [])
+            told = bytes(self._inbox[_REPLY.size : end])
+            failed = kind == _ERROR
+            replies.append(Failure(told.decode(), lost=False) if failed else read_infos(told))
             del self._inbox[:end]
         return replies
 
@@ -262,16 +264,6 @@ class Process:
             each.close()
 
 
-def _read(kind: bytes, message: bytes) -> list[Info] | Failure:
-    if kind == _ERROR:
-        return Failure(message.decode(), lost=False)
-    try:
-        return pickle.loads(message)
-    except Exception as error:
-        error.add_note("(sending infos, which its parent could not unpickle)")
-        return Failure(_told(error), lost=False)
-
-
 def boot(payload: bytes, memory: mmap.mmap | None = None) -> Envs:
     """Make the environments of `pack((makers, layout, agents, rows, options))`.
 
@@ -281,6 +273,50 @@ def boot(payload: bytes, memory: mmap.mmap | None = None) -> Envs:
     makers, layout, agents, rows, options = pickle.loads(payload)
     buf = {name: array[rows] for name, array in layout.buffers(agents, memory).items()}
     return Envs(makers, layout, buf, **options)
+
+
+def packed_infos(infos: list[Info], sources: Sequence[int]) -> bytes:
+    """Infos as they are sent, nothing if there are none.
+
+    Args:
+        infos: what environments say besides.
+        sources: the number of the environment that says each.
+
+    Raises:
+        Exception: one cannot be pickled; a note names the environment and the key.
+    """
+    if not infos:
+        return b""
+    try:
+        return pickle.dumps(infos)
+    except Exception:
+        with contextlib.suppress(Exception):  # lambdas, and what the user's script defines
+            return pack(infos)
+    for i, info in zip(sources, infos, strict=True):
+        if found := _unpackable(info, "info"):
+            path, error = found
+            error.add_note(f"(sending {path} of environment {i}, which cannot be pickled)")
+            raise error
+    raise ValueError("infos cannot be pickled together, though each can by itself")
+
+
+def _unpackable(value: object, path: str) -> tuple[str, Exception] | None:
+    try:
+        pack(value)
+    except Exception as error:
+        inner = value.items() if isinstance(value, Mapping) else ()
+        found = (_unpackable(each, f"{path}[{key!r}]") for key, each in inner)
+        return next(filter(None, found), (path, error))
+    return None
+
+
+def read_infos(packed: bytes) -> list[Info] | Failure:
+    """What `packed_infos` packed; a failure if that cannot be read here."""
+    try:
+        return pickle.loads(packed) if packed else []
+    except Exception as error:
+        error.add_note("(sending infos, which its parent could not unpickle)")
+        return Failure(_told(error), lost=False)
 
 
 class RayWorker:
@@ -301,14 +337,14 @@ class RayWorker:
 
     def obey(
         self, order: bytes, argument: int | np.ndarray | None
-    ) -> tuple[list[Info] | Failure, dict[str, np.ndarray]]:
-        """Carry out an order; STEP's argument is its actions. Returns infos and the buffers."""
+    ) -> tuple[bytes | Failure, dict[str, np.ndarray]]:
+        """Carry out an order; STEP's argument is its actions. Returns packed infos and buffers."""
         if self._failure is not None:
             return self._failure, {}
         try:
             if order == Order.STEP:
                 self._envs.buf["actions"][:] = argument
-            infos = self._envs.obey(order, argument)
+            infos = packed_infos(self._envs.obey(order, argument), self._envs.sources)
         except Exception as error:
             return Failure(_told(error), lost=False), {}
         return infos, {name: self._envs.buf[name] for name in WRITTEN}
@@ -360,8 +396,7 @@ def _serve(channel: socket.socket, memory: int, death: _Death) -> None:
                         stack.callback(envs.close)
                 return
             seed = pickle.loads(argument) if order == Order.RESET else None
-            infos = shares[share].obey(order, seed)
-            reply = pickle.dumps(infos) if infos else b""
+            reply = packed_infos(shares[share].obey(order, seed), shares[share].sources)
         except Exception as error:
             told = _told(error).encode(errors="backslashreplace")
             channel.sendall(_REPLY.pack(_ERROR, len(told)) + told)
