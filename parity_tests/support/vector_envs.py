@@ -1,5 +1,6 @@
 """Environments for the tests of vecenvs, cheap and random by their seeds. Imports no JAX."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -187,12 +188,14 @@ class Tick(gymnasium.Env):
         pause: seconds of each step.
         length: steps of an episode.
         once: a file; the fault only comes while it is not there.
+        info: what each step says besides.
     """
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float64)
     action_space = Discrete(2)
 
-    def __init__(self, fault=None, pause=0.0, length=None, once=None):
+    def __init__(self, fault=None, pause=0.0, length=None, once=None, info=dict):
+        self.info = info
         self.fault, self.pause, self.length, self.once = fault, pause, length, once
         self.made = 0.0
         self._misbehave("make")
@@ -218,7 +221,14 @@ class Tick(gymnasium.Env):
         self._misbehave(self.steps)
         time.sleep(self.pause)
         over = self.steps == self.length
-        return np.array([self.first, float(self.steps)]), 1.0, over, False, {}
+        return np.array([self.first, float(self.steps)]), 1.0, over, False, self.info()
+
+
+def fork(child, told=False):
+    """Fork as a library in C does, so that Python is not told, or as `os.fork`; run `child`."""
+    if not (os.fork() if told else ctypes.PyDLL(None).fork()):
+        child()
+        os._exit(0)
 
 
 def misbehave(how, at, when):
@@ -234,6 +244,15 @@ def misbehave(how, at, when):
             os.kill(os.getpid(), signal.SIGKILL)
         case "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
+        case "fork-kill":
+            fork(lambda: time.sleep(60))
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "fork-hang":
+            fork(lambda: time.sleep(60))
+            while True:
+                pass
+        case "input":
+            input()
         case "hang":
             while True:
                 pass

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 from support.vector_envs import Native, Tick
 
 from puffer_jax import vector
+from puffer_jax.vector import multiprocessing, pool
 from puffer_jax.vector.multiprocessing import Multiprocessing
 from puffer_jax.vector.protocol import WorkerError
+from puffer_jax.vector.worker import Process
 
 POOL = {"backend": Multiprocessing, "num_workers": 2, "overwork": True, "num_envs": 4}
 LOCAL = POOL | {"local_worker": True}  # environments 0 and 1 elsewhere, 2 and 3 here
@@ -36,9 +39,10 @@ def alive(pid):
     return False
 
 
-def children():
-    """Those of this process."""
-    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+def children(pid=None):
+    """Those of a process, by default of this one."""
+    pid = pid or os.getpid()
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 def traces():
@@ -53,6 +57,22 @@ def nothing_left():
     before = traces()
     yield
     assert traces() == before
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Fail rather than wait for ever."""
+
+    def fail(*_):
+        raise AssertionError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def third(fault, **kwargs):
@@ -80,8 +100,10 @@ TOLD = (
     [
         (("raise", 2), TOLD.format("stepping", 2)),
         (("raise", "reset"), TOLD.format("resetting", "reset")),
+        (("input", 2), r"failed stepping environment 2: EOFError"),
         (("exit", 2), r"worker 1 \(environments 2 to 3\) exited with status 3"),
         (("kill", 2), r"worker 1 \(environments 2 to 3\) was killed by signal 9 \(Killed\)"),
+        (("fork-kill", 2), r"was killed by signal 9 \(Killed\)"),
         (("segfault", "reset"), r"was killed by signal 11 \(Segmentation fault\)"),
         (("hang", 2), r"worker 1 .* did not step within timeout=0.5 s and was killed"),
         (("hang", "reset"), r"worker 1 .* did not reset within timeout=0.5 s and was killed"),
@@ -89,7 +111,9 @@ TOLD = (
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_failing_worker_is_an_error(fault, message):
-    vecenv = vector.make(**third(fault), **POOL, timeout=0.5 if fault[0] == "hang" else None)
+    vecenv = vector.make(
+        **third(fault), **POOL, timeout={"hang": 0.5, "fork-kill": 5.0, "input": 5.0}.get(fault[0])
+    )
     pids = vecenv.pids
     with pytest.raises(WorkerError, match=message) as caught:
         run(vecenv)
@@ -137,6 +161,82 @@ def test_a_failure_elsewhere_is_seen_while_one_is_awaited():
     os.kill(idle.pids[0], signal.SIGTERM)
     with pytest.raises(WorkerError, match=r"worker 0 .* was killed by signal 15"):
         run(idle)
+
+
+def test_a_stopped_worker_is_given_orders_only_until_the_timeout():
+    vecenv = vector.make(Tick, **POOL, timeout=0.5)
+    vecenv.reset(0)
+    os.kill(vecenv.pids[1], signal.SIGSTOP)
+    with within(10), pytest.raises(WorkerError, match=r"worker 1 .* did not step within"):
+        for _ in range(2000):  # more than a socket takes
+            vecenv.notify()
+        vecenv.step(np.zeros(4, int))
+
+
+def test_half_an_answer_is_awaited_only_until_the_timeout():
+    large = partial(dict, large=bytes(1 << 22))
+    vecenv = vector.make(Tick, env_kwargs={"info": large}, **POOL, timeout=1.0)
+    vecenv.reset(0)
+    vecenv.send(np.zeros(4, int))
+    (channel, *_), _ = (process.fds() for process in vecenv._processes.values())
+    assert select.select([channel], [], [], 10)[0]  # it has begun, and nobody reads
+    os.kill(vecenv.pids[0], signal.SIGSTOP)
+    with within(10), pytest.raises(WorkerError, match=r"worker 0 .* did not step within"):
+        vecenv.recv()
+    with vector.make(Tick, env_kwargs={"info": large}, **POOL, timeout=10.0) as vecenv:
+        vecenv.reset(0)
+        infos = vecenv.step(np.zeros(4, int))[4]
+        assert [len(info["large"]) for info in infos] == [1 << 22] * 4
+
+
+@pytest.mark.parametrize(
+    ("said", "where"),
+    [
+        (lambda: {"fine": 1, "odd": (i for i in ())}, r"info\['odd'\]"),
+        (lambda: {"agent": {"fine": 1, "odd": (i for i in ())}}, r"info\['agent'\]\['odd'\]"),
+    ],
+    ids=["key", "agent"],
+)
+def test_an_info_that_cannot_be_sent_is_named(said, where):
+    env_kwargs = [{}, {}, {"info": partial(dict, fine=1)}, {"info": said}]
+    vecenv = vector.make([Tick] * 4, env_kwargs=env_kwargs, **POOL)
+    told = rf"worker 1 .* failed sending {where} of environment 3, which cannot be pickled: Type"
+    with pytest.raises(WorkerError, match=told):
+        run(vecenv)
+
+
+def test_infos_that_are_sent_but_cannot_be_read():
+    class Unreadable:
+        def __reduce__(self):
+            return int, ("no number",)
+
+    with vector.make(Tick, env_kwargs={"info": lambda: {"f": lambda: 3}}, **POOL) as vecenv:
+        vecenv.reset(0)
+        infos = vecenv.step(np.zeros(4, int))[4]
+        assert [info["f"]() for info in infos] == [3] * 4
+    vecenv = vector.make(Tick, env_kwargs={"info": lambda: {"x": Unreadable()}}, **POOL)
+    with pytest.raises(WorkerError, match="could not unpickle: ValueError"):
+        run(vecenv)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_large_creator(stopped, monkeypatch):
+    """Larger than a socket takes; a worker that is stopped ends the attempt."""
+
+    class Stopped(Process):
+        def __init__(self, *args):
+            super().__init__(*args)
+            os.kill(self.pid, signal.SIGSTOP)
+
+    ballast = bytes(1 << 22)
+    if stopped:
+        monkeypatch.setattr(multiprocessing, "Process", Stopped)
+        monkeypatch.setattr(pool, "STARTING", 0.5)
+        with within(10), pytest.raises(WorkerError, match="did not start within 1 s"):
+            vector.make(lambda: ballast and Tick(), **POOL, timeout=0.5)
+    else:
+        with vector.make(lambda: ballast and Tick(), **POOL) as vecenv:
+            assert vecenv.reset(0)[0].shape == (4, 2)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +357,7 @@ sys.path.insert(0, {here!r})
 from support.vector_envs import Tick
 from puffer_jax import vector
 
-kwargs = [{{}}, {{"fault": ("hang", 2)}} if {hang} else {{}}]
+kwargs = [{{}}, {{"fault": ({hang!r}, 2)}} if {hang!r} else {{}}]
 vecenv = vector.make([Tick] * 2, env_kwargs=kwargs, num_envs=2, num_workers=2, overwork=True,
                      backend=vector.Multiprocessing)
 vecenv.reset(0)
@@ -271,7 +371,7 @@ HERE = str(Path(__file__).parents[1])
 @pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_with_the_parent_everything_ends(sign):
     """One worker sleeps, the other is in an endless loop; Ctrl-C goes to the whole group."""
-    script = PARENT.format(here=HERE, hang=True, then="vecenv.step(np.zeros(2, int))")
+    script = PARENT.format(here=HERE, hang="hang", then="vecenv.step(np.zeros(2, int))")
     parent = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
@@ -293,10 +393,40 @@ def test_with_the_parent_everything_ends(sign):
 
 
 @pytest.mark.parametrize(
+    ("hang", "told"), [("fork-hang", True), (None, False)], ids=["hanging", "idle"]
+)
+def test_a_fork_of_the_parent_keeps_no_worker(hang, told):
+    """Nor what the worker's environments have forked, if they did."""
+    then = f"""
+import time
+from support.vector_envs import fork
+fork(lambda: time.sleep(60), told={told})
+print("forked", flush=True)
+vecenv.step(np.zeros(2, int)) if {hang!r} else time.sleep(60)
+"""
+    script = PARENT.format(here=HERE, hang=hang, then=then)
+    command = [sys.executable, "-c", script]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as parent,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(os.killpg, parent.pid, signal.SIGKILL)
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2 and parent.stdout.readline() == "forked\n"
+        if hang:
+            wait_until(lambda: children(pids[1]))
+            pids += map(int, children(pids[1]))
+        assert all(map(alive, pids))
+        parent.kill()
+        wait_until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize(
     "then", ["", "raise SystemExit('left')", "import os; os._exit(0)", "del vecenv; print('gone')"]
 )
 def test_a_script_that_does_not_close(then):
-    script = PARENT.format(here=HERE, hang=False, then=then)
+    script = PARENT.format(here=HERE, hang=None, then=then)
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )

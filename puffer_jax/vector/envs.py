@@ -201,6 +201,9 @@ class Envs:
             error, unless it fails again before it has made a step.
         restarts: how many times all of them have been built before.
 
+    Attributes:
+        sources: the number of the environment that said each of the infos returned last.
+
     Raises:
         TypeError: see `Maker`.
         ValueError: an environment is not as `layout` says.
@@ -221,6 +224,7 @@ class Envs:
         self._seed, self._first, self._restart_failed = seed, first, restart_failed
         self._restarts = [restarts] * len(makers)
         self._unproven: set[int] = set()  # rebuilt, and no step made since
+        self.sources: list[int] = []
         buf["masks"][:] = True
         agents = layout.num_agents
         self._rows = [slice(i * agents, (i + 1) * agents) for i in range(len(makers))]
@@ -256,20 +260,22 @@ class Envs:
     def reset(self, seed: int | None) -> list[Info]:
         """Start all episodes; environment i with `seed + i`, or without a seed if that is None."""
         infos: list[Info] = []
+        self.sources = []
         for i in range(len(self.envs)):
             arguments = {} if seed is None else {"seed": seed + i}
             try:
                 info = self.envs[i].reset(**arguments)[1]
             except Exception as error:
-                infos.append(self._replace(i, error, "resetting"))
+                self._add(infos, i, self._replace(i, error, "resetting"))
                 with self._noting(i, "resetting"):
                     info = self.envs[i].reset(**arguments)[1]
-            _add(infos, info)
+            self._add(infos, i, info)
         return infos
 
     def step(self) -> list[Info]:
         """Step each with its actions in the buffers, or reset it if its episode is over."""
         infos: list[Info] = []
+        self.sources = []
         emulated = self._layout.emulated
         proven = {i for i in self._unproven if not (emulated and self.envs[i].done)}
         for i, env in enumerate(self.envs):
@@ -280,9 +286,14 @@ class Envs:
                     info = env.step(self._actions[i])[4]
             except Exception as error:
                 info = self._replace(i, error, "stepping")
-            _add(infos, info)
+            self._add(infos, i, info)
         self._unproven -= proven
         return infos
+
+    def _add(self, infos: list[Info], i: int, info: Any) -> None:
+        _add(infos, info)
+        if new := len(infos) - len(self.sources):
+            self.sources += [self._first + i] * new
 
     def _replace(self, i: int, error: Exception, what: str) -> Info:
         with self._noting(i, what):

@@ -90,12 +90,21 @@ class Multiprocessing(Pool):
                 self._local[share] = Envs(makers, layout, buf, **options)
             return
         process = self._processes[worker] = Process(self._memory.fd)
-        self._poll.register(process.fd, select.POLLIN)
-        self._worker_of[process.fd] = worker
         self._ordered[worker].clear()
         for share in shares:
             payload = self._payload(share, self.num_agents, self._rows[share])
             process.order(Order.START, shares.index(share), payload)
+        self._watch(worker)
+
+    def _watch(self, worker: int) -> None:
+        for fd, events in self._processes[worker].fds().items():
+            self._poll.register(fd, events)
+            self._worker_of[fd] = worker
+
+    def _forget(self, worker: int) -> None:
+        for fd in [fd for fd, own in self._worker_of.items() if own == worker]:
+            del self._worker_of[fd]
+            self._poll.unregister(fd)
 
     def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
         if share in self._local:
@@ -104,20 +113,29 @@ class Multiprocessing(Pool):
         if order != Order.NOTIFY:
             self._ordered[worker].append(share)
         message = pickle.dumps(argument) if order == Order.RESET else b""
-        self._processes[worker].order(order, self._shares_of[worker].index(share), message)
+        process = self._processes[worker]
+        process.order(order, self._shares_of[worker].index(share), message)
+        if process.behind:
+            self._watch(worker)
         return None
 
     def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+        ready: dict[int, list[int]] = {}
         for fd, _ in wait(self._poll, timeout):
-            worker = self._worker_of[fd]
-            reply = self._processes[worker].reply()
-            if isinstance(reply, Failure):
-                self._poll.unregister(fd)
-            ordered = self._ordered[worker]  # empty if it died while idle
-            yield ordered.popleft() if ordered else self._shares_of[worker][0], reply
+            ready.setdefault(self._worker_of[fd], []).append(fd)
+        for worker, fds in ready.items():
+            process = self._processes[worker]
+            if process.behind:
+                process.push()
+                self._watch(worker)
+            for reply in process.replies(fds):
+                if isinstance(reply, Failure):
+                    self._forget(worker)
+                ordered = self._ordered[worker]  # empty if it died while idle
+                yield ordered.popleft() if ordered else self._shares_of[worker][0], reply
 
     def _kill(self, worker: int) -> None:
-        self._poll.unregister(self._processes[worker].fd)
+        self._forget(worker)
         self._processes[worker].kill()
 
     @property

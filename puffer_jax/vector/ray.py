@@ -10,7 +10,7 @@ import numpy as np
 from puffer_jax.base.packages import require
 from puffer_jax.vector.envs import AgentLayout, Info, Order
 from puffer_jax.vector.pool import CLOSING, Pool
-from puffer_jax.vector.worker import Failure, RayWorker
+from puffer_jax.vector.worker import Failure, RayWorker, read_infos
 
 
 class Ray(Pool):
@@ -59,12 +59,12 @@ class Ray(Pool):
         for ref in self._ray.wait([*self._replying], num_returns=1, timeout=timeout)[0]:
             share = self._replying.pop(ref)
             try:
-                reply, arrays = self._ray.get(ref)
+                told, arrays = self._ray.get(ref)
             except self._ray.exceptions.RayError as error:
-                reply, arrays = Failure(f"was lost: {error}", lost=True), {}
+                told, arrays = Failure(f"was lost: {error}", lost=True), {}
             for name, array in arrays.items():
                 self._buffers[name][self._rows[share]] = array
-            yield share, reply
+            yield share, read_infos(told) if isinstance(told, bytes) else told
 
     def _kill(self, worker: int) -> None:
         lost = self._shares_of[worker]

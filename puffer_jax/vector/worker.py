@@ -15,12 +15,14 @@ import pickle
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from multiprocessing.connection import Connection
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -28,11 +30,16 @@ import numpy as np
 from puffer_jax.base.packages import require
 from puffer_jax.vector.envs import WRITTEN, Envs, Info, Order
 
-_DONE, _INFOS, _ERROR = b".", b"i", b"!"
+_INFOS, _ERROR = b"i", b"!"
+
+# Before an argument: which order, for which share, and its size; before a reply: which, and size.
+_ORDER, _REPLY = struct.Struct("!cHQ"), struct.Struct("!cQ")
+
+_CHUNK = 1 << 18  # bytes that are sent or received at a time
 
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from puffer_jax.vector.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    "from puffer_jax.vector.worker import main; main(*map(int, sys.argv[2:]))"
 )
 
 # Seconds to poll before sleeping: waking a core takes up to 0.1 ms, as long as many steps.
@@ -101,55 +108,136 @@ class Memory:
         self._file.close()
 
 
+# What belongs to one process alone: if a fork held it, nobody would notice that the process has
+# ended.
+_own: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for each in list(_own):
+        each.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class _Death:
+    """What wakes a `select.poll` when another process ends, whoever holds its files.
+
+    Args:
+        pid: its id.
+
+    Attributes:
+        fd: a file descriptor that is readable from then on; None: this system has none.
+    """
+
+    def __init__(self, pid: int):
+        self.fd: int | None = None
+        with contextlib.suppress(AttributeError, OSError):  # not Linux, an old one, forbidden
+            self.fd = os.pidfd_open(pid)
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
 class Process:
     """The parent's end of a worker process.
 
-    The worker's death closes the channel, which wakes the parent; the parent's death, however it
-    comes, closes the worker's standard input, which ends the worker (`main`).
+    Nothing here waits for the worker: what it does not take yet is kept, what has not come whole is
+    not told yet, and `fds` say when to look again. So whoever polls them keeps its deadlines.
+
+    The worker's death wakes the parent; the parent's, however it comes, closes the lifeline, which
+    ends the worker (`main`). Both even if the one that died had forked.
 
     Args:
         memory: file descriptor of the block to share.
     """
 
     def __init__(self, memory: int):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            channel = theirs.fileno()
+        self._channel, theirs = socket.socketpair()
+        _own.add(self._channel)
+        held, lifeline = os.pipe()
+        self._lifeline = open(lifeline, "wb", buffering=0)
+        _own.add(self._lifeline)
+        with theirs, open(held, "rb", buffering=0):
+            theirs.setblocking(True)
+            numbers = theirs.fileno(), memory, held, os.getpid()
             # A process group of its own: Ctrl-C is for the parent, and killing the worker also
             # kills what its environments started.
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(channel), str(memory)],
-                stdin=subprocess.PIPE,
-                pass_fds=(channel, memory),
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, numbers)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=numbers[:3],
                 process_group=0,
                 env=_SINGLE | os.environ | {"JAX_PLATFORMS": "cpu"},
             )
-        self._connection = Connection(ours.detach())
-        self.fd = self._connection.fileno()
+        self._channel.setblocking(False)
         self.pid = self._process.pid
+        self._death = _Death(self.pid)
+        self._outbox, self._inbox = bytearray(), bytearray()
+
+    @property
+    def behind(self) -> bool:
+        """Whether the worker has not taken all its orders."""
+        return bool(self._outbox)
+
+    def fds(self) -> dict[int, int]:
+        """What to poll for, by file descriptor."""
+        if self._channel.fileno() < 0:
+            return {}
+        fds = {self._channel.fileno(): select.POLLIN | select.POLLOUT * self.behind}
+        return fds if self._death.fd is None else fds | {self._death.fd: select.POLLIN}
 
     def order(self, order: bytes, share: int = 0, argument: bytes = b"") -> None:
-        """Send an order for a share; a dead worker gets none, and `reply` reports its death."""
-        if self._connection.closed:
-            return
-        try:
-            os.write(self.fd, order + share.to_bytes(2))
-            if argument:
-                self._connection.send_bytes(argument)
-        except ConnectionError:
-            pass
+        """Send an order for a share; a dead worker gets none, and `replies` reports its death."""
+        self._outbox += _ORDER.pack(order, share, len(argument)) + argument
+        self.push()
 
-    def reply(self) -> list[Info] | Failure:
-        """Read the reply that has come; for a dead worker, how it died."""
+    def push(self) -> None:
+        """Send what the worker takes of the orders that it has not taken yet."""
         try:
-            reply = os.read(self.fd, 1)
-            if reply == _DONE:
-                return []
-            if reply:
-                told = self._connection.recv()
-                return told if reply == _INFOS else Failure(told, lost=False)
-        except (ConnectionError, EOFError):
+            while self._outbox:
+                with memoryview(self._outbox) as view:
+                    sent = self._channel.send(view[:_CHUNK])
+                del self._outbox[:sent]
+        except BlockingIOError:
             pass
+        except OSError:  # it is dead, or has been ended
+            self._outbox.clear()
+
+    def replies(self, fds: Sequence[int]) -> list[list[Info] | Failure]:
+        """The replies that have come whole; of a dead worker, at last, how it died.
+
+        Args:
+            fds: those of `fds` that were ready.
+        """
+        try:
+            chunk = self._channel.recv(_CHUNK)
+        except BlockingIOError:
+            if self._death.fd not in fds:
+                return []
+            chunk = b""
+        except ConnectionError:
+            chunk = b""
+        if not chunk:
+            return [self._died()]
+        self._inbox += chunk
+        replies: list[list[Info] | Failure] = []
+        while len(self._inbox) >= _REPLY.size:
+            kind, size = _REPLY.unpack_from(self._inbox)
+            end = _REPLY.size + size
+            if len(self._inbox) < end:
+                break
+            told = bytes(self._inbox[_REPLY.size : end])
+            failed = kind == _ERROR
+            replies.append(Failure(told.decode(), lost=False) if failed else read_infos(told))
+            del self._inbox[:end]
+        return replies
+
+    def _died(self) -> Failure:
         self.join(time.monotonic() + 1)  # the channel closes a little before the process ends
         code = self._process.returncode
         if code >= 0:
@@ -158,20 +246,22 @@ class Process:
 
     def join(self, deadline: float) -> None:
         """Wait until `time.monotonic()` is `deadline` for it to end, then kill it."""
+        with contextlib.suppress(OSError):  # it does not take the rest of its orders
+            self._channel.settimeout(max(1e-3, deadline - time.monotonic()))
+            self._channel.sendall(self._outbox)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
 
     def kill(self) -> None:
         """End it and the processes it started."""
-        if self._connection.closed:
+        if self._channel.fileno() < 0:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._connection.close()
+        for each in (self._channel, self._lifeline, self._death):
+            each.close()
 
 
 def boot(payload: bytes, memory: mmap.mmap | None = None) -> Envs:
@@ -183,6 +273,50 @@ def boot(payload: bytes, memory: mmap.mmap | None = None) -> Envs:
     makers, layout, agents, rows, options = pickle.loads(payload)
     buf = {name: array[rows] for name, array in layout.buffers(agents, memory).items()}
     return Envs(makers, layout, buf, **options)
+
+
+def packed_infos(infos: list[Info], sources: Sequence[int]) -> bytes:
+    """Infos as they are sent, nothing if there are none.
+
+    Args:
+        infos: what environments say besides.
+        sources: the number of the environment that says each.
+
+    Raises:
+        Exception: one cannot be pickled; a note names the environment and the key.
+    """
+    if not infos:
+        return b""
+    try:
+        return pickle.dumps(infos)
+    except Exception:
+        with contextlib.suppress(Exception):  # lambdas, and what the user's script defines
+            return pack(infos)
+    for i, info in zip(sources, infos, strict=True):
+        if found := _unpackable(info, "info"):
+            path, error = found
+            error.add_note(f"(sending {path} of environment {i}, which cannot be pickled)")
+            raise error
+    raise ValueError("infos cannot be pickled together, though each can by itself")
+
+
+def _unpackable(value: object, path: str) -> tuple[str, Exception] | None:
+    try:
+        pack(value)
+    except Exception as error:
+        inner = value.items() if isinstance(value, Mapping) else ()
+        found = (_unpackable(each, f"{path}[{key!r}]") for key, each in inner)
+        return next(filter(None, found), (path, error))
+    return None
+
+
+def read_infos(packed: bytes) -> list[Info] | Failure:
+    """What `packed_infos` packed; a failure if that cannot be read here."""
+    try:
+        return pickle.loads(packed) if packed else []
+    except Exception as error:
+        error.add_note("(sending infos, which its parent could not unpickle)")
+        return Failure(_told(error), lost=False)
 
 
 class RayWorker:
@@ -203,71 +337,82 @@ class RayWorker:
 
     def obey(
         self, order: bytes, argument: int | np.ndarray | None
-    ) -> tuple[list[Info] | Failure, dict[str, np.ndarray]]:
-        """Carry out an order; STEP's argument is its actions. Returns infos and the buffers."""
+    ) -> tuple[bytes | Failure, dict[str, np.ndarray]]:
+        """Carry out an order; STEP's argument is its actions. Returns packed infos and buffers."""
         if self._failure is not None:
             return self._failure, {}
         try:
             if order == Order.STEP:
                 self._envs.buf["actions"][:] = argument
-            infos = self._envs.obey(order, argument)
+            infos = packed_infos(self._envs.obey(order, argument), self._envs.sources)
         except Exception as error:
             return Failure(_told(error), lost=False), {}
         return infos, {name: self._envs.buf[name] for name in WRITTEN}
 
 
-def main(channel: int, memory: int) -> None:
+def main(channel: int, memory: int, lifeline: int, parent: int) -> None:
     """A worker process: carry out the orders that come from a socket, and sleep between them.
 
     Args:
         channel: file descriptor of the socket.
         memory: file descriptor of the block that holds the buffers.
+        lifeline: file descriptor of a pipe that the parent holds the other end of.
+        parent: the parent's process id.
     """
     import fcntl
 
-    # The parent holds the other end of standard input and never writes. When it dies, the kernel
-    # sends SIGIO, which ends this process even while an environment hangs.
+    # When the lifeline's other end closes, the kernel sends SIGIO, which ends this process, even
+    # while an environment hangs, and what its environments started.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    connection = Connection(channel)
-    with contextlib.suppress(ConnectionError, EOFError):
-        _serve(connection, memory)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    # A fork that knows nothing of `_own` may hold the other end; so, when idle, watch the parent.
+    death = _Death(parent)
+    if os.getppid() != parent:  # it died before anybody watched
+        return
+    with socket.socket(fileno=channel) as own, contextlib.suppress(ConnectionError, EOFError):
+        _own.add(own)
+        _serve(own, memory, death)
 
 
-def _serve(connection: Connection, memory: int) -> None:
-    channel = connection.fileno()
+def _serve(channel: socket.socket, memory: int, death: _Death) -> None:
     shares: dict[int, Envs] = {}
     poll = select.poll()
     poll.register(channel, select.POLLIN)
+    if death.fd is not None:
+        poll.register(death.fd, select.POLLIN)
     while True:
-        wait(poll)
-        told, argument = os.read(channel, 3), None
-        if not told:
+        if any(fd == death.fd for fd, _ in wait(poll)):
             return
-        order, share = told[:1], int.from_bytes(told[1:])
+        order, share, size = _ORDER.unpack(_received(channel, _ORDER.size))
+        argument = _received(channel, size)
         try:
             if order == Order.START:
-                shares[share] = boot(connection.recv_bytes(), mmap.mmap(memory, 0))
+                shares[share] = boot(argument, mmap.mmap(memory, 0))
                 continue
-            if order == Order.RESET:
-                argument = connection.recv()
             if order == Order.CLOSE:
                 with contextlib.ExitStack() as stack:
                     for envs in shares.values():
                         stack.callback(envs.close)
                 return
-            infos = shares[share].obey(order, argument)
-            reply = pickle.dumps(infos) if infos else b""
+            seed = pickle.loads(argument) if order == Order.RESET else None
+            reply = packed_infos(shares[share].obey(order, seed), shares[share].sources)
         except Exception as error:
-            os.write(channel, _ERROR)
-            connection.send(_told(error))
+            told = _told(error).encode(errors="backslashreplace")
+            channel.sendall(_REPLY.pack(_ERROR, len(told)) + told)
             return
-        if order == Order.NOTIFY:
-            continue
-        os.write(channel, _INFOS if reply else _DONE)
-        if reply:
-            connection.send_bytes(reply)
+        if order != Order.NOTIFY:
+            channel.sendall(_REPLY.pack(_INFOS, len(reply)) + reply)
+
+
+def _received(channel: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        chunk = channel.recv(min(_CHUNK, size - len(received)))
+        if not chunk:
+            raise EOFError
+        received += chunk
+    return bytes(received)
 
 
 def _told(error: Exception) -> str:
