@@ -161,6 +161,16 @@ def test_wandb_offline(tmp_path):
     assert b"environment/score" in data and b"12.5" in data and b"13.5" in data
 
 
+def test_wandb_without_a_login(monkeypatch):
+    wandb = SimpleNamespace(
+        errors=SimpleNamespace(Error=LookupError),
+        init=lambda **_: (_ for _ in ()).throw(LookupError("No API key configured.")),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(RuntimeError, match=r"^Weights & Biases: No API key.*WANDB_MODE=offline"):
+        WandbLogger("puffer")
+
+
 @pytest.mark.parametrize(
     "module, build",
     [("tensorboardX", TensorBoardLogger), ("wandb", WandbLogger)],

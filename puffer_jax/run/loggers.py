@@ -170,6 +170,7 @@ class WandbLogger:
 
     Raises:
         ImportError: wandb is missing.
+        RuntimeError: it does not begin a run, say without a login.
 
     Example:
         >>> import puffer_jax
@@ -179,7 +180,12 @@ class WandbLogger:
     def __init__(self, project: str, **init: Any):
         wandb = self._wandb = require("wandb", "WandbLogger")
         options: dict[str, Any] = {"id": new_run_id(), "resume": "allow"} | init
-        self._run: Any = wandb.init(project=project, **options)
+        try:
+            self._run: Any = wandb.init(project=project, **options)
+        except wandb.errors.Error as error:
+            raise RuntimeError(
+                f"Weights & Biases: {error} (with WANDB_MODE=offline it writes files)"
+            ) from error
         # A step of our own: below the last of its own steps, W&B drops whatever is logged, and a
         # run may be resumed from an earlier checkpoint.
         self._run.define_metric("agent_steps")
