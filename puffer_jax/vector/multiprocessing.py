@@ -155,7 +155,7 @@ def _end(processes: dict[int, Process], memory: Memory, owner: int) -> None:
     if os.getpid() != owner:  # in a fork of the owner
         return
     for process in processes.values():
-        process.order(Order.CLOSE)
+        process.dismiss()
     deadline = time.monotonic() + CLOSING
     for process in processes.values():
         process.join(deadline)

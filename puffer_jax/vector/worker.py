@@ -196,6 +196,12 @@ class Process:
         self._outbox += _ORDER.pack(order, share, len(argument)) + argument
         self.push()
 
+    def dismiss(self) -> None:
+        """Tell it to close its environments and end, and read no more of what it says."""
+        self.order(Order.CLOSE)
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RD)
+
     def push(self) -> None:
         """Send what the worker takes of the orders that it has not taken yet."""
         try:
@@ -391,9 +397,7 @@ def _serve(channel: socket.socket, memory: int, death: _Death) -> None:
                 shares[share] = boot(argument, mmap.mmap(memory, 0))
                 continue
             if order == Order.CLOSE:
-                with contextlib.ExitStack() as stack:
-                    for envs in shares.values():
-                        stack.callback(envs.close)
+                _close(shares)
                 return
             seed = pickle.loads(argument) if order == Order.RESET else None
             reply = packed_infos(shares[share].obey(order, seed), shares[share].sources)
@@ -402,7 +406,17 @@ def _serve(channel: socket.socket, memory: int, death: _Death) -> None:
             channel.sendall(_REPLY.pack(_ERROR, len(told)) + told)
             return
         if order != Order.NOTIFY:
-            channel.sendall(_REPLY.pack(_INFOS, len(reply)) + reply)
+            try:
+                channel.sendall(_REPLY.pack(_INFOS, len(reply)) + reply)
+            except ConnectionError:  # dismissed
+                _close(shares)
+                return
+
+
+def _close(shares: dict[int, Envs]) -> None:
+    with contextlib.ExitStack() as stack:
+        for envs in shares.values():
+            stack.callback(envs.close)
 
 
 def _received(channel: socket.socket, size: int) -> bytes:
