@@ -36,7 +36,7 @@ FAMILIES = {
 ROWS = {  # agents, rows, and n of the actions
     "ALE/Breakout-v5": (1, (4, 84, 84), np.uint8, 4),
     "MiniGrid-Empty-5x5-v0": (1, (7, 7, 3), np.uint8, 7),
-    "pettingzoo:classic/rps_v2": (2, (4,), np.uint8, 3),
+    "pettingzoo:classic/rps_v2": (2, (1,), np.int32, 3),
     "pettingzoo:classic/connect_four_v3": (2, (91,), np.int8, 7),
     "gymnasium:CartPole-v1": (1, (4,), np.float32, 2),
     "gymnasium.envs:CartPole-v1": (1, (4,), np.float32, 2),

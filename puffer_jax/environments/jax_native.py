@@ -35,7 +35,7 @@ from puffer_jax.environments.jax_adapters import (
     split_end,
 )
 from puffer_jax.nn import random
-from puffer_jax.policies.widths import check_widths
+from puffer_jax.nn.widths import check_widths
 
 _PROTOCOL = (
     "a JAX-native environment has `observation_space`, `action_space`, `reset(key) -> (obs, state)`"

@@ -17,8 +17,8 @@ from puffer_jax.base import spaces
 from puffer_jax.base.text import near
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.params import Shape
+from puffer_jax.nn.widths import check_widths
 from puffer_jax.policies.protocol import Logits, State
-from puffer_jax.policies.widths import check_widths
 
 # Flax's own initial kernels would be drawn only to be overwritten.
 zeros = jax.nn.initializers.zeros

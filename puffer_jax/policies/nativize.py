@@ -7,7 +7,7 @@ reads them in torch. Struct layouts are numpy's and byte order is little-endian.
 
 Without `jax_enable_x64` there are no 64-bit arrays, so 64-bit leaves are narrowed as JAX narrows
 any array: integers keep their low 32 bits (larger values wrap; policies and the trainer refuse
-spaces that have them, see `widths`), float64 rounds to the nearest float32.
+spaces that have them, see `puffer_jax.nn.widths`), float64 rounds to the nearest float32.
 """
 
 import math

@@ -17,6 +17,7 @@ from puffer_jax.nn.cores import CORES, Core
 from puffer_jax.nn.cores.lstm import LSTM
 from puffer_jax.nn.initializers import reset_orthogonal
 from puffer_jax.nn.params import Shape
+from puffer_jax.nn.widths import check_widths
 from puffer_jax.policies.base import (
     Description,
     Dtypes,
@@ -27,7 +28,6 @@ from puffer_jax.policies.base import (
     reference_of,
 )
 from puffer_jax.policies.protocol import Logits, Policy, State
-from puffer_jax.policies.widths import check_widths
 
 
 class Recurrent(nnx.Module):

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
 from puffer_jax.base.spaces import Space
-from puffer_jax.policies.widths import check_widths
+from puffer_jax.nn.widths import check_widths
 from puffer_jax.ppo.host.stats import Info, Recorders, collect, told
 from puffer_jax.ppo.source import Stats
 from puffer_jax.vector.serial import Serial

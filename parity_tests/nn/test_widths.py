@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 import puffer_jax
 from puffer_jax.base import spaces as ours
 from puffer_jax.environments import emulation
-from puffer_jax.policies.widths import check_widths
+from puffer_jax.nn.widths import check_widths
 from puffer_jax.ppo.host.envs import as_host_env
 
 WIDE = [
