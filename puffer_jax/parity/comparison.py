@@ -174,7 +174,8 @@ def _hint(rows: Sequence[Row], theirs: dict[str, Call], ours: dict[str, Call]) -
         if min(errors, default=math.inf) <= bar:
             return ""
         after = f"between {list(earlier)[-1]} and {row.name}" if earlier else f"before {row.name}"
-        said = explain(*(np.asarray(x.input, np.float64) for x in (there, here)), earlier)
+        inputs = [np.asarray(call.input, np.float64) for call in (there, here)]
+        said = explain(inputs[0], inputs[1], earlier)
         return f"its input differs already: look {after}" + (f" ({said})" if said else "")
     return ""
 

@@ -48,13 +48,13 @@ def explain(theirs: Array, ours: Array, earlier: Mapping[str, Array]) -> str:
         return "the same numbers stand in another order: flattened or transposed otherwise?"
     if theirs.shape != ours.shape:
         return f"torch's has the shape {theirs.shape}, ours {ours.shape}"
-    latest = dict(reversed(earlier.items()))
-    for name, output in latest.items():
+    latest = list(earlier.items())[::-1]
+    for name, output in latest:
         if output.shape == theirs.shape and _close(theirs - ours, output):
             return f"torch adds the output of {name}, ours does not"
         if output.shape == theirs.shape and _close(ours - theirs, output):
             return f"ours adds the output of {name}, torch does not"
-    for name, output in latest.items():
+    for name, output in latest:
         if output.shape == theirs.shape:
             there, here = (_activation(output, x) for x in (theirs, ours))
             if there and here:
