@@ -286,7 +286,8 @@ class Envs:
                     info = env.step(self._actions[i])[4]
             except Exception as error:
                 info = self._replace(i, error, "stepping")
-            self._add(infos, i, info)
+            if type(info) is not dict or info:  # most say nothing
+                self._add(infos, i, info)
         self._unproven -= proven
         return infos
 

@@ -34,8 +34,10 @@ _INFOS, _ERROR = b"i", b"!"
 
 # Before an argument: which order, for which share, and its size; before a reply: which, and size.
 _ORDER, _REPLY = struct.Struct("!cHQ"), struct.Struct("!cQ")
+_NOTHING = _REPLY.pack(_INFOS, 0)
 
-_CHUNK = 1 << 18  # bytes that are sent or received at a time
+# Bytes that are sent or received at a time: of what is known to be large, and at first.
+_CHUNK, _SMALL = 1 << 18, 1 << 12
 
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -193,7 +195,17 @@ class Process:
 
     def order(self, order: bytes, share: int = 0, argument: bytes = b"") -> None:
         """Send an order for a share; a dead worker gets none, and `replies` reports its death."""
-        self._outbox += _ORDER.pack(order, share, len(argument)) + argument
+        message = _ORDER.pack(order, share, len(argument)) + argument
+        if not self._outbox and len(message) < _SMALL:  # as almost always
+            try:
+                message = message[self._channel.send(message) :]
+            except BlockingIOError:
+                pass
+            except OSError:  # it is dead, or has been ended
+                return
+            if not message:
+                return
+        self._outbox += message
         self.push()
 
     def dismiss(self) -> None:
@@ -221,7 +233,8 @@ class Process:
             fds: those of `fds` that were ready.
         """
         try:
-            chunk = self._channel.recv(_CHUNK)
+            # To make room for a large reply takes longer than a step, and most are a few bytes.
+            chunk = self._channel.recv(_CHUNK if self._inbox else _SMALL)
         except BlockingIOError:
             if self._death.fd not in fds:
                 return []
@@ -230,6 +243,8 @@ class Process:
             chunk = b""
         if not chunk:
             return [self._died()]
+        if chunk == _NOTHING and not self._inbox:  # as almost always
+            return [[]]
         self._inbox += chunk
         replies: list[list[Info] | Failure] = []
         while len(self._inbox) >= _REPLY.size:
@@ -388,8 +403,9 @@ def _serve(channel: socket.socket, memory: int, death: _Death) -> None:
     if death.fd is not None:
         poll.register(death.fd, select.POLLIN)
     while True:
-        if any(fd == death.fd for fd, _ in wait(poll)):
-            return
+        for fd, _ in wait(poll):
+            if fd == death.fd:
+                return
         order, share, size = _ORDER.unpack(_received(channel, _ORDER.size))
         argument = _received(channel, size)
         try:
@@ -420,7 +436,10 @@ def _close(shares: dict[int, Envs]) -> None:
 
 
 def _received(channel: socket.socket, size: int) -> bytes:
-    received = bytearray()
+    received = channel.recv(size) if 0 < size < _SMALL else b""
+    if len(received) == size:
+        return received
+    received = bytearray(received)
     while len(received) < size:
         chunk = channel.recv(min(_CHUNK, size - len(received)))
         if not chunk:
