@@ -45,7 +45,7 @@ def compile_with(script, folder, monkeypatch):
 
 
 def library(dtype="float32"):
-    return build.library(build.find_compiler(), dtype)
+    return build.compiled(build.find_compiler(), dtype)
 
 
 def content(cache):

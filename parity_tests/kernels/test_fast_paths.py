@@ -637,7 +637,7 @@ def test_vectors_of_any_length(tmp_path, length, driver):
     compiler = build.find_compiler()
     environment = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     if length == own_length(compiler):
-        libraries = {dtype: build.library(compiler, dtype) for dtype in build.TYPES}
+        libraries = {dtype: build.compiled(compiler, dtype) for dtype in build.TYPES}
     else:
         flags = f"-DVECTOR_BYTES={length} -Og"  # compiles in a third of the time
         environment |= {"XDG_CACHE_HOME": str(tmp_path), "PUFFER_JAX_CXXFLAGS": flags}

@@ -66,7 +66,7 @@ def load(dtype: str) -> ctypes.CDLL:
     Raises:
         BuildError: there is no compiler, it fails, or the cache cannot be used.
     """
-    path = library(find_compiler(), dtype)
+    path = compiled(find_compiler(), dtype)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -100,7 +100,7 @@ def _words(variable: str) -> list[str]:
         raise BuildError(f"the CPU kernels could not be built: {reason}") from error
 
 
-def library(compiler: Compiler, dtype: str) -> Path:
+def compiled(compiler: Compiler, dtype: str) -> Path:
     """The shared library for "float32" or "float64", from the cache or compiled now.
 
     Raises:
