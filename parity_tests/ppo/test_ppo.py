@@ -339,6 +339,75 @@ def test_recomputed_advantages_are_those_of_the_present_ratio():
     assert relative_error(metrics["value_loss"], kept["value_loss"]) <= 1e-15
 
 
+def gae_loop(buffer, gamma, lam):
+    """Generalised advantages, step by step; the last step's is 0."""
+    rewards, values = buffer["rewards"], buffer["values"]
+    result = np.zeros_like(values)
+    for t in reversed(range(HORIZON - 1)):
+        alive = 1 - buffer["terminals"][:, t + 1]
+        delta = rewards[:, t + 1] + gamma * alive * values[:, t + 1] - values[:, t]
+        result[:, t] = delta + gamma * lam * alive * result[:, t + 1]
+    return result
+
+
+def test_gae_is_computed_once_and_the_update_is_the_original_ppos():
+    """Two passes at a rate that moves the policy, against torch with advantages from a loop."""
+    theirs = build_theirs("discrete", False).double()
+    ours = twin(theirs, lambda dtype: build_ours("discrete", False, dtype), "float64")
+    buffer = make_buffer(theirs, "discrete", "float64", np.random.default_rng(3))
+    changes = {"advantage": "gae", "optimizer": "adam", "update_epochs": 2, "learning_rate": 0.01}
+    # Bounds that V-trace would feel.
+    changes |= {"sampling": "shuffled", "anneal_lr": False, "vtrace_rho_clip": 0.5}
+    config = PuffeRLConfig.from_dict(CONFIG | changes)
+    learner = ppo.make_learner(config, config.sizes(SEGMENTS), ours)
+    graphdef, params = puffer_jax.split(ours)
+    state, losses, details = jax.jit(learner.update)(
+        learner.init(params), ppo.Experience(**buffer), jax.random.key(0)
+    )
+    rows = np.asarray(details.indices)
+    for order in rows.reshape(2, -1):  # each pass has every segment once
+        assert sorted(order) == list(range(SEGMENTS))
+    assert not np.array_equal(*rows.reshape(2, -1))
+
+    hypers = config.hypers()
+    advantages = gae_loop(buffer, hypers["gamma"], hypers["gae_lambda"])
+    assert relative_error(details.advantages, advantages) <= 1e-14
+    optimizer = torch.optim.Adam(
+        theirs.parameters(), hypers["learning_rate"],
+        (hypers["adam_beta1"], hypers["adam_beta2"]), hypers["adam_eps"],
+    )  # fmt: skip
+    tensors = {name: torch.from_numpy(array) for name, array in buffer.items()}
+    with torch_precision("float64"):
+        for minibatch in rows.tolist():
+            part = {name: tensor[minibatch] for name, tensor in tensors.items()}
+            target = torch.from_numpy(advantages[minibatch])
+            scaled = (target - target.mean()) / (target.std() + 1e-8)
+            logits, values = theirs(part["observations"].double().reshape(-1, 5))
+            _, logprobs, entropy = pufferlib.pytorch.sample_logits(logits, part["actions"])
+            ratio = (logprobs.reshape(part["logprobs"].shape) - part["logprobs"]).exp()
+            clip, bound = hypers["clip_coef"], hypers["vf_clip_coef"]
+            gain = torch.min(scaled * ratio, scaled * ratio.clip(1 - clip, 1 + clip))
+            old, new = part["values"], values.reshape(part["values"].shape)
+            near = old + (new - old).clip(-bound, bound)
+            error = torch.max((new - old - target) ** 2, (near - old - target) ** 2)
+            total = -gain.mean() + hypers["vf_coef"] * 0.5 * error.mean()
+            total = total - hypers["ent_coef"] * entropy.mean()
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), hypers["max_grad_norm"])
+            optimizer.step()
+    expected = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    assert_same({"params": torch_names(graphdef, state.params)}, {"params": expected}, 1e-10)
+    returns = advantages + buffer["values"]
+    explained = 1 - advantages.var(ddof=1) / returns.var(ddof=1)
+    assert relative_error(losses["explained_variance"], explained) <= 1e-12
+
+
+def test_recomputing_advantages_that_are_computed_once_is_an_error():
+    with pytest.raises(ValueError, match="recompute_advantage needs 'vtrace'; got advantage 'gae'"):
+        PuffeRLConfig(advantage="gae", recompute_advantage=True)
+
+
 def test_key_or_indices():
     config = PuffeRLConfig.from_dict(CONFIG)
     policy = build_ours("discrete", False, "float32")

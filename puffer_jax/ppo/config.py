@@ -139,9 +139,17 @@ class PuffeRLConfig:
             1, which `vf_clip_coef` is made for.
         reward_clip: rewards are clamped to [-reward_clip, reward_clip]; None (recommended) leaves
             them as they are. The clamp silently changes the task (field reports: PufferDrive#207).
-        recompute_advantage: whether the policy's advantages are scaled with the ratio of the
-            current policy. The reference computes that and then overwrites it (PufferLib#306,
-            #341).
+        advantage: how advantages are estimated. "vtrace", as in the reference: anew for each
+            minibatch, from the latest values and ratios. The loss multiplies by the ratio once
+            more: what has become less likely is hardly learned again, and with several
+            `update_epochs` the entropy collapses. "gae": once, as in the original PPO.
+        sampling: how segments become minibatches. "prioritized", as in the reference: each
+            minibatch is drawn by itself, by `prio_alpha`. "shuffled": each pass over the batch
+            takes all segments once, in random order; `prio_alpha` and `prio_beta0` have no
+            effect.
+        recompute_advantage: with "vtrace", whether the policy's advantages are scaled with the
+            ratio of the current policy. The reference computes that and then overwrites it
+            (PufferLib#306, #341).
         bootstrap_truncation: whether a truncated episode, which counts as ended, is credited with
             the value of its last observation in place of the rewards it missed. The reference
             ignores truncation: value leaks in from the next episode. Environments that reset
@@ -209,6 +217,8 @@ class PuffeRLConfig:
     normalize_rewards: bool = False
     reward_scale: float = 1.0
     reward_clip: float | None = option(1.0, positive=True)
+    advantage: Literal["vtrace", "gae"] = "vtrace"
+    sampling: Literal["prioritized", "shuffled"] = "prioritized"
     recompute_advantage: bool = False
     bootstrap_truncation: bool = False
     bootstrap_last: bool = False
@@ -228,7 +238,8 @@ class PuffeRLConfig:
         better: dict[str, Any] = {
             **_RECIPE,
             "reward_clip": None,
-            "recompute_advantage": True,
+            "advantage": "gae",
+            "sampling": "shuffled",
             "bootstrap_truncation": True,
             "bootstrap_last": True,
             "reset_on_done": True,
@@ -300,6 +311,10 @@ class PuffeRLConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.recompute_advantage and self.advantage != "vtrace":
+            raise ValueError(
+                f"recompute_advantage needs 'vtrace'; got advantage {self.advantage!r}"
+            )
 
     def hypers(self) -> dict[str, float]:
         """The numbers of the update that may be traced: see `puffer_jax.make_train`."""

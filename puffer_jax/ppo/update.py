@@ -1,5 +1,6 @@
 """One epoch's update."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ class Learner:
         Args:
             state: the train state so far.
             experience: the batch.
-            key: draws the rows of each minibatch, without replacement, as `torch.multinomial`.
+            key: draws the rows of each minibatch, as `config.sampling` says.
             hypers: numbers or tracers that replace some of `config.hypers()`.
             indices: the rows of each minibatch, in place of `key`.
 
@@ -103,7 +104,12 @@ class Learner:
         gamma = self.config.gamma if hypers is None else hypers.get("gamma", self.config.gamma)
         experience, known = normalization.normalize_rewards(experience, state.normalization, gamma)
         terms = _terms(self, state, experience, hypers)
-        draws = jnp.asarray(indices) if key is None else jax.random.split(key, count)
+        if key is None:
+            draws = jnp.asarray(indices)
+        elif self.config.sampling == "shuffled":
+            draws = _shuffled(key, self.sizes)
+        else:
+            draws = jax.random.split(key, count)
         draws = jnp.reshape(draws, (count // accumulate, accumulate, *draws.shape[1:]))
 
         values = experience.values
@@ -117,7 +123,10 @@ class Learner:
         state = _if_finite(self, state, learned)
         details = details._replace(indices=rows.reshape(count, -1))
         losses = {name: metrics[name].sum() / count for name in metrics}
-        losses["explained_variance"] = _explained_variance(details)
+        written_back = terms.advantages is None
+        losses["explained_variance"] = _explained_variance(
+            details.advantages, details.values if written_back else values
+        )
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
         known = normalization.observed(experience, known)
         unplayed = state.unplayed
@@ -131,12 +140,12 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
     """The update of `pufferlib.pufferl.PuffeRL.train` for policies like `policy`.
 
     Quirks kept by default, each with an option in `PuffeRLConfig`: the advantage of a minibatch is
-    not recomputed for the current ratio, and gradients of accumulated minibatches add up. Kept
-    without one: the advantages of the whole batch are recomputed for every minibatch, after the
-    previous ones have written back their values and ratios (so a value is clipped around its
-    latest estimate); advantages are standardised with the unbiased deviation and then weighted;
-    the importance exponent anneals to beta0 + (1 - beta0) alpha; the learning rate changes once an
-    epoch.
+    not recomputed for the current ratio; gradients of accumulated minibatches add up; the
+    advantages of the whole batch are recomputed for every minibatch, after the previous ones have
+    written back their values and ratios (so a value is clipped around its latest estimate); and
+    each minibatch is drawn by itself. Kept without one: advantages are standardised with the
+    unbiased deviation and then weighted; the importance exponent anneals to beta0 + (1 - beta0)
+    alpha; the learning rate changes once an epoch.
     """
     graphdef, params = split(policy)
     to_torch, from_torch = torch_layout(policy)
@@ -194,12 +203,14 @@ class _Terms(NamedTuple):
         hypers: the hyper-parameters, with replacements.
         beta: the importance exponent.
         step: the optimizer's step, at this epoch's learning rate.
+        advantages: the advantages of the batch; None: each minibatch computes them anew.
     """
 
     experience: Experience
     hypers: Hypers
     beta: Number
     step: optimizers.OptimizerStep
+    advantages: Float[Array, "segments time"] | None
 
 
 def _terms(
@@ -222,7 +233,12 @@ def _terms(
     numbers = _optimizer_numbers(hypers, rate)
     step = optimizers.make_step(config.optimizer, learner.to_torch, learner.from_torch, **numbers)
     beta = beta0 + (1 - beta0) * hypers["prio_alpha"] * epoch / epochs
-    return _Terms(experience, hypers, beta, step)
+    advantages = None
+    if config.advantage == "gae":
+        # With ratios of 1 and no bounds on them, V-trace's advantages are GAE's.
+        unbounded = hypers | {"vtrace_rho_clip": math.inf, "vtrace_c_clip": math.inf}
+        advantages = advantage_of(experience, jnp.ones_like(experience.values), unbounded)
+    return _Terms(experience, hypers, beta, step, advantages)
 
 
 def _optimizer_numbers(hypers: Hypers, learning_rate: Number) -> dict[str, Number]:
@@ -242,7 +258,9 @@ def _optimizer_step(
     before, gradients = details, None
     bad, metrics, rows = jnp.zeros((), bool), [], []
     for draw in draws:
-        current = terms.experience._replace(values=details.values)
+        current = terms.experience
+        if terms.advantages is None:
+            current = current._replace(values=details.values)
         part = _minibatch(learner, terms, state, current, details.ratio, draw)
         bad = bad | _nonfinite(learner, current, part)
         details = details._replace(
@@ -282,9 +300,13 @@ def _minibatch(
     draw: Array,
 ) -> Minibatch:
     """Loss and gradients of the rows `draw`, or of rows drawn with the key `draw`."""
-    hypers, sizes = terms.hypers, learner.sizes
-    advantages = advantage_of(experience, ratio, hypers)
-    probs = priorities(advantages, hypers["prio_alpha"])
+    hypers, sizes, advantages = terms.hypers, learner.sizes, terms.advantages
+    if advantages is None:
+        advantages = advantage_of(experience, ratio, hypers)
+    if learner.config.sampling == "shuffled":
+        probs = jnp.full(sizes.segments, 1 / sizes.segments, advantages.dtype)
+    else:
+        probs = priorities(advantages, hypers["prio_alpha"])
     if jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
         key, shape = random.fast(draw), (sizes.minibatch_segments,)
         rows = jax.random.choice(key, sizes.segments, shape, replace=False, p=probs)
@@ -340,8 +362,16 @@ def _sum(total: Params | None, gradients: Params) -> Params:
     return gradients if total is None else jax.tree.map(jnp.add, total, gradients)
 
 
-def _explained_variance(details: Details) -> Array:
-    returns = details.advantages + details.values
+def _shuffled(key: PRNGKeyArray, sizes: Sizes) -> Int[Array, "minibatches rows"]:
+    """The rows of each minibatch: those of one random order of all rows after another."""
+    shape = sizes.minibatches, sizes.minibatch_segments
+    keys = jax.random.split(key, -(-math.prod(shape) // sizes.segments))
+    orders = [jax.random.permutation(random.fast(key), sizes.segments) for key in keys]
+    return jnp.concatenate(orders)[: math.prod(shape)].reshape(shape)
+
+
+def _explained_variance(advantages: Array, values: Array) -> Array:
+    returns = advantages + values
     variance = jnp.var(returns, ddof=1)
-    explained = 1 - jnp.var(returns - details.values, ddof=1) / variance
+    explained = 1 - jnp.var(returns - values, ddof=1) / variance
     return jnp.where(variance == 0, jnp.nan, explained)
