@@ -7,7 +7,8 @@ REFERENCE = pufferlib-core==3.0.23
 # What depends on Flax's module mode (the marker `tree`) also runs in the other mode, compiled as it
 # is for users (the first run skips LLVM's optimiser where it can) and without the CPU kernels, as on
 # machines without a C++ compiler. A Ray cluster of two nodes wants both cores to itself.
-MODULES = $(addprefix policies/test_,models check cleanrl) weights/test_weights test_golden parity/test_parity
+MODULES = $(addprefix policies/test_,models check cleanrl) $(addprefix weights/test_,weights rules) \
+	test_golden parity/test_parity
 
 # Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
 # venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax rules out jax 0.12: the tests

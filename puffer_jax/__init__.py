@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
     from puffer_jax import vector as vector
+    from puffer_jax import weights as weights
     from puffer_jax.base.actions import playable as playable
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
     from puffer_jax.nn.cores.gru import GRU as GRU
@@ -135,7 +136,7 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
     *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo", "random"),
-    "vector",
+    *("vector", "weights"),
 )
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ from puffer_jax.cli import train
 from puffer_jax.cli.command import main
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.run import loggers, trainer
+from puffer_jax.weights.description import describe
 
 SMALL = ["--train.bptt-horizon", "8", "--policy.hidden-size", "8", "--train.no-anneal-lr"]
 INI = """
@@ -122,6 +123,7 @@ def test_train_writes_a_run(host_run, capsys):
     assert settings["env"] == "CartPole-v1"
     assert settings["train"]["total_timesteps"] == 100
     assert settings["train"]["seed"] == 3
+    assert settings["policy"]["name"] == "Default"  # what "auto" chose
     # PufferLib's policy takes the model.
     policy = reference.Default(stub_env(Box(-1, 1, (4,)), Discrete(2)), 8)
     final = host_run.with_name("b_seed3.pt")
@@ -243,6 +245,9 @@ POLICIES = [
     (Box(0, 1, (4, 84, 84)), {}, ("Default", 128)),
     (Box(0, 255, (9, 9, 3), np.uint8), {}, ("Default", 128)),
     (Box(0, 255, (60, 48, 3), np.uint8), {"name": "Convolutional"}, ("Convolutional", 512, 3)),
+    (Box(0, 255, (200, 180, 3), np.uint8), {}, ("Convolutional", 512, 3)),
+    (Box(-1, 1, (4,)), {"name": "MLP", "hidden_size": 8}, ("MLP", 16)),
+    (Box(-1, 1, (4,)), {"name": "auto 0.1"}, ("Default", 128)),
 ]
 
 
@@ -254,6 +259,11 @@ def test_the_policy_fits_the_observations(number):
     options = cli_options.PolicyOptions(**given, **channels_last)
     env = stub_env(space, Discrete(3))
     policy = nnx.eval_shape(lambda: cli_envs.make_policy(env, options, rnn))
+    # What a run's config.json has makes the same policy, whatever "auto" chooses by then.
+    made = cli_envs.settled(options, policy)
+    assert made.name == expected[0]
+    again = nnx.eval_shape(lambda: cli_envs.make_policy(env, made, rnn))
+    assert describe(again) == describe(policy)
     if rnn:
         assert (policy.input_size, policy.hidden_size) == (expected[1], expected[1])
         policy = policy.policy

@@ -527,15 +527,15 @@ def test_every_source_tells_libraries_apart(tmp_path):
     sources = {"adam.cc": "void adam() {}", "kernels.cc": '#include "adam.cc"', "vectors.h": ""}
     for name, text in reversed(sources.items()):
         (tmp_path / name).write_text(text)
-    key = build._key(tmp_path, b"flags")
-    assert key == build._key(tmp_path, b"flags") != build._key(tmp_path, b"other flags")
+    key = build.key(tmp_path, b"flags")
+    assert key == build.key(tmp_path, b"flags") != build.key(tmp_path, b"other flags")
     for name, text in sources.items():
         (tmp_path / name).write_text(text + "// changed")
-        assert build._key(tmp_path, b"flags") != key
+        assert build.key(tmp_path, b"flags") != key
         (tmp_path / name).write_text(text)
-    assert build._key(tmp_path, b"flags") == key
+    assert build.key(tmp_path, b"flags") == key
     (tmp_path / "vectors.h").rename(tmp_path / "lanes.h")
-    assert build._key(tmp_path, b"flags") != key
+    assert build.key(tmp_path, b"flags") != key
 
 
 LENGTHS = """

@@ -80,10 +80,17 @@ def test_a_single_step_has_no_deviation():
 
 def test_the_schedules_count_what_was_played_and_never_turn_back():
     ours, state = learner()
+    update = jax.jit(lambda state, batch: ours.update(state, batch, indices=ROWS)[0])
     rates = []
     for mask in (HALF, ~HALF, *[np.ones_like(HALF)] * 6):
         rates.append(float(ours.schedule_epoch(state)))
-        state, *_ = ours.update(state, experience(mask), indices=ROWS)
+        state = update(state, experience(mask))
     played = HALF.mean()
     np.testing.assert_allclose(rates, [0, played, 1, 2, 3, 4, 4, 4], rtol=1e-6)
     assert int(state.epoch) == 8
+
+    # After so many epochs a float32 has no place for one step of 32; none is lost all the same.
+    state = state._replace(unplayed=jnp.float32(2**20))
+    for _ in range(4):
+        state = update(state, experience(np.arange(32).reshape(8, 4) > 0))
+    assert (float(state.unplayed), float(state.lost)) == (2**20 + 4 / 32, 0)

@@ -1,5 +1,6 @@
 """Whatever fails or interrupts a run, what its last finished update left is whole and goes on."""
 
+import fcntl
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -181,6 +182,18 @@ class Called(nnx.Module):
 
     def __call__(self, observations, state=None):
         return self.inner(observations)
+
+
+def test_another_writer_is_found_at_the_start(tmp_path):
+    trainer = build(tmp_path, logger=NoLogger("run"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / ".writer", "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # conflicts with any other opening, as in a process
+        with pytest.raises(RuntimeError, match=r"another process writes to .*run"):
+            trainer.run()
+    assert trainer.epoch == 0
+    assert [path.name for path in folder.iterdir()] == [".writer"]
 
 
 def test_a_policy_may_have_any_forward(tmp_path):

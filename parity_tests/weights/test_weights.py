@@ -874,7 +874,6 @@ class Holder(nnx.Module):
 RNGS = nnx.Rngs(0)
 UNKNOWN = {
     "ConvTranspose": lambda: nnx.ConvTranspose(2, 2, (3,), rngs=RNGS),
-    "BatchNorm": lambda: nnx.BatchNorm(2, rngs=RNGS),
     "MultiHeadAttention": lambda: nnx.MultiHeadAttention(**ATTENTION, normalize_qk=True, rngs=RNGS),
     "LSTMCell": lambda: nnx.LSTMCell(2, 2, rngs=RNGS),
     "LinearGeneral": lambda: nnx.LinearGeneral(2, (2, 2), rngs=RNGS),

@@ -15,6 +15,7 @@ from puffer_jax.cli.options import PolicyOptions, VecOptions
 from puffer_jax.environments import registry
 from puffer_jax.environments.families import Arguments
 from puffer_jax.environments.jax_native import AdaptedEnv, as_jax_env
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.policies.recurrent import with_core
 from puffer_jax.vector.options import names
 
@@ -130,3 +131,13 @@ def make_policy(
     if core is None:
         return policy
     return with_core(core, env, policy, rngs=rngs, dtype=dtype)
+
+
+def settled(options: PolicyOptions, policy: Any) -> PolicyOptions:
+    """The options that make a policy like this one again, whatever other versions' defaults are."""
+    inner = policy.policy if is_recurrent(policy) else policy
+    known = {field.name for field in dataclasses.fields(PolicyOptions)}
+    sizes = {name: getattr(inner, name) for name in inner.sizes if name in known}
+    if "hidden_sizes" not in sizes:
+        sizes["hidden_size"] = inner.hidden_size
+    return dataclasses.replace(options, name=type(inner).__name__, **sizes)

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import tyro
 
+from puffer_jax.base import locks
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import from_json, near
-from puffer_jax.cli.envs import make_envs, make_policy
+from puffer_jax.cli.envs import make_envs, make_policy, settled
 from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
 from puffer_jax.policies.choice import AUTO_0_1
@@ -87,13 +88,14 @@ class Train:
         # First, since the environments' processes should not be forked from a running JAX.
         envs, single, count = make_envs(self.env, self.vec, parse_arguments(self.env_arg))
         try:
-            settled = {"env": self.env, "num_envs": count, "data_dir": data_dir}
-            config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | settled)
+            known = {"env": self.env, "num_envs": count, "data_dir": data_dir}
+            config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | known)
             policy = make_policy(single, self.policy, self.rnn, config.precision, config.seed)
             trainer = PuffeRL(config, envs, policy, NoLogger(run_id))
             if self.resume is not None:
                 trainer.restore()
             evaluation = self._evaluation()
+            locks.claim(trainer.run_folder)
         except BaseException:
             getattr(envs, "close", lambda: None)()
             raise
@@ -103,7 +105,8 @@ class Train:
             print(f"{trainer.run_folder}: {trainer.global_step} {steps} are done already")
             return 0
         # Only now, so that bad options leave no files behind.
-        write_settings(self, trainer.run_folder)
+        made = dataclasses.replace(self, policy=settled(self.policy, policy))
+        write_settings(made, trainer.run_folder)
         trainer.logger = make_logger(self, trainer.run_folder)
         trainer.log_seconds = 0.0
         if self.resume is not None:

@@ -1,6 +1,6 @@
 """What puffer_jax knows about any `nnx.Module`: split and merge, and its parameters as torch's.
 
-The exchange with torch is a rule per layer type (`RULES`) applied along attribute paths:
+The exchange with torch is a rule per layer type (`torch_rules`) applied along attribute paths:
 `policy.encoder.layers[0].kernel` of an `nnx.Linear` is torch's `policy.encoder.0.weight`,
 transposed. A module whose attributes carry the names of its torch twin therefore converts
 with no code. A class may say more:
@@ -21,11 +21,12 @@ from puffer_jax.nn.params import Shape, merge, mismatches, split
 from puffer_jax.nn.torch_rules import (
     CONTAINERS,
     RULES,
+    Constant,
+    Layout,
+    Rule,
     Tensor,
-    attribute_at,
+    held,
     rule_for,
-    same,
-    same_back,
 )
 
 Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
@@ -35,13 +36,15 @@ Conversion = Callable[[Mapping[str, PyTree]], dict[str, PyTree]]
 class TorchParameter(NamedTuple):
     """One tensor of the torch twin and the Flax parameters that hold its values.
 
-    `pack` turns their NumPy arrays into torch's tensor; `unpack` is its inverse.
+    `pack` turns their NumPy arrays into torch's tensor; `unpack` is its inverse. Without variables
+    it is a constant of the twin's, and `why` says why Flax has none.
     """
 
     name: str
-    variables: tuple[nnx.Param, ...]
+    variables: tuple[nnx.Variable, ...]
     pack: Callable[..., Tensor]
     unpack: Callable[..., tuple[Tensor, ...]]
+    why: str = ""
 
     @property
     def shape(self) -> Shape:
@@ -67,35 +70,73 @@ def torch_parameters(module: nnx.Module, prefix: str = "") -> list[TorchParamete
     Raises:
         TypeError: a layer has parameters but no rule, or a variable is not a Param.
     """
+    return [tensor for tensor in torch_tensors(module, prefix) if tensor.variables]
+
+
+def torch_tensors(module: nnx.Module, prefix: str = "") -> list[TorchParameter]:
+    """As `torch_parameters`, with the constants that Flax's layers have no parameters for."""
     rule = rule_for(module)
     if rule is not None:
-        parameters = [
-            TorchParameter(prefix + name, tuple(variables), pack, unpack)
-            for name, paths, pack, unpack in rule
-            if (variables := [attribute_at(module, path) for path in paths])[0] is not None
-        ]
-        covered = sum(len(parameter.variables) for parameter in parameters)
-    else:
-        parameters = []
-        flax_layer = type(module).__module__.startswith("flax.")
-        covered = 0 if flax_layer and not isinstance(module, CONTAINERS) else None
-    if covered is not None:
-        if covered != len(jax.tree.leaves(nnx.state(module))):
-            where = prefix.rstrip(".") or "module"
+        return _of_layer(module, rule, prefix)
+    if type(module).__module__.startswith("flax.") and not isinstance(module, CONTAINERS):
+        if jax.tree.leaves(nnx.state(module)):
             raise TypeError(
-                f"{where}: no torch rule for this {type(module).__name__}; "
-                f"known are {', '.join(sorted(cls.__name__ for cls in RULES))} and bare nnx.Param"
+                f"{prefix.rstrip('.') or 'module'}: no torch rule for this "
+                f"{type(module).__name__}; puffer_jax.weights.rule adds one. Known are "
+                f"{', '.join(sorted(cls.__name__ for cls in RULES))} and bare nnx.Param"
             )
-        return parameters
+        return []
     direct, nested = [], []
     for name, value in _attributes(module):
         if isinstance(value, nnx.Param):
-            direct.append(TorchParameter(prefix + name, (value,), same, same_back))
+            layout = Layout(name)
+            direct.append(TorchParameter(prefix + name, (value,), layout.to_torch, layout.unpack))
         elif isinstance(value, nnx.Variable):
             raise TypeError(f"{prefix + name}: {type(value).__name__} has no torch counterpart")
         else:
-            nested.extend(torch_parameters(value, f"{prefix}{name}."))
+            nested.extend(torch_tensors(value, f"{prefix}{name}."))
     return direct + nested
+
+
+def _of_layer(layer: nnx.Module, rule: Rule, prefix: str) -> list[TorchParameter]:
+    where = f"{prefix.rstrip('.') or 'module'}: the torch rule of {type(layer).__name__}"
+    tensors = []
+    for name, entry in rule.items():
+        if isinstance(entry, Layout):
+            try:
+                variables = held(layer, entry)
+            except TypeError as error:
+                raise TypeError(f"{where} does not fit at {name}: {error}") from error
+            if variables is not None:
+                tensors.append(
+                    TorchParameter(prefix + name, variables, entry.to_torch, entry.unpack)
+                )
+        elif isinstance(entry, Constant):
+            value = np.asarray(entry.value(layer))
+            tensors.append(
+                TorchParameter(
+                    prefix + name, (), lambda value=value: value, lambda tensor: (), entry.why
+                )
+            )
+    covered = {id(variable) for tensor in tensors for variable in tensor.variables}
+    left = [
+        ".".join(map(str, path))
+        for path, variable in nnx.iter_graph(layer, graph=True)
+        if isinstance(variable, nnx.Variable) and id(variable) not in covered
+    ]
+    if left:
+        raise TypeError(f"{where} leaves out {', '.join(left)}")
+    return tensors
+
+
+def torch_unneeded(module: nnx.Module) -> set[str]:
+    """Names in the torch twin's state_dict of what Flax has nothing for, and needs nothing."""
+    return {
+        f"{prefix}{name}"
+        for prefix, layer in torch_modules(module)
+        for name, entry in (rule_for(layer) or {}).items()
+        if entry is None
+    }
 
 
 def torch_layout(policy: nnx.Module) -> tuple[Conversion, Conversion]:

@@ -127,16 +127,19 @@ def _saying(note: str) -> Iterator[None]:
 
 def _differing_weights(torch_policy: TorchModule, jax_policy: nnx.Module) -> Iterator[str]:
     ours = state_dict(jax_policy)
-    for name, parameter in torch_policy.named_parameters():
-        tensor = parameter.detach().cpu().double().numpy()
+    # Of torch's buffers only those count that ours has, too, a BatchNorm's statistics say.
+    buffers = {name: buffer for name, buffer in torch_policy.named_buffers() if name in ours}
+    for name, tensor in (dict(torch_policy.named_parameters()) | buffers).items():
+        array = tensor.detach().cpu().double().numpy()
         if name not in ours:
             yield f"{name} (missing in JAX)"
-        elif tensor.shape != ours[name].shape:
-            yield f"{name} ({tensor.shape} in torch, {ours[name].shape} in JAX)"
-        elif not np.array_equal(tensor, ours[name].astype(np.float64), equal_nan=True):
+        elif array.shape != ours[name].shape:
+            yield f"{name} ({array.shape} in torch, {ours[name].shape} in JAX)"
+        elif not np.array_equal(array, ours[name].astype(np.float64), equal_nan=True):
             yield name
     # Torch lists tied parameters once; ours may be tied where torch has no second name.
-    known = dict(torch_policy.named_parameters(remove_duplicate=False)) | torch_aliases(jax_policy)
+    known = dict(torch_policy.named_parameters(remove_duplicate=False)) | buffers
+    known |= torch_aliases(jax_policy)
     yield from (f"{name} (missing in torch)" for name in ours if name not in known)
 
 

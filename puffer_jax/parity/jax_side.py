@@ -11,7 +11,6 @@ from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, PyTree
 
-from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.torch_layout import torch_modules
 from puffer_jax.parity.shared import (
     Call,
@@ -25,7 +24,7 @@ from puffer_jax.parity.shared import (
     named,
     named_outputs,
 )
-from puffer_jax.weights.state_dicts import state_dict
+from puffer_jax.weights.state_dicts import named_parameters, state_dict
 
 T = TypeVar("T")
 
@@ -44,11 +43,12 @@ def run_jax(
         precision: the precision of parameters, inputs and computation.
         differentiated: the outputs that make up torch's loss.
     """
-    graphdef, params = split(policy)
+    # What the torch twin calls buffers, a BatchNorm's statistics say, is not differentiated.
+    graphdef, params, buffers = nnx.split(policy, nnx.Param, ...)
     dtype = jnp.dtype(precision)
 
     def build(params: PyTree) -> Any:
-        module = merge(graphdef, params)
+        module = nnx.merge(graphdef, params, cast_floats(buffers, dtype))
         _set_dtypes(module, dtype)
         return module
 
@@ -91,7 +91,12 @@ def run_jax(
         run = jax.jit(jax.grad(loss, has_aux=True))
         gradients, outputs = jax.device_get(run(*cast, inputs.done))
         layers = jax.device_get(run_recorded(*cast, inputs.done))
-    named_gradients = state_dict(merge(graphdef, gradients))
+    tensors = named_parameters(policy)[0]
+    named_gradients = {
+        name: gradient
+        for name, gradient in state_dict(nnx.merge(graphdef, gradients, buffers)).items()
+        if name not in tensors or tensors[name].variables  # a constant's would be its value
+    }
     return Run(outputs, named_gradients, layers, differentiated & outputs.keys())
 
 

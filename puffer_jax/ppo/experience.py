@@ -82,6 +82,7 @@ class TrainState(NamedTuple):
         normalization: what is known about observations and rewards; None: neither is normalised.
         unplayed: float32, how many batches the steps would fill that were not played (see
             `Experience.mask`); None counts as 0.
+        lost: what rounding took from `unplayed`; None counts as 0.
     """
 
     params: Params
@@ -91,6 +92,7 @@ class TrainState(NamedTuple):
     culprit: Array
     normalization: Normalization | None = None
     unplayed: Array | None = None
+    lost: Array | None = None
 
 
 class Details(NamedTuple):

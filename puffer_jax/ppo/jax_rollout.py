@@ -11,6 +11,7 @@ from puffer_jax.environments.jax_native import AdaptedEnv, Step, autoreset
 from puffer_jax.nn import random
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
+from puffer_jax.ppo.moments import add
 from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
 from puffer_jax.ppo.source import Stats
 
@@ -58,13 +59,6 @@ class Episodes(NamedTuple):
         """Mean return and length; NaN if no episode ended."""
         count = jnp.where(self.episodes == 0, jnp.nan, self.episodes)
         return {"episode_return": self.returns / count, "episode_length": self.lengths / count}
-
-
-def _add(total: Array, lost: Array | None, x: Array) -> tuple[Array, Array]:
-    """Kahan's sum: the total and what rounding took from it, after adding x."""
-    x = x if lost is None else x + lost
-    new = total + x
-    return new, x - (new - total)
 
 
 class JaxSource:
@@ -158,7 +152,7 @@ class JaxSource:
         out = self._step_envs(keys, stream.env, self._player.playable(action))
         final_value = self._final_value(params, out, state, values)
         done = out.terminated | out.truncated
-        returns, lost = _add(stream.returns, stream.lost, out.reward)
+        returns, lost = add(stream.returns, stream.lost, out.reward)
         lengths = stream.lengths + (stream.lengths < jnp.iinfo(jnp.int32).max)
         episodes = Episodes(
             episodes.episodes + done.sum(dtype=jnp.int32),

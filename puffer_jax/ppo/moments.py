@@ -1,4 +1,4 @@
-"""Running means and variances, updated batch by batch."""
+"""Running sums, means and variances, updated batch by batch."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,13 @@ from jaxtyping import Array, Float
 
 # A feature that varies less counts as constant, so that its first change does not explode.
 _LEAST_DEVIATION = 1e-3
+
+
+def add(total: Array, lost: Array | None, x: Array) -> tuple[Array, Array]:
+    """Kahan's sum: the total and what rounding took from it (None: nothing), after adding x."""
+    x = x if lost is None else x + lost
+    new = total + x
+    return new, x - (new - total)
 
 
 class Moments(NamedTuple):

@@ -25,7 +25,7 @@ from puffer_jax.ppo.experience import (
     Params,
     TrainState,
 )
-from puffer_jax.ppo.moments import Normalization
+from puffer_jax.ppo.moments import Normalization, add
 from puffer_jax.ppo.objective import loss
 from puffer_jax.ppo.sizes import Sizes
 
@@ -61,8 +61,8 @@ class Learner:
             self.config.optimizer, self.to_torch, self.from_torch, **numbers
         )
         opt_state = optimizer.init(params)
-        unplayed = jnp.zeros((), jnp.float32)
-        return TrainState(params, opt_state, zero, zero, zero - 1, self.normalization, unplayed)
+        none = jnp.zeros((), jnp.float32)
+        return TrainState(params, opt_state, zero, zero, zero - 1, self.normalization, none, none)
 
     def schedule_epoch(self, state: TrainState) -> Array:
         """How far the schedules are: played batches, at most as many as are planned."""
@@ -129,10 +129,11 @@ class Learner:
         )
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
         known = normalization.observed(experience, known)
-        unplayed = state.unplayed
-        if unplayed is not None and experience.mask is not None:
-            unplayed = unplayed + (1 - experience.mask.mean(dtype=unplayed.dtype))
-        state = state._replace(epoch=state.epoch + 1, normalization=known, unplayed=unplayed)
+        if state.unplayed is not None and experience.mask is not None:
+            share = 1 - experience.mask.mean(dtype=state.unplayed.dtype)
+            unplayed, lost = add(state.unplayed, state.lost, share)
+            state = state._replace(unplayed=unplayed, lost=lost)
+        state = state._replace(epoch=state.epoch + 1, normalization=known)
         return state, losses, details
 
 

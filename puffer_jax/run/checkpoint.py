@@ -35,7 +35,7 @@ from puffer_jax.run.loggers import PathLike
 from puffer_jax.weights.files import save_weights
 
 # Leaves of the trainer that 0.1 did not have; where they are missing, `like` keeps its own.
-_LATER = ("['train'].unplayed", "['stream'].lost")
+_LATER = ("['train'].unplayed", "['train'].lost", "['stream'].lost")
 
 _FORMAT = 1
 

@@ -15,8 +15,8 @@ from puffer_jax.run.loggers import Logger, Logs
 class Run:
     """The name of a run, and where it writes.
 
-    Its folder is claimed from the first checkpoint, or from a resume, until `close`: meanwhile no
-    other process can write to it.
+    Its folder is claimed by `claim`, the first checkpoint or a resume, until `close`: meanwhile
+    no other process can write to it.
 
     Args:
         data_dir: the folder of all runs.
@@ -45,6 +45,14 @@ class Run:
         """Folder of the run's checkpoints."""
         return self._data_dir / self.id
 
+    def claim(self) -> None:
+        """Keep other processes from writing to the folder.
+
+        Raises:
+            RuntimeError: another process writes to it.
+        """
+        locks.claim(self.folder)
+
     def log(self, logs: Logs, step: int) -> None:
         """Log numbers at an agent step."""
         self.logger.log(logs, step)
@@ -57,7 +65,7 @@ class Run:
         Raises:
             RuntimeError: another process writes to the run's folder.
         """
-        locks.claim(self.folder)
+        self.claim()
         return checkpoint.save(self.folder, epoch, policy, state, metadata, keep=self._keep)
 
     def restore(
@@ -74,7 +82,7 @@ class Run:
         """
         folder = self.folder if folder is None else Path(folder)
         if folder.is_dir() and folder.resolve() == self.folder.resolve():
-            locks.claim(folder)
+            self.claim()
         state, metadata = checkpoint.restore(folder, like, epoch)
         _check_metadata(folder, metadata)
         return state, metadata, folder

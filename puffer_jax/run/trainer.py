@@ -231,7 +231,11 @@ class PuffeRL:
 
         Returns:
             The last logs.
+
+        Raises:
+            RuntimeError: another process writes to the run's folder.
         """
+        self._run.claim()
         logs: Numbers | None = None
         if reason := self.sizes.hopeless:
             warnings.warn(reason, stacklevel=2)

@@ -8,9 +8,14 @@
 
 Nothing is ever unpickled beyond tensors, a file is replaced as a whole or not at all, and a
 load that fails leaves the policy as it was.
+
+`rule` says how torch names and lays out the parameters of a layer of your own.
 """
 
 from puffer_jax.base.files import write_atomically as write_atomically
+from puffer_jax.nn.torch_rules import Constant as Constant
+from puffer_jax.nn.torch_rules import Layout as Layout
+from puffer_jax.nn.torch_rules import rule as rule
 from puffer_jax.weights.files import load_weights as load_weights
 from puffer_jax.weights.files import policy_from_checkpoint as policy_from_checkpoint
 from puffer_jax.weights.files import save_weights as save_weights

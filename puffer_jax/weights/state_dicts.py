@@ -1,6 +1,6 @@
 """State dicts: parameters under torch's names, in torch's layouts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,12 @@ import numpy as np
 from flax import nnx
 
 from puffer_jax.nn.params import mismatches
-from puffer_jax.nn.torch_layout import TorchParameter, torch_aliases, torch_parameters
+from puffer_jax.nn.torch_layout import (
+    TorchParameter,
+    torch_aliases,
+    torch_tensors,
+    torch_unneeded,
+)
 from puffer_jax.weights.foreign import obstacles
 
 StateDict = Mapping[str, Any]
@@ -40,12 +45,13 @@ def state_dict(policy: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def named_parameters(policy: nnx.Module) -> tuple[dict[str, TorchParameter], dict[str, str]]:
-    """Every parameter by its name in torch, and the tied keys: alias -> the name it is tied to."""
+    """Every tensor by its name in torch, and the tied keys: alias -> the name it is tied to."""
     parameters, aliases = {}, {}
     names: dict[tuple[int, ...], str] = {}
-    for parameter in torch_parameters(policy):
+    for parameter in torch_tensors(policy):
         # A submodule under two attributes is one module in torch too, and two keys.
-        name = names.setdefault(tuple(map(id, parameter.variables)), parameter.name)
+        ids = tuple(map(id, parameter.variables))
+        name = names.setdefault(ids, parameter.name) if ids else parameter.name
         if name == parameter.name:
             parameters[name] = parameter
         else:
@@ -92,8 +98,9 @@ def load_state_dict(
         allow_non_finite: whether to accept NaN and infinity.
 
     Raises:
-        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, or a value is
-            not a floating-point tensor or not finite; all are named at once.
+        ValueError: keys are missing, unexpected or mis-shaped, tied keys differ, a value is not a
+            floating-point tensor or not finite, or one that Flax's layer has no place for would
+            change what it computes; all are named at once.
         TypeError: the policy has a layer with no torch counterpart.
 
     Example:
@@ -106,7 +113,9 @@ def load_state_dict(
     parameters, aliases = named_parameters(policy)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     expected = shapes | {alias: shapes[name] for alias, name in aliases.items()}
-    tensors = strip_prefixes(state_dict, expected.keys())
+    unneeded = torch_unneeded(policy)
+    tensors = strip_prefixes(state_dict, expected.keys() | unneeded)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unneeded}
     for alias, name in aliases.items():  # one of two tied keys is enough
         if alias not in tensors:
             expected.pop(alias)
@@ -133,6 +142,7 @@ def load_state_dict(
         if not np.array_equal(arrays.setdefault(name, array), array, equal_nan=True):
             problems.append(f"{alias} and {name} are one tensor in the policy but differ here")
 
+    problems += _other_constants(arrays, parameters)
     new, non_finite = _converted(arrays, parameters)
     if non_finite and not allow_non_finite:
         names = ", ".join(non_finite)
@@ -147,11 +157,23 @@ def load_state_dict(
     )
 
 
+def _other_constants(
+    arrays: Mapping[str, np.ndarray], parameters: Mapping[str, TorchParameter]
+) -> Iterator[str]:
+    """What to say of tensors that Flax's layers have no parameters for, and should be others."""
+    for name, array in arrays.items():
+        parameter = parameters[name]
+        if not parameter.variables and not np.array_equal(array, right := parameter.to_torch()):
+            values = np.unique(right)
+            told = f"{values[0]:g} throughout" if values.size == 1 else f"{right.tolist()}"
+            yield f"{name} must be {told}: {parameter.why}"
+
+
 def _converted(
     arrays: Mapping[str, np.ndarray], parameters: Mapping[str, TorchParameter]
-) -> tuple[list[tuple[nnx.Param, jax.Array]], list[str]]:
+) -> tuple[list[tuple[nnx.Variable, jax.Array]], list[str]]:
     """Each variable with its new value, in its own dtype; names with a NaN or an infinity."""
-    new: list[tuple[nnx.Param, jax.Array]] = []
+    new: list[tuple[nnx.Variable, jax.Array]] = []
     non_finite = []
     for name, array in arrays.items():
         variables = parameters[name].variables

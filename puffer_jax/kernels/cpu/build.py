@@ -132,7 +132,7 @@ def _library(compiler: Compiler, dtype: str) -> Path:
     # What the compiler predefines tells its version and the processor's instructions.
     target = _run([*compiler.command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     parts = target, " ".join(flags), version("jaxlib")
-    name = f"{dtype}-{_key(sources, *(part.encode() for part in parts))}"
+    name = f"{dtype}-{key(sources, *(part.encode() for part in parts))}"
     folder = cache_folder()
     if kept := _cached(folder, name):
         return kept
@@ -169,7 +169,7 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _key(sources: Traversable, *parts: bytes) -> str:
+def key(sources: Traversable, *parts: bytes) -> str:
     """What identifies a library: all its sources, headers included, and the other parts."""
     found = sorted(sources.iterdir(), key=lambda file: file.name)
     named = (part for file in found for part in (file.name.encode(), file.read_bytes()))
