@@ -266,7 +266,7 @@ SNAPSHOT = Snapshot(
     epoch=1207,
     uptime=3723.9,
     phases={"evaluate": 30.0, "evaluate/env": 20.0, "evaluate/forward": 9.9, "train": 90.0},
-    losses={"policy_loss": -0.01234, "value_loss": 0.0, "approx_kl": 1.5e-5, "explained": np.nan},
+    losses={"policy_loss": -0.01234, "old_approx_kl": -1.5e-5, "explained_variance": np.nan},
     stats={
         "episode_return": np.float32(487.25),
         "episode_length": 12345,
@@ -288,11 +288,11 @@ def test_the_dashboard_shows_the_numbers_in_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     rows = [" ".join(line.strip("│ ").split()) for line in text.splitlines()]
     expected = {
-        "env CartPole-v1 evaluate 30s 25% policy_loss -0.012",
-        "params 17.4K env 20s 17% value_loss 0.000",
-        "steps 1.2M / 10.0M forward 9s 8% approx_kl 1.5e-05",
-        "steps/s 45.6K train 1m 30s 75% explained nan",
-        "epoch 1,207",
+        "╭─ puffer_jax CartPole-v1 ─────────────────────────────────────────────────────╮",
+        "params 17.4K evaluate 30s 25% policy_loss -0.012",
+        "steps 1.2M / 10.0M env 20s 17% old_approx_kl -1.5e-05",
+        "steps/s 45.6K forward 9s 8% explained_variance nan",
+        "epoch 1,207 train 1m 30s 75%",
         "uptime 1h 02m",
         "remaining 3m 12s",
         "episode_return 487.250 episode_length 12,345",
@@ -317,15 +317,48 @@ def test_the_dashboard_survives_what_it_is_given():
         message="[/nothing] " + "x" * 200,
         utilization={"CPU": 99.6, "RAM": 3.0},
     )
-    for width in (80, 60, 200):
+    for width in (200, 60, 20, 3, 80):
         text = drawn(wild, width)
         assert max(map(len, text.splitlines())) <= width
     assert "a[bold]very[/]" in text and "[/nothing]" in text  # not taken for markup
-    assert "and 15 more" in text and "statistic_number_29" in text
-    assert "statistic_number_30" not in text
     assert "CPU 100%  RAM 3%" in text
     assert "remaining" in text and "?" in text and "1.0e+300" in text
-    assert len(drawn(wild).splitlines()) < 35
+    # Names are whole, in two columns where there is room.
+    assert "a_loss_with_quite_a_long_name_indeed" in text and "…" not in text
+    assert "and 30 more" in text and "[red]statistic_number_14_of_many" in text
+    assert "statistic_number_15" not in text
+    assert len(text.splitlines()) < 40
+    wide = drawn(wild, 120)
+    assert "and 15 more" in wide and "[red]statistic_number_29_of_many" in wide
+    assert "a_loss_with_quite_a_long_name_indeed" in wide
+    narrow = "".join(line.strip("│ ") for line in drawn(wild, 30).splitlines())
+    assert "agent/[red]statistic_number_0_of_many" in narrow
+
+
+def test_a_terminal_of_another_size_is_cleared(monkeypatch):
+    """One that has broken the old picture's lines shows more of them than are drawn over."""
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    file = io.StringIO()
+    console = Console(file=file, width=80, height=30, force_terminal=True)
+    cleared = "\x1b[2J\x1b[H"
+
+    def written():
+        text = file.getvalue()
+        file.seek(0)
+        file.truncate()
+        return text
+
+    with Dashboard(console, force=True) as board:
+        for width, height, again in ((80, 30, False), (60, 30, True), (60, 30, False)):
+            console.size = (width, height)
+            board.update(SNAPSHOT)
+            assert (cleared in written()) == again
+        console.size = (60, 20)
+        board.update(SNAPSHOT)
+        assert written().startswith(cleared)
+        console.size = (90, 20)
+    last = written()
+    assert last.startswith(cleared) and "1,207" in last
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,9 @@ class Train:
     """Episodes of an evaluation."""
     eval_deterministic: bool = False
     """Evaluate with the most likely actions instead of sampled ones."""
+    profile: bool = False
+    """With a JAX-native environment, run the rollout and the update as two programs, so that the
+    dashboard and the logs have the time of each."""
     vec: VecOptions = dataclasses.field(default_factory=VecOptions)
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
@@ -113,7 +116,7 @@ class Train:
             print(trainer.message)
         print(f"run {trainer.run_folder}\n{self._start()}\n{trainer.sizes.plan}", flush=True)
         try:
-            logs = trainer.run(evaluation)
+            logs = trainer.run(evaluation, apart=self.profile)
         finally:
             if evaluation is not None:
                 evaluation.close()

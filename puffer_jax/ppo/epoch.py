@@ -1,6 +1,7 @@
 """An epoch: a batch of experience, and the update that learns from it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,8 @@ class Loop:
         config: the options of the update, and the seed.
         source: where experience comes from.
         policy: its parameters are copied.
-        profile: counts the time of the phases "evaluate" and "train".
+        profile: counts the time of the phases "evaluate" and "train", or of "epoch" where both are
+            one program; the first pass of each program counts as "compile", which most of it is.
 
     Attributes:
         source: where experience comes from.
@@ -93,6 +95,7 @@ class Loop:
             self.stream = source.init(reset_key)
         # The stream and the key after what has been collected since the last update.
         self._ahead: tuple[PyTree, PRNGKeyArray] | None = None
+        self._passed: set[str] = set()
 
     def evaluate(self) -> tuple[Experience, int, Stats]:
         """Collect a batch; returns it, the agent steps that were played, and statistics."""
@@ -110,14 +113,14 @@ class Loop:
         self._finish(state, stream, key)
         return losses
 
-    def advance(self) -> tuple[Metrics, int, Stats]:
-        """`evaluate` and `train`; in one program if the source is pure."""
+    def advance(self, apart: bool = False) -> tuple[Metrics, int, Stats]:
+        """`evaluate` and `train`; in one program if the source is pure, unless `apart`."""
         stream, key = self._latest()
         key, collect_key = jax.random.split(key)
         key, update_key = jax.random.split(key)
         before = self.state, stream, (collect_key, update_key)
-        if self.source.pure:
-            with self._profile("train"):
+        if self.source.pure and not apart:
+            with self._phase("epoch"):
                 done = jax.block_until_ready(self.programs["epoch"](*before))
         else:
             done = epoch(self._collect, self._update, self.acting, *before)
@@ -150,10 +153,16 @@ class Loop:
 
     def _collect(self, *args: Any) -> tuple[PyTree, Experience, PyTree]:
         collect = self.programs.get("collect", self.source.collect)
-        with self._profile("evaluate"):
+        # A rollout on the host has phases of its own, one of which is the policy's compiled step.
+        with self._phase("evaluate") if self.source.pure else self._profile("evaluate"):
             stream, experience, outcome = collect(*args)
             return stream, experience, jax.block_until_ready(outcome)
 
     def _update(self, *args: Any) -> tuple[TrainState, Metrics]:
-        with self._profile("train"):
+        with self._phase("train"):
             return jax.block_until_ready(self.programs["update"](*args))
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        first = name not in self._passed
+        self._passed.add(name)
+        return self._profile("compile" if first else name)

@@ -4,13 +4,14 @@ import atexit
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, SupportsFloat, TypeGuard
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -18,7 +19,7 @@ from rich.text import Text
 
 _LABEL, _VALUE, _HEADING = "grey62", "bold", "bold dark_cyan"
 
-_MOST_STATS = 30
+_MOST_LINES = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,41 +56,105 @@ class Snapshot:
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """Draw a snapshot; it fits 80 columns, and long names are cut short."""
-    top = Table.grid(expand=True, padding=(0, 2))
-    for ratio in (9, 8, 9):
-        top.add_column(ratio=ratio)
-    top.add_row(
-        _table("Run", _summary(snapshot)),
-        _table("Time", _times(snapshot.phases)),
-        _table("Losses", ((name, (_number(x),)) for name, x in snapshot.losses.items())),
-    )
-    parts: list[RenderableType] = [top]
-
-    stats = [(name, (_number(x),)) for name, x in snapshot.stats.items() if _is_number(x)]
+    """Draw a snapshot, however wide the console; names are whole, or go on in the next line."""
+    parts: list[RenderableType] = [
+        _Blocks(
+            _Block("Run", _summary(snapshot)),
+            _Block("Time", _times(snapshot.phases)),
+            _Block("Losses", [(name, _number(x)) for name, x in snapshot.losses.items()]),
+        )
+    ]
+    stats = [(name, _number(x)) for name, x in snapshot.stats.items() if _is_number(x)]
     if stats:
-        left_out = len(stats) - _MOST_STATS
-        if left_out > 0:
-            stats[_MOST_STATS:] = [(f"and {left_out} more", ("",))]
-        half = (len(stats) + 1) // 2
-        bottom = Table.grid(expand=True, padding=(0, 2))
-        bottom.add_column(ratio=1)
-        bottom.add_column(ratio=1)
-        bottom.add_row(_table("Episodes", stats[:half]), _table("", stats[half:]))
-        parts += [Text(), bottom]
+        parts += [Text(), _Halves("Episodes", stats)]
     if snapshot.message:
-        parts += [Text(), Text(snapshot.message, style=_LABEL, no_wrap=True, overflow="ellipsis")]
+        parts += [Text(), Text(snapshot.message, style=_LABEL, overflow="fold")]
 
     load = "  ".join(f"{name} {percent:.0f}%" for name, percent in snapshot.utilization.items())
     return Panel(
         Group(*parts),
-        title=Text("puffer_jax", style=_HEADING),
+        title=Text.assemble(("puffer_jax", _HEADING), " ", (snapshot.env, _VALUE)),
         title_align="left",
         subtitle=Text(load, style=_LABEL) if load else None,
         subtitle_align="right",
         box=box.ROUNDED,
         border_style="dark_cyan",
     )
+
+
+# Rows of a table: names and values.
+_Rows = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A table of two columns that is no wider than its longest row."""
+
+    heading: str
+    rows: _Rows
+
+    @property
+    def width(self) -> int:
+        # Room for any number, so that the picture does not jump when one grows.
+        rows = [cell_len(name) + 1 + max(cell_len(value), 8) for name, value in self.rows]
+        return max([cell_len(self.heading), *rows])
+
+    def text(self, width: int) -> Text:
+        lines = [Text(self.heading, style=_HEADING)]
+        for name, value in self.rows:
+            space = " " * max(1, width - cell_len(name) - cell_len(value))
+            lines.append(Text.assemble((name, _LABEL), space, (value, _VALUE)))
+        return Text("\n").join(lines)
+
+
+class _Blocks:
+    """Blocks side by side, and those below them that find no room."""
+
+    def __init__(self, *blocks: _Block):
+        self._blocks = blocks
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines: list[list[_Block]] = [[]]
+        for block in self._blocks:
+            if lines[-1] and _width([*lines[-1], block]) > options.max_width:
+                lines.append([])
+            lines[-1].append(block)
+        for blocks in lines:
+            spare = max(0, options.max_width - _width(blocks))
+            grid, cells = Table.grid(padding=(0, _GAP), pad_edge=False), []
+            for i, block in enumerate(blocks):
+                width = block.width + spare // len(blocks) + (i < spare % len(blocks))
+                width = min(width, options.max_width)
+                grid.add_column(width=width, overflow="fold")
+                cells.append(block.text(width))
+            grid.add_row(*cells)
+            yield grid
+
+
+_GAP = 2
+
+
+def _width(blocks: Sequence[_Block]) -> int:
+    return sum(block.width for block in blocks) + _GAP * (len(blocks) - 1)
+
+
+class _Halves:
+    """Rows in two columns, if there is room for their names."""
+
+    def __init__(self, heading: str, rows: _Rows):
+        self._heading, self._rows = heading, rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = list(self._rows)
+        widest = _Block(self._heading, rows).width
+        columns = 2 if 2 * widest + _GAP <= options.max_width else 1
+        left_out = len(rows) - _MOST_LINES * columns
+        if left_out > 0:
+            rows[-left_out:] = [(f"and {left_out} more", "")]
+        half = -(-len(rows) // columns)
+        parts = [rows[i : i + half] for i in range(0, len(rows), half)]
+        headings = [self._heading, ""]
+        yield _Blocks(*(_Block(h, part) for h, part in zip(headings, parts, strict=False)))
 
 
 def line(snapshot: Snapshot) -> str:
@@ -106,40 +171,26 @@ def line(snapshot: Snapshot) -> str:
     return ", ".join(parts)
 
 
-def _table(heading: str, rows: Iterable[tuple[str, tuple[str, ...]]]) -> Table:
-    rows = list(rows)
-    table = Table.grid(expand=True, padding=(0, 1))
-    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    for _ in range(max((len(values) for _, values in rows), default=0)):
-        table.add_column(justify="right", no_wrap=True, overflow="ellipsis")
-    table.add_row(Text(heading, style=_HEADING))
-    for name, values in rows:
-        table.add_row(Text(name, style=_LABEL), *(Text(value, style=_VALUE) for value in values))
-    return table
-
-
-def _summary(snapshot: Snapshot) -> list[tuple[str, tuple[str, ...]]]:
+def _summary(snapshot: Snapshot) -> _Rows:
     todo = max(snapshot.total_steps - snapshot.steps, 0)
-    steps = f"{_count(snapshot.steps)} / {_count(snapshot.total_steps)}"
-    rows = {
-        "env": snapshot.env if len(snapshot.env) <= 15 else snapshot.env[:14] + "…",
-        "params": _count(snapshot.params),
-        "steps": steps,
-        "steps/s": _count(snapshot.sps),
-        "epoch": f"{snapshot.epoch:,}",
-        "uptime": _duration(snapshot.uptime),
-        "remaining": _duration(todo / snapshot.sps) if snapshot.sps > 0 else "?",
-    }
-    return [(name, (value,)) for name, value in rows.items()]
+    return [
+        ("params", _count(snapshot.params)),
+        ("steps", f"{_count(snapshot.steps)} / {_count(snapshot.total_steps)}"),
+        ("steps/s", _count(snapshot.sps)),
+        ("epoch", f"{snapshot.epoch:,}"),
+        ("uptime", _duration(snapshot.uptime)),
+        ("remaining", _duration(todo / snapshot.sps) if snapshot.sps > 0 else "?"),
+    ]
 
 
-def _times(phases: Mapping[str, float]) -> list[tuple[str, tuple[str, ...]]]:
+def _times(phases: Mapping[str, float]) -> _Rows:
     total = sum(seconds for name, seconds in phases.items() if "/" not in name)
     rows = []
     for name, seconds in phases.items():
         *outer, last = name.split("/")
         percent = 100 * seconds / total if total > 0 else 0.0
-        rows.append(("  " * len(outer) + last, (_duration(seconds), f"{percent:.0f}%")))
+        value = f"{_duration(seconds)} {f'{percent:.0f}%':>4}"
+        rows.append(("  " * len(outer) + last, f"{value:>11}"))
     return rows
 
 
@@ -217,17 +268,27 @@ class Dashboard:
         picture = render(snapshot)
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False)
+            self._size = self._console.size
             self._live.start()
             # A program that ends without `close` must not leave the cursor hidden.
             atexit.register(self.close)
+        self._forget_another_size()
         self._live.update(picture, refresh=True)
 
     def close(self) -> None:
         """Leave the last picture on the terminal; a later `update` begins a new one."""
         if self._live is not None:
+            self._forget_another_size()
             self._live.stop()
             self._live = None
             atexit.unregister(self.close)
+
+    def _forget_another_size(self) -> None:
+        """Clear a screen on which the last picture no longer has the lines that rich counts."""
+        assert self._console is not None  # only with a picture
+        if self._console.size != self._size:
+            self._size = self._console.size
+            self._console.clear()
 
     def say(self, message: str) -> None:
         """Print a message where there is no terminal, within `with dashboard:`."""

@@ -216,18 +216,22 @@ class PuffeRL:
         self.experience = None
         return self._after_update(losses)
 
-    def run_epoch(self) -> Numbers | None:
-        """`evaluate` and `train`; with a JAX-native environment, in one program."""
-        losses, steps, stats = self.loop.advance()
+    def run_epoch(self, apart: bool = False) -> Numbers | None:
+        """`evaluate` and `train`; with a JAX-native environment in one program, unless `apart`."""
+        losses, steps, stats = self.loop.advance(apart)
         self._count(steps, stats)
         return self._after_update(losses)
 
-    def run(self, after_epoch: Callable[["PuffeRL"], object] | None = None) -> Numbers:
+    def run(
+        self, after_epoch: Callable[["PuffeRL"], object] | None = None, *, apart: bool = False
+    ) -> Numbers:
         """Train until `total_timesteps`, or until Ctrl-C or SIGTERM, and close.
 
         Args:
             after_epoch: called with the trainer after each epoch; see
                 `puffer_jax.run.evaluation.Evaluation`.
+            apart: with a JAX-native environment, whether rollout and update are two programs, so
+                that `profile` knows the time of each. Sums may then be rounded in another order.
 
         Returns:
             The last logs.
@@ -243,7 +247,7 @@ class PuffeRL:
             self._say("compiling ...")
             first, start = self.epoch + 1, time.monotonic()
             while not (self.done or stop.made):
-                logs = self.run_epoch() or logs
+                logs = self.run_epoch(apart) or logs
                 if self.epoch == first:
                     self._say(f"compiled and ran an epoch in {time.monotonic() - start:.1f} s")
                 if after_epoch is not None:
