@@ -119,7 +119,8 @@ class Learner:
         losses = {name: metrics[name].sum() / count for name in metrics}
         losses["explained_variance"] = _explained_variance(details)
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
-        known = normalization.observed(experience, known)
+        policy = merge(self.graphdef, state.params)
+        known = normalization.observed(policy, experience, known)
         unplayed = state.unplayed
         if unplayed is not None and experience.mask is not None:
             unplayed = unplayed + (1 - experience.mask.mean(dtype=unplayed.dtype))
