@@ -127,6 +127,9 @@ class PuffeRLConfig:
         data_dir: folder of all runs.
         checkpoint_interval: epochs between checkpoints.
         num_envs: number of JAX-native environments; None: `batch_size` / `bptt_horizon`, or 64.
+        reset_ratio: of n JAX-native environments, n / `reset_ratio` resets, rounded up, are
+            computed in a step, and if more episodes end at once, some begin alike; None: n, of
+            which those are thrown away that are not needed. For resets that cost more than steps.
         num_minibatches: with `minibatch_size` "auto", the number of minibatches of a pass over the
             batch, as far as it divides; None: as `minibatch_size` says.
         normalize_observations: whether observations are normalised by their running mean and
@@ -204,6 +207,7 @@ class PuffeRLConfig:
     checkpoint_interval: int = option(200, positive=True)
     num_envs: int | None = option(None, positive=True)
 
+    reset_ratio: int | None = option(None, positive=True)
     num_minibatches: int | None = option(None, positive=True)
     normalize_observations: bool | Auto = False
     normalize_rewards: bool = False
