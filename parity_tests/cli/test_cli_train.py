@@ -19,8 +19,8 @@ from support.bars import stub_env
 import puffer_jax
 from puffer_jax import environments
 from puffer_jax.cli import envs as cli_envs
+from puffer_jax.cli import games, train
 from puffer_jax.cli import options as cli_options
-from puffer_jax.cli import train
 from puffer_jax.cli.command import main
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.run import loggers, trainer
@@ -227,8 +227,8 @@ def test_what_else_a_pufferlib_file_says(tmp_path, options):
         num_envs=6, mode="puffer", backend="Multiprocessing", num_workers="auto", batch_size="auto"
     )
     assert read.vec == expected
-    expected = cli_options.PolicyOptions(name="ProcgenResnet", hidden_size=32, cnn_width=4)
-    assert read.policy == expected
+    expected = {"name": "ProcgenResnet", "hidden_size": 32, "cnn_width": 4, "action_mask": None}
+    assert read.policy == cli_options.PolicyOptions(**expected)
     path.write_text("[base]\nenv_name = one two\n")
     assert options("--config", str(path)).env is None
 
@@ -272,6 +272,46 @@ def test_the_policy_fits_the_observations(number):
         found += policy.framestack, policy.channels_last
         expected = (*expected, True)[:4]
     assert found == expected
+
+
+def test_who_masks_actions(tmp_path, options):
+    """Runs begun before there were masks go on without; PufferLib's options observe them."""
+    assert options("--env", "cartpole").policy.action_mask == "auto"
+    assert options("--env", "cartpole", "--no-recommended").policy.action_mask is None
+    given = options("--no-recommended", "--policy.action-mask", "legal")
+    assert given.policy.action_mask == "legal"
+    train.write_settings(given, tmp_path)
+    assert train.read_settings(tmp_path).policy == given.policy
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["policy"]["action_mask"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert train.read_settings(tmp_path).policy.action_mask is None
+
+    mask = {"action_mask": Box(0, 1, (3,), np.int8)}
+    env = stub_env(Dict({"a": Box(-1, 1, (2,)), **mask}), Discrete(3))
+    for option, widths in (("auto", 2), (None, 5)):
+        given = cli_options.PolicyOptions(action_mask=option)
+        policy = nnx.eval_shape(lambda given=given: cli_envs.make_policy(env, given, False))
+        assert policy.encoder.layers[0].kernel.shape[0] == widths
+
+
+def test_an_infos_mask_by_name():
+    taxi = next(name for name in ("Taxi-v4", "Taxi-v3") if name in gymnasium.registry)
+    options = cli_options.PolicyOptions(action_mask="action_mask", hidden_size=8)
+    envs, single, _ = cli_envs.make_envs(
+        taxi, cli_options.VecOptions(num_envs=2), {}, options.action_mask
+    )
+    with envs:
+        policy = cli_envs.make_policy(single, options, False)
+        assert policy.encoder.layers[0].kernel.shape == (1, 8)
+        rows, infos = envs.reset(seed=0)
+        legal = np.isfinite(policy.forward_eval(rows)[0])
+        np.testing.assert_array_equal(legal, [info["action_mask"] != 0 for info in infos])
+    game = games.make_game(taxi, {}, None, 0, options.action_mask)
+    observation = game.reset()
+    logits, _ = policy.forward_eval({k: np.asarray(v)[None] for k, v in observation.items()})
+    np.testing.assert_array_equal(np.isfinite(logits[0]), observation["action_mask"] != 0)
+    game.close()
 
 
 def test_images_with_other_actions_get_a_default_policy_and_bfloat16_its_dtype():

@@ -278,7 +278,7 @@ def test_emulated_dict_in_every_form(kind):
     for form in (fields, flat):
         batch, time, folded = policy._fold_time(in_time(form))
         assert (batch, time) == (BATCH, TIME)
-        np.testing.assert_array_equal(policy.policy._features(folded), flat)
+        np.testing.assert_array_equal(policy.policy.input_features(folded), flat)
 
 
 # --- convolutions ------------------------------------------------------------------------------

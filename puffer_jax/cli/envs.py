@@ -15,6 +15,7 @@ from puffer_jax.cli.options import PolicyOptions, VecOptions
 from puffer_jax.environments import registry
 from puffer_jax.environments.families import Arguments
 from puffer_jax.environments.jax_native import AdaptedEnv, as_jax_env
+from puffer_jax.policies.masks import AUTO
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.policies.recurrent import with_core
 from puffer_jax.vector.options import names
@@ -43,7 +44,14 @@ def make_jax_env(name: str, arguments: Arguments) -> AdaptedEnv | None:
         return as_jax_env(environments.make(name, **arguments))
 
 
-def make_envs(name: str, vec: VecOptions, arguments: Arguments) -> tuple[Any, Any, int | None]:
+def info_mask(action_mask: str | None) -> str | None:
+    """The mask that an info may hold, of `PolicyOptions.action_mask`."""
+    return None if action_mask == AUTO else action_mask
+
+
+def make_envs(
+    name: str, vec: VecOptions, arguments: Arguments, action_mask: str | None = None
+) -> tuple[Any, Any, int | None]:
     """What the trainer takes, what a policy takes, and `num_envs` if it is JAX-native."""
     if vec.num_envs is not None and vec.num_envs < 1:
         raise ValueError(f"--vec.num-envs is {vec.num_envs}; must be positive")
@@ -51,7 +59,9 @@ def make_envs(name: str, vec: VecOptions, arguments: Arguments) -> tuple[Any, An
     if env is not None:
         return env, env, vec.num_envs
     family, known = registry.find(name)
-    mode = vec.mode
+    mode, mask = vec.mode, info_mask(action_mask)
+    if mask is not None and mode == "auto":
+        mode = "puffer_jax"  # gymnasium's own vector forms cannot be wrapped
     if family.make_vec is None:
         if mode not in ("auto", "puffer_jax"):
             raise ValueError(f"--vec.mode {mode} is for gymnasium's, not for --env {name}")
@@ -60,6 +70,8 @@ def make_envs(name: str, vec: VecOptions, arguments: Arguments) -> tuple[Any, An
     count = vec.num_envs or (64 if mode in ("auto", "sync", "vector") else 8)
     if mode == "puffer_jax":
         create = environments.env_creator(name)
+        if mask is not None:
+            create = partial(create, action_mask=mask)
         options = {n: getattr(vec, n) for n in names(vector.BACKENDS[vec.backend].Options)}
         envs = vector.make(
             create, env_kwargs=arguments, backend=vec.backend, num_envs=count, **options

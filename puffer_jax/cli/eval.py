@@ -15,6 +15,7 @@ from puffer_jax.base.packages import require
 from puffer_jax.cli.envs import make_policy
 from puffer_jax.cli.games import make_game
 from puffer_jax.cli.train import SETTINGS, Train, parse_arguments, read_settings
+from puffer_jax.policies.masks import mask_of
 from puffer_jax.run import checkpoint
 from puffer_jax.run.evaluation import Game, play
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
@@ -34,6 +35,8 @@ class Eval:
     """Number of episodes."""
     deterministic: bool = False
     """Take the most likely action instead of a sampled one."""
+    action_mask: str | None = None
+    """As in `puffer-jax train --policy.action-mask`; by default, the run's."""
     seed: int = 0
     """Seed of the environment and of the actions."""
     render: Literal["ansi", "gif"] | None = None
@@ -58,7 +61,9 @@ class Eval:
         inherited = settings.env_arg if settings is not None and self.env is None else ()
         frames: list[Any] = []
         image = require("PIL.Image", "a GIF", "pillow") if self.render == "gif" else None
-        game = make_game(env, parse_arguments((*inherited, *self.env_arg)), self.render, self.seed)
+        arguments = parse_arguments((*inherited, *self.env_arg))
+        mask = self.action_mask or (settings and settings.policy.action_mask)
+        game = make_game(env, arguments, self.render, self.seed, mask)
         try:
             policy = self._load(path, game, settings)
             fps = self.fps or game.fps
@@ -88,7 +93,8 @@ class Eval:
 
     def _load(self, path: Path, game: Game, settings: Train | None) -> nnx.Module:
         if settings is None:
-            options: dict[str, Any] = {"channels_last": self.channels_last}
+            mask = mask_of(game, self.action_mask)
+            options: dict[str, Any] = {"channels_last": self.channels_last, "action_mask": mask}
             return policy_from_checkpoint(path, game, downsample=self.downsample, **options)
         policy = make_policy(game, settings.policy, settings.rnn, settings.train.precision)
         load_weights(policy, path)

@@ -5,7 +5,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray, PyTree
 
-from puffer_jax.cli.envs import make_jax_env, naming_the_flag
+from puffer_jax.cli.envs import info_mask, make_jax_env, naming_the_flag
 from puffer_jax.environments import registry
 from puffer_jax.environments.families import Arguments
 from puffer_jax.environments.families.gymnasium import errors
@@ -58,7 +58,9 @@ class _NativeGame:
 class _HostGame:
     """An environment on the host as a `Game`."""
 
-    def __init__(self, name: str, arguments: Arguments, render: str | None, seed: int):
+    def __init__(
+        self, name: str, arguments: Arguments, render: str | None, seed: int, mask: str | None
+    ):
         self._name, self._seed = name, seed
         mode = {"gif": "rgb_array"}.get(render or "", render)
         with naming_the_flag():
@@ -69,6 +71,10 @@ class _HostGame:
             if mode is not None:
                 self._env.close()
                 self._env = registry.create(name, render_mode=mode, **arguments)
+        if mask is not None:
+            from puffer_jax.environments.wrappers import with_mask
+
+            self._env = with_mask(self._env, mask)
         self.observation_space = self._env.observation_space
         self.action_space = self._env.action_space
         self.fps = float(self._env.metadata.get("render_fps") or 30)
@@ -93,7 +99,13 @@ class _HostGame:
         self._env.close()
 
 
-def make_game(name: str, arguments: Arguments, render: str | None, seed: int) -> Game:
+def make_game(
+    name: str,
+    arguments: Arguments,
+    render: str | None,
+    seed: int,
+    action_mask: str | None = None,
+) -> Game:
     """One environment to play, by its name.
 
     Args:
@@ -101,6 +113,7 @@ def make_game(name: str, arguments: Arguments, render: str | None, seed: int) ->
         arguments: the arguments of its constructor.
         render: "ansi", "gif" or None.
         seed: the seed of its first reset.
+        action_mask: see `PolicyOptions`.
 
     Raises:
         ValueError: it cannot be made or drawn that way, or has several agents.
@@ -110,4 +123,4 @@ def make_game(name: str, arguments: Arguments, render: str | None, seed: int) ->
         return _NativeGame(name, env, render, seed)
     if registry.find(name)[0].multi_agent:
         raise ValueError(f"--env {name} has several agents; only single-agent games can be played")
-    return _HostGame(name, arguments, render, seed)
+    return _HostGame(name, arguments, render, seed, info_mask(action_mask))

@@ -51,6 +51,9 @@ class PolicyOptions:
     """Default, MLP, Convolutional or ProcgenResnet. auto: ProcgenResnet for uint8 images of
     (64, 64, 3), Convolutional for all others of at least 36x36, MLP for vectors with continuous
     actions, Default for everything else."""
+    action_mask: str | None = "auto"
+    """Key of Dict observations, or of gymnasium's infos, that says which actions are legal. auto:
+    action_mask, if the observations have it. None: all actions are legal, and it is observed."""
     core: str | None = None
     """Put a recurrent core between the encoder and the heads: lstm (which is --rnn) or gru."""
     hidden_size: int | None = None

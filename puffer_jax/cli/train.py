@@ -19,6 +19,7 @@ from puffer_jax.cli.envs import make_envs, make_policy, settled
 from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
 from puffer_jax.policies.choice import AUTO_0_1
+from puffer_jax.policies.masks import AUTO
 from puffer_jax.policies.registry import FEED_FORWARD
 from puffer_jax.ppo.config import PuffeRLConfig, near_options
 from puffer_jax.ppo.presets import preset_path, read_ini
@@ -89,7 +90,9 @@ class Train:
                     f"there is a run {Path(data_dir) / run_id}; --resume it or give another --name"
                 )
         # First, since the environments' processes should not be forked from a running JAX.
-        envs, single, count = make_envs(self.env, self.vec, parse_arguments(self.env_arg))
+        envs, single, count = make_envs(
+            self.env, self.vec, parse_arguments(self.env_arg), self.policy.action_mask
+        )
         try:
             known = {"env": self.env, "num_envs": count, "data_dir": data_dir}
             config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | known)
@@ -114,6 +117,7 @@ class Train:
         trainer.log_seconds = 0.0
         if self.resume is not None:
             print(trainer.message)
+        print(_masked_by(policy), end="")
         print(f"run {trainer.run_folder}\n{self._start()}\n{trainer.sizes.plan}", flush=True)
         try:
             logs = trainer.run(evaluation, apart=self.profile)
@@ -153,8 +157,15 @@ class Train:
                 "positive"
             )
         assert self.env is not None
-        game = make_game(self.env, parse_arguments(self.env_arg), None, self.train.seed + 1)
+        arguments, mask = parse_arguments(self.env_arg), self.policy.action_mask
+        game = make_game(self.env, arguments, None, self.train.seed + 1, mask)
         return Evaluation(game, self.eval_every, self.eval_episodes, self.eval_deterministic)
+
+
+def _masked_by(policy: Any) -> str:
+    """A line about the action mask, if there is one."""
+    key = getattr(getattr(policy, "policy", policy), "action_mask", None)
+    return "" if key is None else f"only legal actions, by {key}\n"
 
 
 SETTINGS = "config.json"
@@ -198,14 +209,21 @@ def train_defaults(argv: Sequence[str]) -> Train:
     if found.config is not None:
         config = PuffeRLConfig.recommended() if found.recommended else PuffeRLConfig()
         read = _read_config(Path(found.config), config)
-        return dataclasses.replace(read, recommended=bool(found.recommended))
+        # PufferLib's policies observe a mask like anything else.
+        policy = read.policy if found.recommended else _unmasked(read.policy)
+        return dataclasses.replace(read, recommended=bool(found.recommended), policy=policy)
     if found.recommended is False:
-        return Train(train=TrainOptions(**dataclasses.asdict(PuffeRLConfig())))
+        train = TrainOptions(**dataclasses.asdict(PuffeRLConfig()))
+        return Train(train=train, policy=PolicyOptions(action_mask=None))
     config = PuffeRLConfig.recommended()
     path = None if found.env is None or found.preset is False else preset_path(found.env)
     if path is not None:
         return _read_config(path, config)
     return Train(train=TrainOptions(**dataclasses.asdict(config)))
+
+
+def _unmasked(policy: PolicyOptions) -> PolicyOptions:
+    return dataclasses.replace(policy, action_mask=None) if policy.action_mask == AUTO else policy
 
 
 def _read_config(path: Path, config: PuffeRLConfig) -> Train:
@@ -292,6 +310,8 @@ def read_settings(folder: Path) -> Train:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not the options of a run")
     settings = _checked(path, values)
+    if "action_mask" not in values.get("policy", {}):  # before there were masks
+        settings = dataclasses.replace(settings, policy=_unmasked(settings.policy))
     if "eval_every" not in values and settings.policy.name == "auto":
         # Version 0.1 wrote it, and chose less often among the policies.
         policy = dataclasses.replace(settings.policy, name=AUTO_0_1)

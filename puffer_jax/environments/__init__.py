@@ -25,10 +25,12 @@ if TYPE_CHECKING:  # what CLASSES says, for type checkers
     from puffer_jax.environments.probes import ProbeObservationAction as ProbeObservationAction
     from puffer_jax.environments.probes import ProbeObservationValue as ProbeObservationValue
     from puffer_jax.environments.probes import ProbeValue as ProbeValue
+    from puffer_jax.environments.wrappers import ActionMask as ActionMask
     from puffer_jax.policies.choice import Policy as Policy
 
 _HOME = {name: f"puffer_jax.environments.{module}" for module, name in CLASSES.values()} | {
-    "Policy": "puffer_jax.policies.choice"
+    "ActionMask": "puffer_jax.environments.wrappers",
+    "Policy": "puffer_jax.policies.choice",
 }
 __all__ = sorted([*_HOME, "env_creator", "family", "make", "names"])  # type: ignore[reportUnsupportedDunderAll]
 
@@ -60,7 +62,14 @@ def family(name: str) -> tuple[str, str]:
     return found.name, known
 
 
-def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: object) -> Env:
+def make(
+    name: str,
+    *,
+    buf: Any = None,
+    seed: int | None = 0,
+    action_mask: str | None = None,
+    **kwargs: object,
+) -> Env:
     """Make an environment by its name; see `family`.
 
     Args:
@@ -68,6 +77,8 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: object) 
         buf: the buffers that an environment on the host writes to
             (`puffer_jax.emulation.set_buffers`); None: its own.
         seed: seed of the first reset of an environment on the host, if that reset gets none.
+        action_mask: the key of a mask of legal actions that gymnasium's environment has in its
+            info, if not in its observations: it becomes a part of them, see `ActionMask`.
         kwargs: arguments of the environment's constructor; for Atari games, see
             `puffer_jax.environments.families.atari.atari`.
 
@@ -95,6 +106,10 @@ def make(name: str, *, buf: Any = None, seed: int | None = 0, **kwargs: object) 
 
     if source.multi_agent:
         return emulation.PettingZooPufferEnv(env=env, buf=buf, seed=seed)
+    if action_mask is not None:
+        from puffer_jax.environments.wrappers import with_mask
+
+        env = with_mask(env, action_mask)
     return emulation.GymnasiumPufferEnv(env=env, buf=buf, seed=seed)
 
 

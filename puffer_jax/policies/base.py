@@ -18,6 +18,8 @@ from puffer_jax.base.text import near
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.params import Shape
 from puffer_jax.nn.widths import check_widths
+from puffer_jax.policies.masked_twin import masked_twin
+from puffer_jax.policies.masks import image_beside, legal, split_mask, without_mask
 from puffer_jax.policies.protocol import Logits, State
 
 # Flax's own initial kernels would be drawn only to be overwritten.
@@ -43,6 +45,7 @@ class Hints(NamedTuple):
     channels_last: bool = False
     downsample: int = 1
     activation: str | None = None
+    action_mask: str | None = None
 
 
 class FeedForward(nnx.Module):
@@ -51,7 +54,14 @@ class FeedForward(nnx.Module):
     A subclass also says what others need to know about it: the sizes that describe it, how they
     follow from an environment or a checkpoint, and which of PufferLib's policies is its twin.
 
+    Args:
+        env: gives the spaces, see `puffer_jax.spaces.env_spec`.
+        dtype: of matmuls and convolutions.
+        param_dtype: of parameters, logits and values.
+        action_mask: the key of Dict observations that says which actions are legal; None: all are.
+
     Attributes:
+        layout: what the encoder reads, the observations without the mask.
         sizes: the constructor's arguments that a checkpoint has to name, with their types.
         takes_images: whether observations are images of bytes.
     """
@@ -64,9 +74,17 @@ class FeedForward(nnx.Module):
     is_multidiscrete = False
     is_dict_obs = False
 
-    def __init__(self, env: spaces.Env, dtype: DTypeLike | None, param_dtype: DTypeLike):
+    def __init__(
+        self,
+        env: spaces.Env,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        action_mask: str | None = None,
+    ):
         self.env_spec = spaces.env_spec(env)
         check_widths(env)
+        self.action_mask = action_mask
+        self.layout = without_mask(self.env_spec, action_mask)
         self.dtype = dtype
         self.param_dtype = param_dtype
 
@@ -75,14 +93,22 @@ class FeedForward(nnx.Module):
         raise NotImplementedError
 
     def decode_actions(self, hidden: Array) -> tuple[Logits, Array]:
-        """Logits, and values (batch, 1)."""
+        """Logits, whether legal or not, and values (batch, 1)."""
         raise NotImplementedError
+
+    def masked(self, logits: Logits, observations: PyTree) -> Logits:
+        """The logits, -inf where the mask in the observations forbids the action."""
+        if self.action_mask is None:
+            return logits
+        return legal(logits, split_mask(observations, self.env_spec, self.action_mask)[1])
 
     def forward_eval(
         self, observations: PyTree, state: State | None = None
     ) -> tuple[Logits, Array]:
         """Logits and values (batch, 1) for a batch of observations; `state` is not used."""
-        return self.decode_actions(self.encode_observations(observations, state=state))
+        hidden = self.encode_observations(observations, state=state)
+        logits, values = self.decode_actions(hidden)
+        return self.masked(logits, observations), values
 
     def forward(self, observations: PyTree, state: State | None = None) -> tuple[Logits, Array]:
         """The same as `forward_eval`."""
@@ -108,7 +134,8 @@ class FeedForward(nnx.Module):
         **options: Any,
     ) -> "FeedForward":
         """The policy for an environment; see `puffer_jax.environments.Policy`."""
-        sizes = cls._sizes_for(image_of(env), hidden_size, options)
+        image = image_of(env, options.get("action_mask"))
+        sizes = cls._sizes_for(image, hidden_size, options)
         known = inspect.signature(cls.__init__).parameters
         wrong = near([option for option in options if option not in known], known)
         if wrong:
@@ -123,13 +150,17 @@ class FeedForward(nnx.Module):
         return {} if hidden_size is None else {"hidden_size": hidden_size}
 
     def described(self) -> Description:
-        """The sizes."""
-        return {"sizes": {name: getattr(self, name) for name in self.sizes}}
+        """The sizes, and the key of the mask if there is one."""
+        mask = {} if self.action_mask is None else {"action_mask": self.action_mask}
+        return {"sizes": {name: getattr(self, name) for name in self.sizes}, **mask}
 
     @classmethod
     def rebuild(cls, env: spaces.Env, description: Description, **options: Any) -> "FeedForward":
         """A policy of the described sizes; a ValueError if they cannot be sizes."""
-        return cls(env, **read_sizes(description, cls.sizes), **options)
+        mask = description.get("action_mask")
+        if mask is not None and not isinstance(mask, str):
+            raise ValueError(f"the description of the policy is damaged: action_mask is {mask!r}")
+        return cls(env, **read_sizes(description, cls.sizes), action_mask=mask, **options)
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
@@ -176,7 +207,12 @@ class FeedForward(nnx.Module):
         return action.n
 
     def _image_shape(self) -> tuple[int, int, int] | None:
-        shape = self.env_spec.single_observation_space.shape
+        if self.layout.structured is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes images; got a Dict or Tuple of "
+                f"{', '.join(self.layout.structured.names or ())}"
+            )
+        shape = self.layout.shape
         if shape is not None and len(shape) != 3:
             raise ValueError(
                 f"{type(self).__name__} takes images, observations of three dimensions; got "
@@ -184,9 +220,15 @@ class FeedForward(nnx.Module):
             )
         return shape
 
+    def _without_mask(self, observations: PyTree) -> PyTree:
+        """What is left to observe, in `layout`."""
+        if self.action_mask is None:
+            return observations
+        return split_mask(observations, self.env_spec, self.action_mask)[0]
+
     def _scaled_images(self, images: PyTree) -> Array:
         """Numbers 0..255 as 0..1, except for bytes, which `Conv2d` scales."""
-        images = jnp.asarray(images)
+        images = jnp.asarray(self._without_mask(images))
         if images.dtype == jnp.uint8:
             return images
         return images.astype(self._compute_dtype) / 255.0
@@ -219,14 +261,20 @@ def reference_of(policy: Any, models: ModuleType, env: spaces.Env) -> Any:
     """
     if not hasattr(policy, "reference"):
         raise ValueError(f"PufferLib has no policy of the class {type(policy).__name__}")
-    return policy.reference(models, env)
+    if getattr(policy, "action_mask", None) is None:
+        return policy.reference(models, env)
+    return masked_twin(policy, models, env)
 
 
-def image_of(env: spaces.Env) -> tuple[int, ...] | None:
+def image_of(env: spaces.Env, action_mask: str | None = None) -> tuple[int, ...] | None:
     """The shape of image observations; None where no policy for images can act."""
     space = getattr(env, "single_observation_space", None) or env.observation_space
-    action = spaces.env_spec(env).single_action_space
-    if spaces.kind_of(space) != "box" or not isinstance(action, spaces.Discrete):
+    spec = spaces.env_spec(env)
+    if not isinstance(spec.single_action_space, spaces.Discrete):
+        return None
+    if action_mask is not None:
+        return image_beside(spec, action_mask)
+    if spaces.kind_of(space) != "box":
         return None
     is_image = len(space.shape) == 3 and np.dtype(space.dtype) == np.uint8
     return tuple(space.shape) if is_image else None
@@ -235,11 +283,3 @@ def image_of(env: spaces.Env) -> tuple[int, ...] | None:
 def described_array(shape: tuple[int, ...] | None) -> Description:
     """The observation space of a description: an array, not a Dict or Tuple."""
     return {"shape": shape, "structured": None, "sample_dtype": None}
-
-
-def is_flat(observations: PyTree, layout: spaces.Observation) -> bool:
-    """Whether these are concatenated leaves, not the bytes of an emulated environment."""
-    if layout.sample_dtype is None:
-        return True
-    fits = np.shape(observations)[-1:] == (layout.features,)
-    return fits and jnp.issubdtype(observations.dtype, jnp.floating)

@@ -11,6 +11,7 @@ from puffer_jax.base.text import near
 from puffer_jax.policies.base import FeedForward, image_of
 from puffer_jax.policies.convolutional import Convolutional
 from puffer_jax.policies.default import Default
+from puffer_jax.policies.masks import mask_of
 from puffer_jax.policies.mlp import MLP
 from puffer_jax.policies.registry import FEED_FORWARD
 
@@ -25,6 +26,7 @@ def Policy(
     rngs: nnx.Rngs,
     hidden_size: int | None = None,
     dtype: DTypeLike | None = None,
+    action_mask: str | None = None,
     **options: Any,
 ) -> FeedForward:
     """A policy that fits the environment's spaces.
@@ -39,16 +41,20 @@ def Policy(
         rngs: for the weights.
         hidden_size: width of the encoding; None: the policy's own default.
         dtype: of the matmuls.
+        action_mask: the key of Dict observations that says which actions are legal; "auto":
+            "action_mask", if they have it; None: all actions are legal.
         options: the policy's own. What Convolutional must know about its images is worked out.
 
     Raises:
         ValueError: there is no such policy, it has no such option, or it does not fit the
             environment.
     """
-    image = image_of(env)
+    action_mask = mask_of(env, action_mask)
+    image = image_of(env, action_mask)
     if name == "auto":
         spec = spaces.env_spec(env)
         continuous = isinstance(spec.single_action_space, spaces.Continuous)
+        # Only Discrete and MultiDiscrete actions have masks.
         otherwise = MLP if continuous and _is_vector(spec.single_observation_space) else Default
         cls = next((cls for cls in FEED_FORWARD.values() if cls.suits(image)), otherwise)
         if cls is Convolutional and image is not None:
@@ -61,6 +67,8 @@ def Policy(
         cls = FEED_FORWARD[name]
     else:
         raise ValueError(f"no such policy: {near([name], FEED_FORWARD)[0]}")
+    if action_mask is not None:
+        options = {"action_mask": action_mask} | options
     return cls.for_env(env, hidden_size=hidden_size, rngs=rngs, dtype=dtype, **options)
 
 

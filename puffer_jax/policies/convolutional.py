@@ -41,6 +41,7 @@ class Convolutional(FeedForward):
         rngs: stream `params`.
         dtype: of convolutions and matmuls.
         param_dtype: of parameters, logits and values.
+        action_mask: see `FeedForward`.
 
     Raises:
         ValueError: `output_size` is not `hidden_size`; `framestack` or `flat_size` does not fit
@@ -87,8 +88,9 @@ class Convolutional(FeedForward):
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        action_mask: str | None = None,
     ):
-        super().__init__(env, dtype, param_dtype)
+        super().__init__(env, dtype, param_dtype, action_mask)
         if hidden_size != output_size:
             raise ValueError(
                 f"hidden_size is {hidden_size} and output_size {output_size}, but both heads read "
@@ -208,7 +210,7 @@ class Convolutional(FeedForward):
 
     def example_shape(self) -> tuple[int, int, int] | None:
         """See `FeedForward.example_shape`; the weights do not depend on the sides of the image."""
-        if self.env_spec.single_observation_space.shape:
+        if self.layout.shape:
             return None
         area = self.flat_size // 64
         rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)

@@ -38,6 +38,7 @@ class Default(Flat):
         rngs: stream `params`.
         dtype: of the matmuls.
         param_dtype: of parameters, logits and values.
+        action_mask: see `FeedForward`.
 
     Raises:
         ValueError: an action space no policy supports.
@@ -64,12 +65,14 @@ class Default(Flat):
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        action_mask: str | None = None,
     ):
-        super().__init__(env, dtype, param_dtype)
+        super().__init__(env, dtype, param_dtype, action_mask)
         self.hidden_size = hidden_size
 
-        features = self.env_spec.single_observation_space.features
-        self.encoder = nnx.Sequential(self._linear(features, hidden_size, rngs=rngs), gelu)
+        self.encoder = nnx.Sequential(
+            self._linear(self.layout.features, hidden_size, rngs=rngs), gelu
+        )
         self._make_heads(hidden_size, rngs)
 
     def encode_observations(
@@ -80,7 +83,7 @@ class Default(Flat):
         Raises:
             ValueError: the observations do not fit the space the policy was built for.
         """
-        return perceptron(self._features(observations), self.encoder)[0]
+        return perceptron(self.input_features(observations), self.encoder)[0]
 
     def forward_eval(
         self, observations: PyTree, state: State | None = None
@@ -88,8 +91,9 @@ class Default(Flat):
         """Logits and values (batch, 1) for a batch of observations; `state` is not used."""
         if self._is_overridden():
             return super().forward_eval(observations, state)
-        outputs, values = perceptron(self._features(observations), self.encoder, self._heads)
-        return self._actions(outputs), values.astype(self.param_dtype)
+        outputs, values = perceptron(self.input_features(observations), self.encoder, self._heads)
+        logits = self.masked(self._actions(outputs), observations)
+        return logits, values.astype(self.param_dtype)
 
     def _is_overridden(self) -> bool:
         """Whether a subclass, or the instance, replaces half of `forward_eval`."""

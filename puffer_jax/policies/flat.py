@@ -12,8 +12,13 @@ from jaxtyping import Array, Float, PyTree
 from puffer_jax.base import spaces
 from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.params import Shape, shape_of
-from puffer_jax.policies.base import Description, FeedForward, Hints, is_flat
-from puffer_jax.policies.nativize import flatten_observations, nativize_dtype, nativize_tensor
+from puffer_jax.policies.base import Description, FeedForward, Hints
+from puffer_jax.policies.nativize import (
+    flatten_observations,
+    is_flat,
+    nativize_dtype,
+    nativize_tensor,
+)
 from puffer_jax.policies.protocol import Logits
 
 
@@ -24,6 +29,7 @@ class Flat(FeedForward):
         env: gives the spaces, see `Default`.
         dtype: of the matmuls.
         param_dtype: of parameters, logits and values.
+        action_mask: see `FeedForward`.
     """
 
     # In the order of torch's parameters: a module's own before those of its layers.
@@ -35,8 +41,14 @@ class Flat(FeedForward):
         )
     }
 
-    def __init__(self, env: spaces.Env, dtype: DTypeLike | None, param_dtype: DTypeLike):
-        super().__init__(env, dtype, param_dtype)
+    def __init__(
+        self,
+        env: spaces.Env,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        action_mask: str | None = None,
+    ):
+        super().__init__(env, dtype, param_dtype, action_mask)
         action = self.env_spec.single_action_space
         observation = self.env_spec.single_observation_space
         self.is_continuous = isinstance(action, spaces.Continuous)
@@ -55,9 +67,16 @@ class Flat(FeedForward):
                 self.decoder_logstd = nnx.Param(jnp.zeros((1, size), self.param_dtype))
         self.value = self._linear(width, 1, 1.0, rngs=rngs)
 
-    def _features(self, observations: PyTree) -> Float[Array, "batch features"]:
-        layout = self.env_spec.single_observation_space
-        dtype = self._compute_dtype
+    def input_features(
+        self, observations: PyTree, dtype: DTypeLike | None = None
+    ) -> Float[Array, "batch features"]:
+        """What the first layers read, without the mask; in the dtype of the matmuls, or in `dtype`.
+
+        Raises:
+            ValueError: the observations do not fit the space the policy was built for.
+        """
+        layout, dtype = self.layout, self._compute_dtype if dtype is None else dtype
+        observations = self._without_mask(observations)
         if layout.structured is not None:
             if isinstance(observations, dict | tuple):
                 return flatten_observations(observations, layout.structured, dtype=dtype)

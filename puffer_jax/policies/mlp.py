@@ -48,6 +48,7 @@ class MLP(Flat):
             with 0.01, the critic's with 1.
         dtype: of the matmuls.
         param_dtype: of parameters, logits and values.
+        action_mask: see `FeedForward`.
 
     Raises:
         ValueError: no hidden layer or one without a positive width, an unknown activation, or an
@@ -78,8 +79,9 @@ class MLP(Flat):
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        action_mask: str | None = None,
     ):
-        super().__init__(env, dtype, param_dtype)
+        super().__init__(env, dtype, param_dtype, action_mask)
         if not hidden_sizes or min(hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes must be one or more widths; got {hidden_sizes}")
         if activation not in ACTIVATIONS:
@@ -99,7 +101,7 @@ class MLP(Flat):
 
     def _hidden_layers(self, rngs: nnx.Rngs) -> nnx.Sequential:
         layers: list[Callable[..., Any]] = []
-        inputs = self.env_spec.single_observation_space.features
+        inputs = self.layout.features
         for size in self.hidden_sizes:
             layers += [self._linear(inputs, size, rngs=rngs), ACTIVATIONS[self.activation]]
             inputs = size
@@ -113,7 +115,7 @@ class MLP(Flat):
         Raises:
             ValueError: the observations do not fit the space the policy was built for.
         """
-        features = self._features(observations)
+        features = self.input_features(observations)
         return jnp.concatenate([getattr(self, trunk)(features) for trunk in self._trunks], axis=-1)
 
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Logits, Array]:
@@ -176,7 +178,7 @@ class MLP(Flat):
                 del self.encoder
                 self.hidden_size = ours.hidden_size
                 for trunk in ours._trunks:
-                    layers, inputs = [], ours.env_spec.single_observation_space.features
+                    layers, inputs = [], ours.layout.features
                     for size in ours.hidden_sizes:
                         layers += [nn.Linear(inputs, size), torch_activation()]
                         inputs = size

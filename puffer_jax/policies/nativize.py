@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Shaped, UInt8, UInt32
 
+from puffer_jax.base.spaces import Observation as Layout
 from puffer_jax.base.spaces import Space, children_of, emulated_dtypes, structured_dtype
 
 Observation: TypeAlias = Shaped[Array | np.ndarray, "..."]
@@ -325,3 +326,11 @@ def _collect(
         else:
             wanted = ", ".join(["batch", *map(str, expected)])
             problems.append(f"{path} should be ({wanted}), got {leaf.shape}")
+
+
+def is_flat(observations: PyTree, layout: Layout) -> bool:
+    """Whether these are concatenated leaves, not the bytes of an emulated environment."""
+    if layout.sample_dtype is None:
+        return True
+    fits = np.shape(observations)[-1:] == (layout.features,)
+    return fits and jnp.issubdtype(observations.dtype, jnp.floating)

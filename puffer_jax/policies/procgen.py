@@ -129,6 +129,7 @@ class ProcgenResnet(FeedForward):
         rngs: stream `params`.
         dtype: of convolutions and matmuls.
         param_dtype: of parameters, logits and values.
+        action_mask: see `FeedForward`.
 
     Raises:
         ValueError: the observations are not images, or the action space is not Discrete.
@@ -161,8 +162,9 @@ class ProcgenResnet(FeedForward):
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        action_mask: str | None = None,
     ):
-        super().__init__(env, dtype, param_dtype)
+        super().__init__(env, dtype, param_dtype, action_mask)
         self.cnn_width = cnn_width
         self.mlp_width = mlp_width
         self.hidden_size = mlp_width

@@ -66,6 +66,16 @@ def is_recurrent(policy: object) -> bool:
     return hasattr(policy, "initial_state")
 
 
+def masked_by(policy: Any, logits: PyTree, observations: PyTree) -> PyTree:
+    """The logits that a policy decoded, as its method `masked(logits, observations)` leaves them.
+
+    The two halves of a policy pass no observations to the heads, so whoever calls them passes
+    them here. A policy without the method masks nothing.
+    """
+    masked = getattr(policy, "masked", None)
+    return masked(logits, observations) if callable(masked) else logits
+
+
 def forward_of(policy: Any, *names: str) -> Callable[..., Any]:
     """How a policy is called: its first method of `names`, else whatever else it has.
 
@@ -81,7 +91,12 @@ def forward_of(policy: Any, *names: str) -> Callable[..., Any]:
         if callable(method):
             return method
     if hasattr(policy, "encode_observations") and hasattr(policy, "decode_actions"):
-        return lambda x, state=None: policy.decode_actions(policy.encode_observations(x))
+
+        def halves(x: PyTree, state: State | None = None) -> tuple[Logits, Array]:
+            logits, values = policy.decode_actions(policy.encode_observations(x))
+            return masked_by(policy, logits, x), values
+
+        return halves
     raise TypeError(
         f"{type(policy).__name__} cannot be called: a policy has `forward_eval(observations, state)"
         "`, `forward` or `__call__`, or `encode_observations` and `decode_actions`, and gives "

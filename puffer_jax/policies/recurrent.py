@@ -23,11 +23,11 @@ from puffer_jax.policies.base import (
     Dtypes,
     FeedForward,
     Hints,
-    is_flat,
     read_sizes,
     reference_of,
 )
-from puffer_jax.policies.protocol import Logits, Policy, State
+from puffer_jax.policies.nativize import is_flat
+from puffer_jax.policies.protocol import Logits, Policy, State, masked_by
 
 
 class Recurrent(nnx.Module):
@@ -129,6 +129,7 @@ class Recurrent(nnx.Module):
         encoded = self._encode(observations, state)
         hidden, state = self.core.step(encoded, self._carried(state, encoded.shape[0]))
         logits, values = self.policy.decode_actions(hidden)
+        logits = masked_by(self.policy, logits, observations)
         return logits, values, {"hidden": hidden, **state}
 
     def forward(
@@ -160,6 +161,7 @@ class Recurrent(nnx.Module):
         sequence = encoded.reshape(batch, time, -1)
         hidden, state = self.core.scan(sequence, self._carried(state, batch), done)
         logits, values = self.policy.decode_actions(hidden.reshape(batch * time, -1))
+        logits = masked_by(self.policy, logits, flat)
         return logits, values.reshape(batch, time), {"hidden": hidden, **state}
 
     def __call__(

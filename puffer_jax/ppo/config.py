@@ -1,17 +1,14 @@
 """The trainer's configuration: the reference's `[train]` section, and options it lacks."""
 
-import configparser
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Any, Literal
 
 from puffer_jax.base.text import hint, near
+from puffer_jax.ppo.fields import checked, option
 from puffer_jax.ppo.presets import preset_path, presets, read_ini
 from puffer_jax.ppo.sizes import Sizes
 
@@ -19,9 +16,6 @@ Auto = Literal["auto"]
 
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
-
-# An int may be too large to become a float, but compares with one.
-_LARGEST = sys.float_info.max
 
 # What other libraries call them.
 _ELSEWHERE = {
@@ -66,25 +60,6 @@ _TORCH_ONLY = frozenset(
 )
 
 
-def option(
-    default: Any,
-    *,
-    traced: bool = False,
-    positive: bool = False,
-    within: tuple[int | float, int | float] | None = None,
-) -> Any:
-    """A field of a configuration, with limits on its value that its type does not express.
-
-    Args:
-        default: its value if none is given.
-        traced: whether it is a number in the update that may change without recompiling.
-        positive: whether it must be greater than 0.
-        within: its least and greatest values.
-    """
-    metadata = {"traced": traced, "positive": positive, "within": within}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class PuffeRLConfig:
     """What to train with. Names, meaning and defaults are those of PufferLib 3.0's `[train]`.
@@ -127,6 +102,9 @@ class PuffeRLConfig:
         data_dir: folder of all runs.
         checkpoint_interval: epochs between checkpoints.
         num_envs: number of JAX-native environments; None: `batch_size` / `bptt_horizon`, or 64.
+        reset_ratio: of n JAX-native environments, n / `reset_ratio` resets, rounded up, are
+            computed in a step, and if more episodes end at once, some begin alike; None: n, of
+            which those are thrown away that are not needed. For resets that cost more than steps.
         num_minibatches: with `minibatch_size` "auto", the number of minibatches of a pass over the
             batch, as far as it divides; None: as `minibatch_size` says.
         normalize_observations: whether observations are normalised by their running mean and
@@ -212,6 +190,7 @@ class PuffeRLConfig:
     checkpoint_interval: int = option(200, positive=True)
     num_envs: int | None = option(None, positive=True)
 
+    reset_ratio: int | None = option(None, positive=True)
     num_minibatches: int | None = option(None, positive=True)
     normalize_observations: bool | Auto = False
     normalize_rewards: bool = False
@@ -240,6 +219,7 @@ class PuffeRLConfig:
             "reward_clip": None,
             "advantage": "gae",
             "sampling": "shuffled",
+            "vf_clip_coef": 10.0,
             "bootstrap_truncation": True,
             "bootstrap_last": True,
             "reset_on_done": True,
@@ -289,7 +269,7 @@ class PuffeRLConfig:
         unknown = [name for name in known if name not in fields]
         if unknown:
             raise ValueError("no such training option: " + ", ".join(near_options(unknown)))
-        return cls(**{name: _checked(fields[name], value) for name, value in known.items()})
+        return cls(**{name: checked(fields[name], value) for name, value in known.items()})
 
     @classmethod
     def from_ini(cls, path: str | Path) -> "PuffeRLConfig":
@@ -310,7 +290,7 @@ class PuffeRLConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         if self.recompute_advantage and self.advantage != "vtrace":
             raise ValueError(
                 f"recompute_advantage needs 'vtrace'; got advantage {self.advantage!r}"
@@ -417,82 +397,6 @@ def near_options(names: Iterable[str], known: Iterable[str] | None = None) -> li
         else near([name], known)[0]
         for name in names
     ]
-
-
-def _kinds(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
-    union = get_origin(field.type) in (Union, UnionType)
-    return get_args(field.type) if union else (field.type,)
-
-
-def _broken_rule(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """What the field's type or `option` demands and `value` is not; None if it is all of it."""
-    kinds = _kinds(field)
-    named = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
-    plain = [kind for kind in kinds if get_origin(kind) is not Literal]
-    if isinstance(value, str) and value in named:
-        return None
-    if value is None and NoneType in plain:
-        return None
-    if not plain:
-        return f"one of {', '.join(named)}"
-    numeric = int in plain or float in plain
-    if numeric and _is_number(value) and not abs(value) <= _LARGEST:
-        return "a finite number"
-    if field.metadata.get("positive") and not (_is_number(value) and value > 0):
-        return "a positive number"
-    if within := field.metadata.get("within"):
-        low, high = within
-        if not (_is_number(value) and low <= value <= high):
-            return f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
-    if int in plain and isinstance(value, float):
-        return "a whole number"
-    if bool in plain and not isinstance(value, bool):
-        return " or ".join(["true or false", *named])
-    if numeric and not _is_number(value):
-        return " or ".join(["a number", *named])
-    if str in plain and not isinstance(value, str):
-        return "a text"
-    return None
-
-
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    value = _typed(field, value)
-    if rule := _broken_rule(field, value):
-        raise ValueError(f"{field.name} must be {rule}; got {value!r}")
-    return value
-
-
-# As configparser reads them.
-_WORDS = configparser.ConfigParser.BOOLEAN_STATES
-
-
-def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A value as the field's type: 1e6 for a number of steps, "off", NumPy's and JAX's scalars."""
-    kinds = _kinds(field)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, str | bool | int | float) and getattr(value, "shape", None) == ():
-        value = value.item()
-    if isinstance(value, str) and str not in kinds:
-        word = value.strip().lower()
-        if bool in kinds and word in _WORDS:
-            value = _WORDS[word]
-        elif word == "none":
-            value = None
-        elif int in kinds or float in kinds:
-            try:
-                value = float(word)
-            except ValueError:
-                return value
-    if float in kinds and _is_number(value) and abs(value) <= _LARGEST:
-        return float(value)
-    if int in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _multiples(number: int, unit: int) -> str:

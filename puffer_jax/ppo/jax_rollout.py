@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from puffer_jax.environments.jax_native import AdaptedEnv, Step, autoreset
+from puffer_jax.environments.jax_native import AdaptedEnv, Step
+from puffer_jax.environments.resets import autoreset_all
 from puffer_jax.nn import random
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
@@ -75,7 +76,7 @@ class JaxSource:
     def __init__(self, config: PuffeRLConfig, env: AdaptedEnv, policy: nnx.Module):
         self.sizes = config.sizes(None)
         self._config, self._reset = config, jax.vmap(env.reset)
-        self._step_envs = jax.vmap(autoreset(env))
+        self._step_envs = autoreset_all(env, self.sizes.agents, config.reset_ratio)
         self._player = Player(config, policy, env.action_space)
 
     def init(self, key: PRNGKeyArray) -> Stream:

@@ -6,6 +6,7 @@ the optimizer changes are the weights before folding.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,12 @@ def initial(config: PuffeRLConfig, policy: nnx.Module, agents: int) -> Normaliza
 
 def input_layers(policy: nnx.Module) -> tuple[nnx.Linear, ...]:
     """The layers that read the observations as (batch, features); () if there are none such."""
-    inner = getattr(policy, "policy", policy) if is_recurrent(policy) else policy
-    find = getattr(inner, "input_layers", None)
+    find = getattr(_encoder_of(policy), "input_layers", None)
     return () if find is None else tuple(find())
+
+
+def _encoder_of(policy: Any) -> Any:
+    return getattr(policy, "policy", policy) if is_recurrent(policy) else policy
 
 
 def _normalizes_observations(config: PuffeRLConfig, policy: nnx.Module) -> bool:
@@ -117,13 +121,20 @@ def normalize_rewards(
     return experience, normalization._replace(returns=returns, discounted=running)
 
 
-def observed(experience: Experience, normalization: Normalization | None) -> Normalization | None:
-    """What is known about observations after a batch."""
+def observed(
+    policy: nnx.Module, experience: Experience, normalization: Normalization | None
+) -> Normalization | None:
+    """What is known about observations after a batch; the policy tells what it reads of them."""
     if normalization is None or normalization.observations is None:
         return normalization
     before = normalization.observations
     count = math.prod(experience.rewards.shape)
-    features = jnp.asarray(experience.observations).reshape(count, -1).astype(before.mean.dtype)
+    read = getattr(_encoder_of(policy), "input_features", None)
+    flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), experience.observations)
+    features = (
+        jnp.asarray(flat).reshape(count, -1) if read is None else read(flat, before.mean.dtype)
+    )
+    features = features.astype(before.mean.dtype)
     weights = _played(experience).reshape(-1).astype(before.mean.dtype)
     return normalization._replace(observations=before.including(features, weights))
 

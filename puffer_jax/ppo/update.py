@@ -128,7 +128,8 @@ class Learner:
             details.advantages, details.values if written_back else values
         )
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
-        known = normalization.observed(experience, known)
+        policy = merge(self.graphdef, state.params)
+        known = normalization.observed(policy, experience, known)
         if state.unplayed is not None and experience.mask is not None:
             share = 1 - experience.mask.mean(dtype=state.unplayed.dtype)
             unplayed, lost = add(state.unplayed, state.lost, share)

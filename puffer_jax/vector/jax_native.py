@@ -29,6 +29,7 @@ class JaxVecEnv(VecEnv):
         env: as for `puffer_jax.as_jax_env`.
         num_envs: number of copies.
         seed: seed of the first copy, as for `make`.
+        reset_ratio: see `PuffeRLConfig`.
 
     Example:
         >>> import puffer_jax
@@ -39,14 +40,16 @@ class JaxVecEnv(VecEnv):
         (4, 4)
     """
 
-    def __init__(self, env: Any, num_envs: int, seed: int = 0):
+    def __init__(self, env: Any, num_envs: int, seed: int = 0, reset_ratio: int | None = None):
         import jax
         import jax.numpy as jnp
 
         from puffer_jax.environments.jax_native import as_jax_env
+        from puffer_jax.environments.resets import begin_where, resets_of
 
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        count = resets_of(num_envs, 1 if reset_ratio is None else reset_ratio)
         env = as_jax_env(env)
         space, structured = emulate_observation_space(gymnasium_space(env.observation_space))
         emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
@@ -75,15 +78,14 @@ class JaxVecEnv(VecEnv):
             return keys[:, 0], state, obs
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        @jax.vmap
-        def step(key: Tree, state: Tree, over: Tree, action: Tree) -> tuple[Tree, ...]:
-            key, step_key, reset_key = jax.random.split(key, 3)
-            obs, new, reward, terminated, truncated, info = env.step(step_key, state, action)
-            obs, new = jax.tree.map(
-                lambda a, b: jnp.where(over, a, b), env.reset(reset_key), (obs, new)
+        def step(keys: Tree, state: Tree, over: Tree, action: Tree) -> tuple[Tree, ...]:
+            keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+            obs, new, reward, terminated, truncated, info = jax.vmap(env.step)(
+                keys[:, 1], state, action
             )
+            obs, new = begin_where(over, env.reset, keys[:, 2], (obs, new), count)
             ends = (terminated & ~over, truncated & ~over)
-            return key, new, obs, jnp.where(over, 0, reward), *ends, info
+            return keys[:, 0], new, obs, jnp.where(over, 0, reward), *ends, info
 
         self._begin, self._step = begin, step
         self._seeded = jax.jit(jax.vmap(jax.random.key))

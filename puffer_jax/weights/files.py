@@ -140,6 +140,7 @@ def policy_from_checkpoint(
     channels_last: bool = False,
     downsample: int = 1,
     activation: str | None = None,
+    action_mask: str | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     allow_non_finite: bool = False,
@@ -159,6 +160,7 @@ def policy_from_checkpoint(
         channels_last: as `Convolutional` was built.
         downsample: as `Convolutional` was built.
         activation: as `MLP` was built.
+        action_mask: as the policy was built; needs `env`.
         dtype: of the policy's matmuls.
         param_dtype: of its parameters.
         allow_non_finite: see `load_state_dict`.
@@ -184,7 +186,9 @@ def policy_from_checkpoint(
             shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
             if problems := obstacles(shapes):
                 raise ValueError("; ".join(problems))
-            hints = Hints(env, nvec, image_shape, channels_last, downsample, activation)
+            hints = Hints(
+                env, nvec, image_shape, channels_last, downsample, activation, action_mask
+            )
             description = infer(shapes, hints)
         policy = build(description, env, Dtypes(dtype=dtype, param_dtype=param_dtype))
         load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)

@@ -31,7 +31,9 @@ def _infer_feed_forward(shapes: Mapping[str, Shape], hints: Hints) -> Descriptio
     for cls in FEED_FORWARD.values():
         found = cls.from_keys(shapes, hints)
         if found is not None:
-            return found
+            return (
+                found if hints.action_mask is None else found | {"action_mask": hints.action_mask}
+            )
     raise ValueError(
         f"the keys belong to none of {', '.join(FEED_FORWARD)}, alone or around a recurrent core "
         f"({', '.join(CORES)}); build your policy and use load_weights. Found: "

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from puffer_jax.base import spaces
 from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.params import merge, split
-from puffer_jax.policies.protocol import is_recurrent
+from puffer_jax.policies.protocol import is_recurrent, masked_by
 
 # A bound beyond this counts as none: CartPole's are 3e38, where any network overflows.
 _LARGE = 1e6
@@ -149,6 +149,7 @@ def _step(policy: Any, observations: PyTree, state: PyTree) -> tuple[_Outputs, P
         # Recurrent passes the state by keyword.
         hidden = policy.encode_observations(observations, state=None)
         logits, values = policy.decode_actions(hidden)
+        logits = masked_by(policy, logits, observations)
     return _named(logits, values), state
 
 

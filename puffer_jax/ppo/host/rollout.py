@@ -201,7 +201,8 @@ class HostSource:
         step: `HostStep`, compiled.
 
     Raises:
-        ValueError: the sizes do not fit together, or `bootstrap_last` does not fit the batches.
+        ValueError: the sizes do not fit together, `bootstrap_last` does not fit the batches, or
+            there is a `reset_ratio`.
     """
 
     pure = False
@@ -213,6 +214,11 @@ class HostSource:
             raise ValueError(
                 "bootstrap_last needs all agents in one batch; the vecenv hands out "
                 f"{env.agents_per_batch} of {env.num_agents}"
+            )
+        if config.reset_ratio is not None:
+            raise ValueError(
+                f"reset_ratio={config.reset_ratio} is for JAX-native environments; on the host, "
+                "only those are reset whose episode ended"
             )
         self._masked = env.needs_mask or config.use_mask
         self._unplayed: set[int] = set()
