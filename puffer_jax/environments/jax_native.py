@@ -359,8 +359,8 @@ def _fix(env: Env, name: str, inner: Env, max_steps: int | None) -> AdaptedEnv:
     spaces = inner.observation_space, inner.action_space
     if agents is None:
         return AdaptedEnv(*spaces, fixed_reset, fixed_step, unwrapped)
-    counting = counted(fixed_reset, fixed_step, *axis)
-    return AdaptedEnv(*spaces, *counting, unwrapped, *axis, counted_playing(playing))
+    counting = counted(fixed_reset, fixed_step, int(agents))
+    return AdaptedEnv(*spaces, *counting, unwrapped, int(agents), counted_playing(playing))
 
 
 def _six_values(name: str, step: Callable[..., Tree]) -> Callable[..., Tree]:

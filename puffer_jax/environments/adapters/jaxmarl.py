@@ -79,8 +79,9 @@ def _same(name: str, what: str, spaces: Mapping[str, Space]) -> Space:
 
 def _longest(observations: Sequence[Tree]) -> int | None:
     """The length of the longest observation, if all are vectors."""
-    shapes = [getattr(obs, "shape", ()) for obs in observations]
-    return max(shapes)[0] if all(len(shape) == 1 for shape in shapes) else None
+    if any(getattr(obs, "ndim", 0) != 1 for obs in observations):
+        return None
+    return max(obs.shape[0] for obs in observations)
 
 
 def _pad(longest: int | None, obs: Tree) -> Tree:

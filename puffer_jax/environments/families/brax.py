@@ -1,5 +1,6 @@
 """Environments of brax, which run in JAX."""
 
+import importlib
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -7,16 +8,14 @@ from puffer_jax.environments.families import Arguments, Family, check_arguments,
 
 
 def _names() -> Iterable[str]:
-    from brax import envs
-
+    envs = importlib.import_module("brax.envs")
     return [f"brax:{known}" for known in envs._envs]
 
 
 def _create(name: str, known: str, arguments: Arguments) -> Env:
-    from brax import envs
-
     from puffer_jax.environments.jax_native import as_jax_env
 
+    envs = importlib.import_module("brax.envs")
     if known not in envs._envs:
         raise unknown(name, _names())
     check_arguments(name, envs._envs[known], arguments, ("episode_length", "action_repeat"))

@@ -1,6 +1,7 @@
 """Craftax and Craftax-Classic, which run in JAX."""
 
 import dataclasses
+import importlib
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -18,13 +19,12 @@ def _names() -> Iterable[str]:
 
 def _create(name: str, known: str, arguments: Arguments) -> Env:
     """An environment whose arguments replace those of its parameters."""
-    from craftax.craftax_env import make_craftax_env_from_name
-
     from puffer_jax.environments.jax_native import as_jax_env
 
     if name not in _names():
         raise unknown(name, _names())
-    env = make_craftax_env_from_name(known, auto_reset=False)
+    made = importlib.import_module("craftax.craftax_env")
+    env = made.make_craftax_env_from_name(known, auto_reset=False)
     params = env.default_params
     options = [field.name for field in dataclasses.fields(params)]
     if wrong := [argument for argument in arguments if argument not in options]:

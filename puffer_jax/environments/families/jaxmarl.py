@@ -1,5 +1,6 @@
 """Environments of JaxMARL, which run in JAX and have several agents."""
 
+import importlib
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -7,16 +8,14 @@ from puffer_jax.environments.families import Arguments, Family, unknown
 
 
 def _names() -> Iterable[str]:
-    import jaxmarl
-
+    jaxmarl = importlib.import_module("jaxmarl")
     return [f"jaxmarl:{known}" for known in jaxmarl.registered_envs]
 
 
 def _create(name: str, known: str, arguments: Arguments) -> Env:
-    import jaxmarl
-
     from puffer_jax.environments.jax_native import as_jax_env
 
+    jaxmarl = importlib.import_module("jaxmarl")
     if known not in jaxmarl.registered_envs:
         raise unknown(name, _names())
     try:

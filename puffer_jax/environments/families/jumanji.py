@@ -1,5 +1,6 @@
 """Environments of jumanji, which run in JAX."""
 
+import importlib
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -7,17 +8,15 @@ from puffer_jax.environments.families import Arguments, Family, check_arguments,
 
 
 def _names() -> Iterable[str]:
-    import jumanji
-
+    jumanji = importlib.import_module("jumanji")
     return [f"jumanji:{known}" for known in sorted(jumanji.registered_environments())]
 
 
 def _create(name: str, known: str, arguments: Arguments) -> Env:
-    import jumanji
-    from jumanji import registration
-
     from puffer_jax.environments.jax_native import as_jax_env
 
+    jumanji = importlib.import_module("jumanji")
+    registration = importlib.import_module("jumanji.registration")
     if known not in jumanji.registered_environments():
         raise unknown(name, _names())
     check_arguments(name, registration.load(registration._REGISTRY[known].entry_point), arguments)

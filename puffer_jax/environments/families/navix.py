@@ -1,5 +1,6 @@
 """Environments of navix, MiniGrid's in JAX."""
 
+import importlib
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -7,16 +8,14 @@ from puffer_jax.environments.families import Arguments, Family, unknown
 
 
 def _names() -> Iterable[str]:
-    import navix
-
+    navix = importlib.import_module("navix")
     return [f"navix:{known}" for known in navix.registry()]
 
 
 def _create(name: str, known: str, arguments: Arguments) -> Env:
-    import navix
-
     from puffer_jax.environments.jax_native import as_jax_env
 
+    navix = importlib.import_module("navix")
     if known not in navix.registry():
         raise unknown(name, _names())
     try:

@@ -1,5 +1,6 @@
 """Environments of MuJoCo Playground, which run in JAX."""
 
+import importlib
 from collections.abc import Iterable
 
 from puffer_jax.base.spaces import Env
@@ -8,18 +9,16 @@ from puffer_jax.environments.families import Arguments, Family, unknown
 
 
 def _names() -> Iterable[str]:
-    from mujoco_playground import registry
-
+    registry = importlib.import_module("mujoco_playground").registry
     return [f"playground:{known}" for known in registry.ALL_ENVS]
 
 
 def _create(name: str, known: str, arguments: Arguments) -> Env:
     """An environment whose arguments replace those of its config."""
-    from brax.envs.wrappers.training import EpisodeWrapper
-    from mujoco_playground import registry
-
     from puffer_jax.environments.jax_native import as_jax_env
 
+    registry = importlib.import_module("mujoco_playground").registry
+    wrappers = importlib.import_module("brax.envs.wrappers.training")
     if known not in registry.ALL_ENVS:
         raise unknown(name, _names())
     config = registry.get_default_config(known)
@@ -28,7 +27,8 @@ def _create(name: str, known: str, arguments: Arguments) -> Env:
         raise TypeError(f"{name}: no such argument: {', '.join(near(wrong, options))}")
     config.update_from_flattened_dict(dict(arguments))
     env = registry.load(known, config=config)
-    return as_jax_env(EpisodeWrapper(env, config.episode_length, config.get("action_repeat", 1)))
+    repeat = config.get("action_repeat", 1)
+    return as_jax_env(wrappers.EpisodeWrapper(env, config.episode_length, repeat))
 
 
 def _flat(options: Arguments) -> Iterable[str]:
