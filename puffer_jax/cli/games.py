@@ -119,8 +119,8 @@ def make_game(
         ValueError: it cannot be made or drawn that way, or has several agents.
     """
     env = make_jax_env(name, arguments)
-    if env is not None:
+    if env is not None and env.num_agents is None:
         return _NativeGame(name, env, render, seed)
-    if registry.find(name)[0].multi_agent:
+    if env is not None or registry.find(name)[0].multi_agent:
         raise ValueError(f"--env {name} has several agents; only single-agent games can be played")
     return _HostGame(name, arguments, render, seed, info_mask(action_mask))

@@ -35,8 +35,9 @@ class Train:
     """
 
     env: str | None = None
-    """A gymnasium, ALE or minigrid id, `gymnax:ID`, `pettingzoo:FOLDER/MODULE`, or a JAX-native one
-    of puffer_jax.environments (cartpole, memory, squared, ...)."""
+    """A gymnasium, ALE or minigrid id, `pettingzoo:FOLDER/MODULE`, an id in JAX after brax:,
+    craftax:, gymnax:, jaxmarl:, jumanji:, navix:, pgx: or playground:, or a JAX-native one of
+    puffer_jax.environments (cartpole, memory, squared, ...)."""
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE for the environment's constructor; may be given several times."""
     config: Path | None = None

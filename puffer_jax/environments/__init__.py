@@ -1,9 +1,10 @@
 """Environments by name.
 
 `make` knows the small JAX-native environments of this package, each a
-`puffer_jax.jaxenv.JaxEnv`, and those of gymnasium, gymnax, ALE, minigrid and PettingZoo, which are
-optional. Environments that run on the host are emulated (`puffer_jax.emulation`), and are made
-without importing JAX. Names are imported when first used, as in `puffer_jax`.
+`puffer_jax.jaxenv.JaxEnv`, and those of gymnasium, ALE, minigrid, PettingZoo, and, in JAX, gymnax,
+brax, Craftax, JaxMARL, jumanji, navix, pgx and MuJoCo Playground, which are optional. Environments
+that run on the host are emulated (`puffer_jax.emulation`), and are made without importing JAX.
+Names are imported when first used, as in `puffer_jax`.
 """
 
 import functools
@@ -53,6 +54,7 @@ def family(name: str) -> tuple[str, str]:
     |---|---|
     | cartpole, memory, squared, ... (`names()`) | native |
     | gymnax:Breakout-MinAtar | gymnax |
+    | brax:ant, craftax:..., jaxmarl:..., jumanji:..., navix:..., pgx:..., playground:... | those |
     | ALE/Breakout-v5 | atari |
     | MiniGrid-Empty-5x5-v0, BabyAI-GoToRedBall-v0 | minigrid |
     | pettingzoo:butterfly/cooperative_pong_v6 | pettingzoo |
@@ -83,7 +85,7 @@ def make(
             `puffer_jax.environments.families.atari.atari`.
 
     Returns:
-        A `puffer_jax.jaxenv.JaxEnv` (native, gymnax), a `GymnasiumPufferEnv` or a
+        A `puffer_jax.jaxenv.JaxEnv` (those in JAX), a `GymnasiumPufferEnv` or a
         `PettingZooPufferEnv`.
 
     Raises:

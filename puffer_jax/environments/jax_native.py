@@ -1,14 +1,13 @@
 """JAX-native environments: the protocol of a single one, adapters to it, and resets.
 
 An environment is a pair of pure functions of arrays, so that a rollout of many compiles into
-one program: `jax.vmap` makes the batch, `jax.lax.scan` the time. Environments are recognised by
-their attributes, so neither gymnax nor brax is imported here.
+one program: `jax.vmap` makes the batch, `jax.lax.scan` the time. Those of other packages are
+adapted in `puffer_jax.environments.adapters`.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -26,23 +25,30 @@ from puffer_jax.base.spaces import (
     structured_dtype,
 )
 from puffer_jax.base.text import hint
-from puffer_jax.environments.jax_adapters import (
-    BRAX_MAX_STEPS,
+from puffer_jax.environments.adapters import (
+    Adapted,
     Tree,
+    brax,
     casts,
-    from_brax,
-    from_gymnax,
+    gymnax,
+    jaxmarl,
+    jumanji,
+    navix,
+    pgx,
     split_end,
 )
+from puffer_jax.environments.agents import counted, counted_playing
 from puffer_jax.nn import random
 from puffer_jax.nn.widths import check_widths
 
 _PROTOCOL = (
     "a JAX-native environment has `observation_space`, `action_space`, `reset(key) -> (obs, state)`"
     " and `step(key, state, action) -> (obs, state, reward, terminated, truncated, info)`; those of"
-    " gymnax (`step_env`, `default_params`) and brax (`observation_size`, `action_size`) are"
-    " adapted"
+    " gymnax, Craftax, brax, MuJoCo Playground, pgx, jumanji, navix and JaxMARL are adapted"
 )
+
+_ADAPTERS = (brax, pgx, jumanji, navix, jaxmarl)
+"""Besides gymnax, whose environments may have parameters."""
 
 Transition = tuple[Array, Tree, Array, Array, Array, dict[str, Tree]]
 """What a step gives: obs, state, reward, terminated, truncated, info."""
@@ -51,6 +57,12 @@ Transition = tuple[Array, Tree, Array, Array, Array, dict[str, Tree]]
 @runtime_checkable
 class JaxEnv(Protocol):
     """One environment, not a batch. Both functions are pure and can be traced.
+
+    It has several agents if it also has the attribute `num_agents`, an int. Then the spaces are one
+    agent's, and obs, action, reward, terminated and truncated have a first axis of that size. An
+    agent that is terminated or truncated is absent until all are, which ends the episode. A method
+    `playing(state)`, if there is one, returns (num_agents,) bool: whose actions count in `state`.
+    The rewards that an agent gets while its actions do not count belong to its last one that did.
 
     Attributes:
         observation_space: any space that `puffer_jax.spaces.env_spec` understands.
@@ -87,6 +99,8 @@ class Step(NamedTuple):
         truncated: whether the episode was cut; unless terminated, bootstrap from `final_obs`.
         final_obs: the observation that the action led to, before any reset, at every step.
         info: what the environment reported, before any reset.
+        start: whether `obs` is the first of an episode.
+        playing: (num_agents,), whose actions on `obs` count; None: there is one agent.
     """
 
     obs: Tree
@@ -96,6 +110,8 @@ class Step(NamedTuple):
     truncated: Array
     final_obs: Tree
     info: dict[str, Tree]
+    start: Array
+    playing: Array | None = None
 
 
 class TimeLimited(NamedTuple):
@@ -114,8 +130,11 @@ class AdaptedEnv:
         action_space: see `JaxEnv`.
         reset: see `JaxEnv`. The observation has the dtype its space declares.
         step: see `JaxEnv`. reward is float32, terminated and truncated are bool, and the state
-            has the dtypes it had at reset, so that it can be carried through `jax.lax.scan`.
+            has the dtypes it had at reset, so that it can be carried through `jax.lax.scan`. Each
+            agent's end is told once, and its rewards are 0 after that.
         unwrapped: the environment that was adapted.
+        num_agents: how many agents there are, see `JaxEnv`; None: one, without an axis.
+        playing: who plays in a state; None: the one agent does.
     """
 
     observation_space: Space
@@ -123,6 +142,8 @@ class AdaptedEnv:
     reset: Callable[..., Tree]
     step: Callable[..., Tree]
     unwrapped: Env
+    num_agents: int | None = None
+    playing: Callable[[Tree], Array] | None = None
 
 
 def as_jax_env(
@@ -145,10 +166,16 @@ def as_jax_env(
               done at `state.time >= params.max_steps_in_episode` counts as truncated.
             - a brax environment (or MuJoCo Playground's), not wrapped with automatic resets.
               `state.info["truncation"]` sets truncated; info is `state.metrics`.
+            - a Craftax environment, with or without automatic resets, or its pair with parameters.
+            - a game of pgx, as self-play: each player is an agent, and plays where it is its turn.
+              `puffer_jax.environments.make("pgx:...", opponent="random")` has one agent.
+            - an environment of jumanji, not wrapped with automatic resets, or of navix.
+            - an environment of JaxMARL whose agents have the same spaces.
         env_params: gymnax's parameters; `env.default_params` if None.
         max_steps: truncate episodes after this many steps, besides the environment's own limits.
-            Brax environments have none: for them, None means 1000, as in brax's own training
-            (unless `state.info` has "truncation": then something else already counts).
+            Brax environments have none: for them, None means 1000, as in brax's own training, or
+            what Playground's config says (unless `state.info` has "truncation": then something
+            else already counts).
         observation: the part of its Dict observations that is handed out, such as "state", where
             "privileged_state" is for nobody's eyes; None: all of them.
 
@@ -178,14 +205,14 @@ def as_jax_env(
     if isinstance(env, AdaptedEnv) and env_params is max_steps is observation is None:
         return env
     name = type(env).__name__
-    if hasattr(env, "step_env") and hasattr(env, "default_params"):
-        inner = from_gymnax(env, env_params)
+    adapter = next((adapter for adapter in _ADAPTERS if adapter.recognises(env)), None)
+    if gymnax.recognises(env):
+        inner = gymnax.adapt(env, env_params)
     elif env_params is not None:
         raise ValueError(f"env_params are gymnax's; {name} is not a gymnax environment")
-    elif hasattr(env, "observation_size") and hasattr(env, "action_size"):
-        inner, counts_steps = from_brax(env)
-        if max_steps is None and not counts_steps:
-            max_steps = BRAX_MAX_STEPS
+    elif adapter is not None:
+        inner = adapter.adapt(env)
+        max_steps = inner.max_steps if max_steps is None else max_steps
     else:
         _check_protocol(env)
         inner = env
@@ -215,11 +242,12 @@ def autoreset(env: Any) -> Callable[[PRNGKeyArray, Tree, Tree], Step]:
     def step(key: PRNGKeyArray, state: Tree, action: Tree) -> Step:
         step_key, reset_key = random.split(key)
         final_obs, state, reward, terminated, truncated, info = env.step(step_key, state, action)
-        done = terminated | truncated
+        done = terminated | truncated if env.num_agents is None else state.over.all()
         obs, state = jax.tree.map(
             lambda new, old: jnp.where(done, new, old), env.reset(reset_key), (final_obs, state)
         )
-        return Step(obs, state, reward, terminated, truncated, final_obs, info)
+        playing = None if env.playing is None else env.playing(state)
+        return Step(obs, state, reward, terminated, truncated, final_obs, info, done, playing)
 
     return step
 
@@ -244,9 +272,8 @@ def _showing(name: str, inner: Env, part: str) -> Env:
         obs, *others = inner.step(*arguments)
         return obs[part], *others
 
-    return SimpleNamespace(
-        observation_space=parts[part], action_space=inner.action_space, reset=reset, step=step
-    )
+    agents = {name: getattr(inner, name, None) for name in ("num_agents", "playing")}
+    return Adapted(parts[part], inner.action_space, reset, step, **agents)
 
 
 def _check_protocol(env: Env) -> None:
@@ -283,13 +310,17 @@ def _signature(function: Callable[..., Tree]) -> str:
 
 
 def _fix(env: Env, name: str, inner: Env, max_steps: int | None) -> AdaptedEnv:
-    action = _action_spec(inner)
     check_widths(inner)
-    declared = _observation_spec(inner.observation_space)
+    agents, playing = getattr(inner, "num_agents", None), getattr(inner, "playing", None)
+    axis = () if agents is None else (int(agents),)
+    action, declared = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(axis + spec.shape, spec.dtype),
+        (_action_spec(inner), _observation_spec(inner.observation_space)),
+    )
     reset, step = inner.reset, _six_values(name, inner.step)
     if max_steps is not None:
         reset, step = _with_limit(reset, step, max_steps)
-
+        playing = playing and (lambda state, inner=playing: inner(state.state))
     key = jax.random.key(0)
     obs, state = jax.eval_shape(reset, key)
     _check_observation(name, "reset", declared, obs)
@@ -298,8 +329,9 @@ def _fix(env: Env, name: str, inner: Env, max_steps: int | None) -> AdaptedEnv:
         obs, state, *scalars, _ = jax.eval_shape(step, key, specs, action)
         _check_observation(name, "step", declared, obs)
         for what, x in zip(("reward", "terminated", "truncated"), scalars, strict=True):
-            if x.shape != ():
-                raise ValueError(f"{name}: {what} must be a scalar; got shape {x.shape}")
+            if x.shape != axis:
+                expected = f"one for each of the {agents} agents" if axis else "a scalar"
+                raise ValueError(f"{name}: {what} must be {expected}; got shape {x.shape}")
         # A state may begin as an int and go on as a float: the wider dtype holds both, exactly.
         wider = _join(name, specs, state)
         if jax.tree.leaves(wider) == jax.tree.leaves(specs):
@@ -324,9 +356,11 @@ def _fix(env: Env, name: str, inner: Env, max_steps: int | None) -> AdaptedEnv:
         )
 
     unwrapped = env.unwrapped if isinstance(env, AdaptedEnv) else env
-    return AdaptedEnv(
-        inner.observation_space, inner.action_space, fixed_reset, fixed_step, unwrapped
-    )
+    spaces = inner.observation_space, inner.action_space
+    if agents is None:
+        return AdaptedEnv(*spaces, fixed_reset, fixed_step, unwrapped)
+    counting = counted(fixed_reset, fixed_step, int(agents))
+    return AdaptedEnv(*spaces, *counting, unwrapped, int(agents), counted_playing(playing))
 
 
 def _six_values(name: str, step: Callable[..., Tree]) -> Callable[..., Tree]:

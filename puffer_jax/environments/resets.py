@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from puffer_jax.environments.jax_adapters import Tree
+from puffer_jax.environments.adapters import Tree
 from puffer_jax.environments.jax_native import AdaptedEnv, Step, autoreset
 from puffer_jax.nn import random
 
@@ -39,9 +39,11 @@ def autoreset_all(
         final_obs, state, reward, terminated, truncated, info = jax.vmap(env.step)(
             keys[:, 0], state, action
         )
-        done = jnp.logical_or(terminated, truncated)
+        several = env.num_agents is not None
+        done = state.over.all(axis=1) if several else jnp.logical_or(terminated, truncated)
         obs, state = begin_where(done, env.reset, keys[:, 1], (final_obs, state), count)
-        return Step(obs, state, reward, terminated, truncated, final_obs, info)
+        playing = None if env.playing is None else jax.vmap(env.playing)(state)
+        return Step(obs, state, reward, terminated, truncated, final_obs, info, done, playing)
 
     return step
 

@@ -19,6 +19,7 @@ def puff_advantage(
     vtrace_rho_clip: ArrayLike,
     vtrace_c_clip: ArrayLike,
     mask: Bool[ArrayLike, "segments time"] | None = None,
+    waits: Bool[ArrayLike, "segments time"] | None = None,
 ) -> Float[Array, "segments time"]:
     """Generalised advantages with V-trace's clipped ratios (reference: `compute_puff_advantage`).
 
@@ -38,10 +39,19 @@ def puff_advantage(
         vtrace_rho_clip: rho, the bound of the ratio in delta.
         vtrace_c_clip: c, the bound of the ratio in the trace.
         mask: where it is False, the step was not played and its advantage is 0.
+        waits: where it is True, the agent waits for others: the advantages are those of its own
+            steps alone, where each has the rewards of the steps until its next one.
     """
     values, rewards, terminals, ratio = map(jnp.asarray, (values, rewards, terminals, ratio))
     alive = 1 - terminals[:, 1:]
     current = values[:, :-1]
+    waiting = None if waits is None else jnp.asarray(waits)[:, :-1]
+    if waiting is not None:
+        # What a step is worth in which nothing is done: what comes, undiscounted.
+        kept = jnp.where(waiting, rewards[:, 1:], current)
+        kept = jnp.concatenate([kept, values[:, -1:]], axis=1)
+        passed = jnp.pad(jnp.where(waiting, alive, 0), ((0, 0), (0, 1)))
+        values = recurrence(kept, passed)
     rho = jnp.minimum(ratio[:, :-1], vtrace_rho_clip)
     c = jnp.minimum(ratio[:, :-1], vtrace_c_clip)
     delta = rho * (rewards[:, 1:] + gamma * values[:, 1:] * alive - current)
@@ -50,8 +60,12 @@ def puff_advantage(
         played = jnp.asarray(mask)[:, :-1]
         # Not a product: what was not played may be no number.
         delta, decay = jnp.where(played, delta, 0), jnp.where(played, decay, 0)
-
-    return jnp.pad(recurrence(delta, decay), ((0, 0), (0, 1)))
+    if waiting is not None:
+        delta, decay = jnp.where(waiting, 0, delta), jnp.where(waiting, alive, decay)
+    advantages = recurrence(delta, decay)
+    if waiting is not None:
+        advantages = jnp.where(waiting, 0, advantages)
+    return jnp.pad(advantages, ((0, 0), (0, 1)))
 
 
 def priorities(
@@ -70,6 +84,7 @@ def advantage_of(
     names = ("gamma", "gae_lambda", "vtrace_rho_clip", "vtrace_c_clip")
     rewards, terminals = experience.rewards, experience.terminals
     values, mask, last = experience.values, experience.mask, experience.last
+    waits = experience.waits
     if experience.final_values is not None:
         rewards = rewards + hypers["gamma"] * experience.final_values
     if last is not None:
@@ -85,9 +100,7 @@ def advantage_of(
                 (ratio, jnp.ones_like(last.values)),
             )
         )
-        if mask is not None:
-            mask = jnp.pad(mask, ((0, 0), (0, 1)))
-    advantages = puff_advantage(
-        values, rewards, terminals, ratio, **{name: hypers[name] for name in names}, mask=mask
-    )
+        mask, waits = (x if x is None else jnp.pad(x, ((0, 0), (0, 1))) for x in (mask, waits))
+    chosen = {name: hypers[name] for name in names}
+    advantages = puff_advantage(values, rewards, terminals, ratio, **chosen, mask=mask, waits=waits)
     return advantages[:, : experience.values.shape[1]]

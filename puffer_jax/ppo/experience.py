@@ -54,6 +54,8 @@ class Experience(NamedTuple):
             last one, else 0; None: truncation is ignored.
         state: the recurrent state before each segment, (segments, hidden); None: zeros.
         last: what followed each segment; None: its last step has advantage 0.
+        waits: whether the step was not played because it was for others to act: what the agent gets
+            until it plays again belongs to its last action; None: no agent waits.
     """
 
     observations: PyTree
@@ -67,6 +69,7 @@ class Experience(NamedTuple):
     final_values: Array | None = None
     state: RecurrentState | None = None
     last: Last | None = None
+    waits: Array | None = None
 
 
 class TrainState(NamedTuple):

@@ -14,6 +14,7 @@ from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
 from puffer_jax.ppo.moments import add
 from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
+from puffer_jax.ppo.sizes import Sizes
 from puffer_jax.ppo.source import Stats
 
 
@@ -44,17 +45,19 @@ class Episodes(NamedTuple):
         episodes: the number of episodes, int32.
         returns: the sum of their returns, float32.
         lengths: the sum of their lengths, float32, since an integer would overflow.
+        steps: the number of agent steps that were played, int32.
     """
 
     episodes: Array
     returns: Array
     lengths: Array
+    steps: Array
 
     @classmethod
     def none(cls) -> "Episodes":
         """The sums over no episodes."""
-        zero = jnp.zeros((), jnp.float32)
-        return cls(jnp.zeros((), jnp.int32), zero, zero)
+        none, zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return cls(none, zero, zero, none)
 
     def means(self) -> dict[str, Array]:
         """Mean return and length; NaN if no episode ended."""
@@ -74,20 +77,24 @@ class JaxSource:
     pure = True
 
     def __init__(self, config: PuffeRLConfig, env: AdaptedEnv, policy: nnx.Module):
-        self.sizes = config.sizes(None)
+        self._agents = env.num_agents
+        self.sizes, self._copies = _sizes(config, env.num_agents or 1)
         self._config, self._reset = config, jax.vmap(env.reset)
-        self._step_envs = autoreset_all(env, self.sizes.agents, config.reset_ratio)
+        self._step_envs = autoreset_all(env, self._copies, config.reset_ratio)
+        self._playing = env.playing
         self._player = Player(config, policy, env.action_space)
 
     def init(self, key: PRNGKeyArray) -> Stream:
         """Start all episodes."""
         agents = self.sizes.agents
-        obs, env = self._reset(random.split(key, agents))
+        obs, env = self._reset(random.split(key, self._copies))
         no, yes = jnp.zeros(agents, bool), jnp.ones(agents, bool)
+        mask = yes if self._playing is None else self._rows(jax.vmap(self._playing)(env))
+        obs = self._rows(obs)
         zero = jnp.zeros(agents, jnp.float32)
         state = self._player.initial_state(agents)
         final_value = zero.astype(self._player.value_dtype(obs, state))
-        arrival = Arrival(obs, zero, no, no, yes, yes, final_value)
+        arrival = Arrival(obs, zero, no, no, yes, mask, final_value)
         return Stream(env, arrival, state, zero, jnp.zeros(agents, jnp.int32), zero)
 
     def collect(
@@ -120,15 +127,15 @@ class JaxSource:
 
     def summary(self, outcome: Episodes) -> tuple[int, Stats]:
         """Steps of a batch, and the mean once per episode, so that all episodes weigh the same."""
-        count, returns, lengths = (float(x) for x in outcome)
+        count, returns, lengths, steps = (float(x) for x in outcome)
         stats = {}
         if count:
             stats["episode_return"] = [returns / count] * int(count)
             stats["episode_length"] = [lengths / count] * int(count)
-        return self.sizes.batch, stats
+        return int(steps), stats
 
     def advice(self) -> str:
-        """Nothing: all agents are there."""
+        """Nothing: what absent agents would have done is left out."""
         return ""
 
     def close(self) -> None:
@@ -144,27 +151,49 @@ class JaxSource:
         action, logprob, values, state = self._player.act(
             params, arrival.obs, stream.state, arrival.start, act_key
         )
-        row = stored(self._config, arrival, masked=False) | {
+        several = self._agents is not None
+        row = stored(self._config, arrival, masked=several) | {
             "actions": action,
             "logprobs": logprob,
             "values": values,
+            "waits": ~arrival.mask if several else None,
         }
-        keys = random.split(env_key, self.sizes.agents)
-        out = self._step_envs(keys, stream.env, self._player.playable(action))
+        out = self._act_on(env_key, stream.env, self._player.playable(action))
         final_value = self._final_value(params, out, state, values)
         done = out.terminated | out.truncated
         returns, lost = add(stream.returns, stream.lost, out.reward)
-        lengths = stream.lengths + (stream.lengths < jnp.iinfo(jnp.int32).max)
+        played = arrival.mask & (stream.lengths < jnp.iinfo(jnp.int32).max)
+        lengths = stream.lengths + played
         episodes = Episodes(
             episodes.episodes + done.sum(dtype=jnp.int32),
             episodes.returns + jnp.where(done, returns, 0).sum(),
             episodes.lengths + jnp.where(done, lengths, 0).sum(dtype=jnp.float32),
+            episodes.steps + arrival.mask.sum(dtype=jnp.int32),
         )
+        mask = arrival.mask if out.playing is None else out.playing
         arrival = Arrival(
-            out.obs, out.reward, out.terminated, out.truncated, done, arrival.mask, final_value
+            out.obs, out.reward, out.terminated, out.truncated, out.start, mask, final_value
         )
         returns, lengths, lost = (jnp.where(done, 0, x) for x in (returns, lengths, lost))
         return (Stream(out.state, arrival, state, returns, lengths, lost), episodes), row
+
+    def _act_on(self, key: PRNGKeyArray, env: PyTree, action: PyTree) -> Step:
+        """A step of all environments, with a row for each agent (but for their states)."""
+        keys = random.split(key, self._copies)
+        if self._agents is None:
+            return self._step_envs(keys, env, action)
+        shape = (self._copies, self._agents)
+        action = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), action)
+        out = self._step_envs(keys, env, action)
+        start = jnp.broadcast_to(out.start[:, None], shape)
+        rows = self._rows(out._replace(state=None, info=None, start=start))
+        return rows._replace(state=out.state, info=out.info)
+
+    def _rows(self, tree: PyTree) -> PyTree:
+        """Arrays (copies, agents, ...) as (copies * agents, ...)."""
+        if self._agents is None:
+            return tree
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
     def _final_value(
         self, params: Params, out: Step, state: RecurrentState | None, like: Array
@@ -179,3 +208,9 @@ class JaxSource:
             lambda: jnp.where(cut, self._player.value(params, out.final_obs, state), 0),
             lambda: zeros,
         )
+
+
+def _sizes(config: PuffeRLConfig, agents: int) -> tuple[Sizes, int]:
+    """The sizes for environments of so many agents each, and how many environments to run."""
+    copies = config.num_envs or max(1, config.sizes(None).agents // agents)
+    return config.sizes(copies * agents), copies

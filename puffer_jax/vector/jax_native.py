@@ -51,6 +51,11 @@ class JaxVecEnv(VecEnv):
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         count = resets_of(num_envs, 1 if reset_ratio is None else reset_ratio)
         env = as_jax_env(env)
+        if env.num_agents is not None:
+            raise ValueError(
+                f"JaxVecEnv is for one agent, and {type(env.unwrapped).__name__} has several: give "
+                "puffer_jax.PuffeRL the environment itself"
+            )
         space, structured = emulate_observation_space(gymnasium_space(env.observation_space))
         emulated = {"observation_dtype": space.dtype, "emulated_observation_dtype": structured}
         layout = AgentLayout(space, gymnasium_space(env.action_space), 1, emulated=True)
