@@ -3,10 +3,14 @@
 Trains every task with several seeds, prints a table of final returns and writes learning.png.
 """
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -39,39 +43,76 @@ class Args:
     seeds: int = 5
     scale: float = 1.0
     """Of the numbers of steps."""
+    jobs: int = 1
+    """Trainings at once, each on its share of the cores."""
+    runs: Path | None = None
+    """Where the runs are kept; those that are there already are not made again."""
     out: Path = Path("learning.png")
 
 
-def curve(env, steps, seed, folder):
-    """Steps and mean returns of the epochs in which an episode ended."""
-    flags = ["--train.total-timesteps", str(steps), "--train.seed", str(seed)]
-    flags += ["--train.data-dir", folder, "--name", env.replace("/", "-").replace(":", "-")]
-    command = [sys.executable, "-m", "puffer_jax", "train", "--env", env, *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (log,) = Path(folder).glob(f"*_seed{seed}/log.jsonl")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+@dataclass(frozen=True)
+class Curve:
+    """Mean returns of the epochs in which an episode ended."""
+
+    steps: np.ndarray
+    returns: np.ndarray
+    seconds: float
+
+    @property
+    def final(self) -> float:
+        """Over the last tenth of the steps."""
+        return float(self.returns[self.steps >= 0.9 * self.steps[-1]].mean())
+
+
+def train(env: str, steps: int, seed: int, runs: Path, cores: Iterable[int]) -> Curve:
+    name = env.replace("/", "-").replace(":", "-")
+    folder, timed = runs / f"{name}_seed{seed}", runs / f"{name}_seed{seed}.seconds"
+    if not timed.exists():
+        flags = ["--train.total-timesteps", str(steps), "--train.seed", str(seed)]
+        flags += ["--train.data-dir", str(runs), "--name", name]
+        command = [sys.executable, "-m", "puffer_jax", "train", "--env", env, *flags]
+        share = functools.partial(os.sched_setaffinity, 0, cores)
+        start = perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=share)
+        timed.write_text(str(perf_counter() - start))
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     key = "environment/episode_return"
-    return np.array([(line["agent_steps"], line[key]) for line in lines if key in line])
+    x, y = np.array([(line["agent_steps"], line[key]) for line in lines if key in line]).T
+    return Curve(x, y, float(timed.read_text()))
+
+
+def train_all(args: Args, runs: Path) -> dict[str, list[Curve]]:
+    """The curves of each task; the first seed of all, then the second, ..."""
+    cores = sorted(os.sched_getaffinity(0))
+    free = [cores[i :: args.jobs] or cores for i in range(args.jobs)]
+
+    def one(env: str, seed: int) -> Curve:
+        share = free.pop()
+        try:
+            return train(env, int(TASKS[env][0] * args.scale), seed, runs, share)
+        finally:
+            free.append(share)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [(env, pool.submit(one, env, i)) for i in range(args.seeds) for env in args.tasks]
+    return {env: [job.result() for name, job in jobs if name == env] for env in args.tasks}
 
 
 def main(args: Args):
+    with tempfile.TemporaryDirectory() as folder:
+        curves = train_all(args, args.runs or Path(folder))
     shape = -(-len(args.tasks) // 4), min(4, len(args.tasks))
     figure, axes = plt.subplots(*shape, squeeze=False, layout="constrained")
     figure.set_size_inches(3.5 * shape[1], 3 * shape[0])
     print("| task | steps | final return (last 10%) | lowest seed | goal | seconds a seed |")
     print("|---|---|---|---|---|---|")
-    for axis, env in zip(axes.flat, args.tasks, strict=False):
+    for axis, (env, seeds) in zip(axes.flat, curves.items(), strict=False):
         steps, goal = TASKS[env]
-        steps, start = int(steps * args.scale), perf_counter()
-        last = []
-        for seed in range(args.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                x, y = curve(env, steps, seed, folder).T
-            last.append(y[x >= 0.9 * x[-1]].mean())
-            axis.plot(x, y, color="tab:blue", alpha=0.4, linewidth=1)
-        seconds = (perf_counter() - start) / args.seeds
+        last, seconds = [curve.final for curve in seeds], [curve.seconds for curve in seeds]
         text = f"{np.mean(last):.1f} ± {np.std(last):.1f} | {min(last):.1f}"
-        print(f"| {env} | {steps:,} | {text} | {goal:,} | {seconds:.0f} |", flush=True)
+        print(f"| {env} | {steps * args.scale:,.0f} | {text} | {goal:,} | {np.mean(seconds):.0f} |")
+        for curve in seeds:
+            axis.plot(curve.steps, curve.returns, color="tab:blue", alpha=0.4, linewidth=1)
         axis.axhline(goal, color="tab:orange", linewidth=1, linestyle="--")
         axis.set(title=env, xlabel="steps", ylabel="episode return")
     [axis.set_axis_off() for axis in axes.flat[len(args.tasks) :]]
