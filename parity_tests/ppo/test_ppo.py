@@ -350,10 +350,11 @@ def gae_loop(buffer, gamma, lam):
     return result
 
 
-def test_gae_is_computed_once_and_the_update_is_the_original_ppos():
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_gae_is_computed_once_and_the_update_is_the_original_ppos(recurrent):
     """Two passes at a rate that moves the policy, against torch with advantages from a loop."""
-    theirs = build_theirs("discrete", False).double()
-    ours = twin(theirs, lambda dtype: build_ours("discrete", False, dtype), "float64")
+    theirs = build_theirs("discrete", recurrent).double()
+    ours = twin(theirs, lambda dtype: build_ours("discrete", recurrent, dtype), "float64")
     buffer = make_buffer(theirs, "discrete", "float64", np.random.default_rng(3))
     changes = {"advantage": "gae", "optimizer": "adam", "update_epochs": 2, "learning_rate": 0.01}
     # Bounds that V-trace would feel.
@@ -365,8 +366,9 @@ def test_gae_is_computed_once_and_the_update_is_the_original_ppos():
         learner.init(params), ppo.Experience(**buffer), jax.random.key(0)
     )
     rows = np.asarray(details.indices)
-    for order in rows.reshape(2, -1):  # each pass has every segment once
-        assert sorted(order) == list(range(SEGMENTS))
+    count = SEGMENTS if recurrent else SEGMENTS * HORIZON  # steps, or segments if need be
+    for order in rows.reshape(2, -1):  # each pass has every one once
+        assert sorted(order) == list(range(count))
     assert not np.array_equal(*rows.reshape(2, -1))
 
     hypers = config.hypers()
@@ -376,13 +378,17 @@ def test_gae_is_computed_once_and_the_update_is_the_original_ppos():
         theirs.parameters(), hypers["learning_rate"],
         (hypers["adam_beta1"], hypers["adam_beta2"]), hypers["adam_eps"],
     )  # fmt: skip
-    tensors = {name: torch.from_numpy(array) for name, array in buffer.items()}
+    arrays = buffer | {"advantages": advantages}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if not recurrent:
+        tensors = {name: tensor.flatten(0, 1)[:, None] for name, tensor in tensors.items()}
     with torch_precision("float64"):
         for minibatch in rows.tolist():
             part = {name: tensor[minibatch] for name, tensor in tensors.items()}
-            target = torch.from_numpy(advantages[minibatch])
+            target, observations = part["advantages"], part["observations"].double()
             scaled = (target - target.mean()) / (target.std() + 1e-8)
-            logits, values = theirs(part["observations"].double().reshape(-1, 5))
+            zeros = [{"lstm_h": None, "lstm_c": None}] if recurrent else []
+            logits, values = theirs(observations if recurrent else observations[:, 0], *zeros)
             _, logprobs, entropy = pufferlib.pytorch.sample_logits(logits, part["actions"])
             ratio = (logprobs.reshape(part["logprobs"].shape) - part["logprobs"]).exp()
             clip, bound = hypers["clip_coef"], hypers["vf_clip_coef"]

@@ -37,7 +37,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 MODES = gymnasium.vector.AutoresetMode
 RIGHT = {  # what recommended() turns on
-    "recompute_advantage": True,
+    "advantage": "gae",
+    "sampling": "shuffled",
     "bootstrap_truncation": True,
     "bootstrap_last": True,
     "reset_on_done": True,

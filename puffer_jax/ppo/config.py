@@ -123,8 +123,8 @@ class PuffeRLConfig:
             `update_epochs` the entropy collapses. "gae": once, as in the original PPO.
         sampling: how segments become minibatches. "prioritized", as in the reference: each
             minibatch is drawn by itself, by `prio_alpha`. "shuffled": each pass over the batch
-            takes all segments once, in random order; `prio_alpha` and `prio_beta0` have no
-            effect.
+            takes all segments once, in random order or, with "gae" and a policy without recurrent
+            state, all steps; `prio_alpha` and `prio_beta0` have no effect.
         recompute_advantage: with "vtrace", whether the policy's advantages are scaled with the
             ratio of the current policy. The reference computes that and then overwrites it
             (PufferLib#306, #341).

@@ -105,8 +105,8 @@ class Details(NamedTuple):
         advantages: the advantages that the last minibatch was drawn by.
         ratio: the ratio of the new policy to the acting one where a minibatch has visited, else 1.
         values: the new values where a minibatch has visited, else the rollout's.
-        priorities: how likely each segment was to be in the last minibatch.
-        indices: the rows of each minibatch.
+        priorities: how likely each row was to be in the last minibatch.
+        indices: the rows of each minibatch: segments, or steps (see `PuffeRLConfig.sampling`).
     """
 
     advantages: Float[Array, "segments time"]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from puffer_jax.nn import random
 from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.torch_layout import Conversion, torch_layout
+from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.ppo import normalization, optimizers
 from puffer_jax.ppo.advantage import advantage_of, priorities
 from puffer_jax.ppo.config import PuffeRLConfig, near_options
@@ -43,6 +44,7 @@ class Learner:
         to_torch: converts parameters, or their gradients, to torch's layout and names.
         from_torch: the inverse of `to_torch`.
         names: the names of the arrays that are checked to be finite; see `TrainState.culprit`.
+        mixes_steps: whether a shuffled minibatch is of single steps rather than of segments.
     """
 
     config: PuffeRLConfig
@@ -52,6 +54,7 @@ class Learner:
     to_torch: Conversion
     from_torch: Conversion
     names: tuple[str, ...]
+    mixes_steps: bool
 
     def init(self, params: Params) -> TrainState:
         """The train state before the first update."""
@@ -107,12 +110,13 @@ class Learner:
         if key is None:
             draws = jnp.asarray(indices)
         elif self.config.sampling == "shuffled":
-            draws = _shuffled(key, self.sizes)
+            terms = _of_steps(terms) if self.mixes_steps else terms
+            draws = _shuffled(key, len(terms.experience.values), self.sizes)
         else:
             draws = jax.random.split(key, count)
         draws = jnp.reshape(draws, (count // accumulate, accumulate, *draws.shape[1:]))
 
-        values = experience.values
+        values = terms.experience.values
         ones = jnp.ones_like(values)
         details = Details(ones, ones, values, ones[:, 0], None)
         (learned, details), (metrics, rows) = jax.lax.scan(
@@ -121,11 +125,17 @@ class Learner:
             draws,
         )
         state = _if_finite(self, state, learned)
-        details = details._replace(indices=rows.reshape(count, -1))
+        shape = experience.values.shape
+        details = details._replace(
+            advantages=details.advantages.reshape(shape),
+            ratio=details.ratio.reshape(shape),
+            values=details.values.reshape(shape),
+            indices=rows.reshape(count, -1),
+        )
         losses = {name: metrics[name].sum() / count for name in metrics}
         written_back = terms.advantages is None
         losses["explained_variance"] = _explained_variance(
-            details.advantages, details.values if written_back else values
+            details.advantages, details.values if written_back else experience.values
         )
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
         policy = merge(self.graphdef, state.params)
@@ -158,7 +168,9 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
         *(f"new {name}" for name in tensors),
     )
     known = normalization.initial(config, policy, sizes.agents)
-    return Learner(config, sizes, graphdef, known, to_torch, from_torch, names)
+    original = config.sampling == "shuffled" and config.advantage == "gae"
+    mixes_steps = original and not is_recurrent(policy)
+    return Learner(config, sizes, graphdef, known, to_torch, from_torch, names, mixes_steps)
 
 
 def _finite_where_unplayed(experience: Experience) -> Experience:
@@ -302,19 +314,20 @@ def _minibatch(
     draw: Array,
 ) -> Minibatch:
     """Loss and gradients of the rows `draw`, or of rows drawn with the key `draw`."""
-    hypers, sizes, advantages = terms.hypers, learner.sizes, terms.advantages
+    hypers, advantages = terms.hypers, terms.advantages
+    count = len(experience.values)
     if advantages is None:
         advantages = advantage_of(experience, ratio, hypers)
     if learner.config.sampling == "shuffled":
-        probs = jnp.full(sizes.segments, 1 / sizes.segments, advantages.dtype)
+        probs = jnp.full(count, 1 / count, advantages.dtype)
     else:
         probs = priorities(advantages, hypers["prio_alpha"])
     if jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
-        key, shape = random.fast(draw), (sizes.minibatch_segments,)
-        rows = jax.random.choice(key, sizes.segments, shape, replace=False, p=probs)
+        key, shape = random.fast(draw), (learner.sizes.minibatch_segments,)
+        rows = jax.random.choice(key, count, shape, replace=False, p=probs)
     else:
         rows = draw
-    weights = (sizes.segments * probs[rows, None]) ** -terms.beta
+    weights = (count * probs[rows, None]) ** -terms.beta
     batch = jax.tree.map(lambda x: x[rows], experience)
 
     def objective(params: Params) -> tuple[Array, Metrics]:
@@ -364,12 +377,23 @@ def _sum(total: Params | None, gradients: Params) -> Params:
     return gradients if total is None else jax.tree.map(jnp.add, total, gradients)
 
 
-def _shuffled(key: PRNGKeyArray, sizes: Sizes) -> Int[Array, "minibatches rows"]:
+def _shuffled(key: PRNGKeyArray, rows: int, sizes: Sizes) -> Int[Array, "minibatches rows"]:
     """The rows of each minibatch: those of one random order of all rows after another."""
-    shape = sizes.minibatches, sizes.minibatch_segments
-    keys = jax.random.split(key, -(-math.prod(shape) // sizes.segments))
-    orders = [jax.random.permutation(random.fast(key), sizes.segments) for key in keys]
+    shape = sizes.minibatches, rows * sizes.minibatch_segments // sizes.segments
+    keys = jax.random.split(key, -(-math.prod(shape) // rows))
+    orders = [jax.random.permutation(random.fast(key), rows) for key in keys]
     return jnp.concatenate(orders)[: math.prod(shape)].reshape(shape)
+
+
+def _of_steps(terms: _Terms) -> _Terms:
+    """The same with a row for each step; what only the advantages are computed from is left out."""
+    whole = terms.experience._replace(
+        starts=None, final_values=None, state=None, last=None, waits=None
+    )
+    experience, advantages = jax.tree.map(
+        lambda x: x.reshape(-1, 1, *x.shape[2:]), (whole, terms.advantages)
+    )
+    return terms._replace(experience=experience, advantages=advantages)
 
 
 def _explained_variance(advantages: Array, values: Array) -> Array:
