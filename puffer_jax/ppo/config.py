@@ -40,15 +40,17 @@ _ELSEWHERE = {
 # Found on the tasks of `examples/learning.py`.
 _RECIPE: dict[str, Any] = {
     "bptt_horizon": "budget",
-    "num_minibatches": 4,
+    "num_minibatches": 8,
     "update_epochs": 4,
     "optimizer": "adam",
-    "learning_rate": 2.5e-3,
+    "learning_rate": 1e-3,
     "adam_beta1": 0.9,
     "adam_eps": 1e-5,
     "max_grad_norm": 0.5,
     "gamma": 0.99,
     "gae_lambda": 0.95,
+    "vf_coef": 0.5,
+    "vf_clip_coef": 10.0,
     "normalize_observations": "auto",
     "normalize_rewards": True,
 }
@@ -219,7 +221,6 @@ class PuffeRLConfig:
             "reward_clip": None,
             "advantage": "gae",
             "sampling": "shuffled",
-            "vf_clip_coef": 10.0,
             "bootstrap_truncation": True,
             "bootstrap_last": True,
             "reset_on_done": True,
