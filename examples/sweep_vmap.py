@@ -16,7 +16,7 @@ import puffer_jax
 @dataclass(frozen=True)
 class Args:
     seeds: int = 64
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     num_envs: int = 16
     steps: int = 40_000
 

@@ -18,7 +18,7 @@ class Args:
     recurrent: bool = False
     num_envs: int = 64
     steps: int = 500_000
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 1e-3
     seed: int = 0
 
 

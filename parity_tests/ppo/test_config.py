@@ -67,11 +67,11 @@ def test_a_file_without_its_section(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "agents", "horizon", "minibatches"),
     [
-        (100_000, 64, 8, 16),
-        (300_000, 64, 32, 16),
-        (10_000_000, 64, 128, 16),
+        (100_000, 64, 8, 32),
+        (300_000, 64, 32, 32),
+        (10_000_000, 64, 128, 32),
         (1_000, 1, 8, 4),
-        (100_000, 8, 64, 16),
+        (100_000, 8, 64, 32),
     ],
 )
 def test_the_budget_sets_the_sizes(steps, agents, horizon, minibatches):
@@ -85,7 +85,7 @@ def test_the_budget_sets_the_sizes(steps, agents, horizon, minibatches):
 def test_the_plan_in_words():
     sizes = PuffeRLConfig.recommended(total_timesteps=100_000).sizes(64)
     assert sizes.plan == (
-        "3,120 gradient steps planned: 195 epochs of 512 steps, in each 16 minibatches of 128"
+        "6,240 gradient steps planned: 195 epochs of 512 steps, in each 32 minibatches of 64"
     )
     assert sizes.hopeless is None
     few = PuffeRLConfig(total_timesteps=100_000, bptt_horizon=64).sizes(64)
