@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
     from puffer_jax.nn.cores.gru import GRU as GRU
     from puffer_jax.nn.cores.lstm import LSTM as LSTM
+    from puffer_jax.nn.cores.mingru import MinGRU as MinGRU
     from puffer_jax.nn.distributions import Normal as Normal
     from puffer_jax.nn.distributions import TanhNormal as TanhNormal
     from puffer_jax.nn.distributions import entropy as entropy
@@ -69,6 +70,7 @@ _EXPORTS = {
     "environments.jax_native": ("as_jax_env",),
     "nn.cores.gru": ("GRU",),
     "nn.cores.lstm": ("LSTM",),
+    "nn.cores.mingru": ("MinGRU",),
     "nn.distributions": (
         "Normal",
         "TanhNormal",

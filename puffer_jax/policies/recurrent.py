@@ -361,10 +361,12 @@ def with_core(
     """
     if name not in CORES:
         raise ValueError(f"no such core: {near([name], CORES)[0]}; there are {', '.join(CORES)}")
-    sizes, dtypes = [policy.hidden_size] * 2, Dtypes(dtype=dtype, param_dtype=param_dtype)
+    widths = [size for size in CORES[name].sizes if size in ("input_size", "hidden_size")]
+    sizes = dict.fromkeys(widths, policy.hidden_size)
+    dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
     if name == "lstm":
-        return LSTMWrapper(env, policy, *sizes, rngs=rngs, **dtypes)
-    return Recurrent(env, policy, CORES[name](*sizes, rngs=rngs, **dtypes), rngs=rngs)
+        return LSTMWrapper(env, policy, **sizes, rngs=rngs, **dtypes)
+    return Recurrent(env, policy, CORES[name](**sizes, rngs=rngs, **dtypes), rngs=rngs)
 
 
 def _first_leaf(tree: PyTree, structured: np.dtype | None) -> tuple[PyTree, tuple[int, ...]]:
