@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import plot as plot
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
+    from puffer_jax import v4 as v4
     from puffer_jax import vector as vector
     from puffer_jax import weights as weights
     from puffer_jax.base.actions import playable as playable
@@ -138,7 +139,7 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
     *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo", "random"),
-    *("vector", "weights"),
+    *("v4", "vector", "weights"),
 )
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
