@@ -356,6 +356,64 @@ def test_what_does_not_fit_is_said():
                 v4.Policy(encoder, decoder, network, env=stub_env(*build))
 
 
+@pytest.mark.parametrize(
+    "network, nvec, encoder, hints",
+    [
+        ("MinGRU", (1, 1), "flat", {}),
+        ("MLP", (3,), "nature", {}),
+        ("LSTM", (3,), "impala", {"image_shape": (12, 9, 3)}),
+        ("GRU", (2, 3), "flat", {"nvec": (2, 3)}),
+    ],
+)
+def test_weights_go_both_ways(network, nvec, encoder, hints, tmp_path):
+    ours = policy(network, 2, nvec, encoder, dtype=jnp.float32)
+    theirs = twin(network, 2, nvec, encoder).float()
+    tensors = puffer_jax.state_dict(ours)
+    assert {k: v.shape for k, v in tensors.items()} == {
+        k: tuple(v.shape) for k, v in theirs.state_dict().items()
+    }
+    names = [name for name, _ in theirs.named_parameters()]
+    assert [name for name in tensors if name in names] == names  # in torch's order, too
+    puffer_jax.save_weights(ours, tmp_path / "ours.pt")
+    theirs.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True), strict=True)
+    assert all(np.array_equal(theirs.state_dict()[name], x) for name, x in tensors.items())
+
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    found = [puffer_jax.policy_from_checkpoint(tmp_path / "theirs.pt", **hints)]
+    for suffix in (".safetensors", ".bin"):  # which say of themselves what they hold
+        puffer_jax.save_weights(ours, tmp_path / f"x{suffix}")
+        found.append(puffer_jax.policy_from_checkpoint(tmp_path / f"x{suffix}"))
+    own = puffer_jax.split(ours)[0]
+    for other in found:
+        assert type(other) is v4.Policy and bits(other) == bits(ours)
+        assert puffer_jax.split(other)[0].shapes == own.shapes
+        assert other.env_spec.single_action_space == ours.env_spec.single_action_space
+    if network in ("LSTM", "GRU"):
+        name = network.lower()
+        cell = {k: x for k, x in tensors.items() if not k.startswith(f"network.{name}.")}
+        assert bits(puffer_jax.policy_from_checkpoint(cell, **hints)) == bits(ours)
+        more = tensors | {f"network.{name}.weight_ih_l2": np.zeros((8, 8), np.float32)}
+        with pytest.raises(ValueError, match=r"weight_ih_l2.* more layers"):
+            puffer_jax.load_state_dict(ours, more)
+        with pytest.raises(ValueError, match=r"cell\.1\.bias_hh and network.* differ here"):
+            puffer_jax.load_state_dict(
+                ours, tensors | {"network.cell.1.bias_hh": tensors["network.cell.1.bias_hh"] + 1}
+            )
+
+
+def test_a_checkpoint_with_a_part_of_ones_own(tmp_path):
+    class Halved(v4.DefaultEncoder):
+        def __call__(self, observations):
+            return super().__call__(observations) / 2
+
+    rngs = nnx.Rngs(0)
+    decoder, network = v4.DefaultDecoder((3,), HIDDEN, rngs=rngs), v4.MinGRU(HIDDEN, rngs=rngs)
+    ours = v4.Policy(Halved(OBS, HIDDEN, rngs=rngs), decoder, network)
+    puffer_jax.save_weights(ours, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"custom encoder, .*Halved; build it yourself"):
+        puffer_jax.policy_from_checkpoint(tmp_path / "x.safetensors")
+
+
 def test_it_trains(tmp_path):
     env = puffer_jax.environments.make("cartpole")
     options = {"rngs": nnx.Rngs(0)}

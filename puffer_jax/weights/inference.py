@@ -40,6 +40,6 @@ def _infer_feed_forward(shapes: Mapping[str, Shape], hints: Hints) -> Descriptio
             )
     raise ValueError(
         f"the keys belong to none of {', '.join(FEED_FORWARD)}, alone or around a recurrent core "
-        f"({', '.join(CORES)}); build your policy and use load_weights. Found: "
-        f"{', '.join(sorted(shapes))}"
+        f"({', '.join(CORES)}), nor to PufferLib 4's Policy; build your policy and use "
+        f"load_weights. Found: {', '.join(sorted(shapes))}"
     )

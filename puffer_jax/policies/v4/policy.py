@@ -156,10 +156,13 @@ class Policy(Stateful):
             }
             for name in _PARTS
         }
+        network = _first(_NETWORKS, lambda part: _network_sizes(part, below["network"]))
+        # Their keys are another policy's without a network, and what they ask for beside the point.
+        if network is None:
+            return None
         encoder = _first(_ENCODERS, lambda part: part.from_keys(below["encoder"], hints))
         decoder = _first(_DECODERS, lambda part: part.from_keys(below["decoder"], hints))
-        network = _first(_NETWORKS, lambda part: _network_sizes(part, below["network"]))
-        if encoder is None or decoder is None or network is None:
+        if encoder is None or decoder is None:
             return None
         return {
             "class": cls.__name__,
