@@ -423,12 +423,13 @@ def test_it_trains(tmp_path):
         v4.MinGRU(HIDDEN, 2, **options),
         env=env,
     )
-    config = puffer_jax.PuffeRLConfig.recommended(
-        bptt_horizon=8,
+    config = puffer_jax.PuffeRLConfig.v4(
+        horizon=8,
         batch_size=32,
         minibatch_size=16,
         total_timesteps=64,
         num_envs=4,
+        store_initial_state=True,
         optimizer="adam",
         data_dir=str(tmp_path),
     )

@@ -231,7 +231,7 @@ def _terms(
     rate, beta0 = hypers["learning_rate"], hypers["prio_beta0"]
     epoch = learner.schedule_epoch(state)
     if config.anneal_lr:
-        rate = optimizers.cosine_schedule(rate, epochs)(epoch)
+        rate = optimizers.cosine_schedule(rate, epochs, hypers["min_lr_ratio"])(epoch)
     numbers = _optimizer_numbers(hypers, rate)
     step = optimizers.make_step(config.optimizer, learner.to_torch, learner.from_torch, **numbers)
     beta = beta0 + (1 - beta0) * hypers["prio_alpha"] * epoch / epochs
@@ -310,8 +310,7 @@ def _minibatch(
     else:
         probs = priorities(advantages, hypers["prio_alpha"])
     if jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
-        key, shape = random.fast(draw), (sizes.minibatch_segments,)
-        rows = jax.random.choice(key, sizes.segments, shape, replace=False, p=probs)
+        rows = _drawn(draw, sizes.minibatch_segments, probs, learner.config.sampling)
     else:
         rows = draw
     weights = (sizes.segments * probs[rows, None]) ** -terms.beta
@@ -370,6 +369,14 @@ def _shuffled(key: PRNGKeyArray, sizes: Sizes) -> Int[Array, "minibatches rows"]
     keys = jax.random.split(key, -(-math.prod(shape) // sizes.segments))
     orders = [jax.random.permutation(random.fast(key), sizes.segments) for key in keys]
     return jnp.concatenate(orders)[: math.prod(shape)].reshape(shape)
+
+
+def _drawn(
+    key: PRNGKeyArray, count: int, probs: Float[Array, " segments"], sampling: str
+) -> Int[Array, " rows"]:
+    """Rows of one minibatch, each in proportion to its priority."""
+    again = sampling == "replacement"
+    return jax.random.choice(random.fast(key), probs.size, (count,), replace=again, p=probs)
 
 
 def _explained_variance(advantages: Array, values: Array) -> Array:
