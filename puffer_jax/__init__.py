@@ -16,12 +16,14 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import plot as plot
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
+    from puffer_jax import v4 as v4
     from puffer_jax import vector as vector
     from puffer_jax import weights as weights
     from puffer_jax.base.actions import playable as playable
     from puffer_jax.environments.jax_native import as_jax_env as as_jax_env
     from puffer_jax.nn.cores.gru import GRU as GRU
     from puffer_jax.nn.cores.lstm import LSTM as LSTM
+    from puffer_jax.nn.cores.mingru import MinGRU as MinGRU
     from puffer_jax.nn.distributions import Normal as Normal
     from puffer_jax.nn.distributions import TanhNormal as TanhNormal
     from puffer_jax.nn.distributions import entropy as entropy
@@ -69,6 +71,7 @@ _EXPORTS = {
     "environments.jax_native": ("as_jax_env",),
     "nn.cores.gru": ("GRU",),
     "nn.cores.lstm": ("LSTM",),
+    "nn.cores.mingru": ("MinGRU",),
     "nn.distributions": (
         "Normal",
         "TanhNormal",
@@ -136,7 +139,7 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
     *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo", "random"),
-    *("vector", "weights"),
+    *("v4", "vector", "weights"),
 )
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"

@@ -7,8 +7,10 @@ from puffer_jax.kernels.lstm import lstm_step as lstm_step
 from puffer_jax.kernels.perceptron import gelu as gelu
 from puffer_jax.kernels.pooling import max_pool as max_pool
 from puffer_jax.kernels.recurrence import recurrence as recurrence
+from puffer_jax.kernels.recurrence import recurrence_onwards as recurrence_onwards
 from puffer_jax.nn.cores.gru import GRU as GRU
 from puffer_jax.nn.cores.lstm import LSTM as LSTM
+from puffer_jax.nn.cores.mingru import MinGRU as MinGRU
 from puffer_jax.nn.images import Conv2d as Conv2d
 from puffer_jax.nn.images import ImageLayers as ImageLayers
 from puffer_jax.nn.images import flatten as flatten

@@ -134,7 +134,7 @@ def test_gru_step_is_torchs_cell_and_scan_repeats_it():
 
 
 def test_gru_is_initialised_as_torchs():
-    assert isinstance(gru(), Core) and list(CORES) == ["lstm", "gru"]
+    assert isinstance(gru(), Core) and list(CORES) == ["lstm", "gru", "mingru"]
     for name, weight in puffer_jax.state_dict(gru(inputs=200)).items():
         bound = 1 / math.sqrt(HIDDEN)
         assert bound * 0.85 < np.abs(weight).max() <= bound, name
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_recognised(suffix, tmp_path):
     assert puffer_jax.split(found)[0].shapes == puffer_jax.split(ours)[0].shapes
 
 
-@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("core", [name for name, core in CORES.items() if core.cell_names])
 def test_of_tied_keys_one_is_enough(core):
     ours = policy(core, seed=2)
     tensors = puffer_jax.state_dict(ours)

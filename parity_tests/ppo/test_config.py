@@ -90,3 +90,21 @@ def test_the_plan_in_words():
     assert sizes.hopeless is None
     few = PuffeRLConfig(total_timesteps=100_000, bptt_horizon=64).sizes(64)
     assert few.hopeless and few.hopeless.startswith("24 gradient steps planned: 24 epochs of 4,096")
+
+
+def test_v4_takes_its_names():
+    config = PuffeRLConfig.v4()
+    sizes = config.sizes(None)
+    assert (sizes.agents, sizes.horizon, sizes.minibatch_segments) == (4096, 64, 128)
+    assert (config.sampling, config.reset_on_done) == ("replacement", True)
+    config = PuffeRLConfig.v4(horizon=16, replay_ratio=0.5, beta1=0.9, eps=1e-8, num_envs=1024)
+    assert (config.bptt_horizon, config.adam_beta1, config.adam_eps) == (16, 0.9, 1e-8)
+    assert config.sizes(None).minibatches == 1
+    with pytest.raises(ValueError, match="one option by two names: horizon and bptt_horizon"):
+        PuffeRLConfig.v4(horizon=8, bptt_horizon=8)
+    with pytest.raises(
+        ValueError, match=r"no such training option: min_lr \(did you mean min_lr_r"
+    ):
+        PuffeRLConfig.v4(min_lr=0.1)
+    with pytest.raises(ValueError, match="min_lr_ratio must be between 0 and 1; got 2"):
+        PuffeRLConfig.v4(min_lr_ratio=2)

@@ -408,6 +408,21 @@ def test_cosine_schedule_is_torchs_and_rises_again(total):
     assert float(rate) == pytest.approx(expected[total - 1], rel=1e-12)
 
 
+def test_cosine_schedule_ends_where_it_is_told():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], LEARNING_RATE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, 7, eta_min=0.3 * LEARNING_RATE
+    )
+    schedule = optimizers.cosine_schedule(LEARNING_RATE, 7, 0.3)
+    for epoch in range(8):
+        rate = optimizer.param_groups[0]["lr"]
+        assert float(schedule(epoch)) == pytest.approx(rate, rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert rate == pytest.approx(0.3 * LEARNING_RATE, rel=1e-12)
+
+
 def test_cosine_schedule_of_no_epochs_is_constant():
     with pytest.raises(ZeroDivisionError):
         list(torch_cosine(0, 3))

@@ -1,6 +1,7 @@
 """The update against the reference's `PuffeRL.train`, and identities it must satisfy."""
 
 import copy
+import math
 
 import gymnasium
 import jax
@@ -76,6 +77,38 @@ def make_buffer(theirs, kind: str, dtype: str, rng: np.random.Generator) -> dict
         "rewards": rng.uniform(-1, 1, shape).astype(dtype),
         "terminals": (rng.random(shape) < 0.15).astype(dtype),
     }
+
+
+def test_rows_drawn_with_replacement_and_a_rate_that_does_not_end_at_zero():
+    ours = build_ours("discrete", False, "float64")
+    changes = {"learning_rate": 1e-12, "update_epochs": 100, "sampling": "replacement"}
+    config = PuffeRLConfig.from_dict(CONFIG | changes)
+    sizes = config.sizes(SEGMENTS)
+    learner = ppo.make_learner(config, sizes, ours)
+    theirs = build_theirs("discrete", False)
+    buffer = make_buffer(theirs, "discrete", "float64", np.random.default_rng(3))
+    params = puffer_jax.split(ours)[1]
+    end = learner.init(params)._replace(epoch=jnp.asarray(sizes.epochs))
+    run = jax.jit(
+        lambda ratio: learner.update(
+            end, ppo.Experience(**buffer), jax.random.key(0), {"min_lr_ratio": ratio}
+        )
+    )
+    state, _, details = run(0.0)
+    rows, probs = np.asarray(details.indices)[20:], np.asarray(details.priorities)
+    drawn = np.bincount(rows.ravel(), minlength=SEGMENTS)
+    chi2 = ((drawn - probs * drawn.sum()) ** 2 / (probs * drawn.sum())).sum()
+    assert chi2 < 45  # p = 1e-4 for 15 degrees of freedom is 44.3
+    # Four independent draws are distinct with a chance of 4! times a symmetric polynomial.
+    distinct = 24 * np.polynomial.polynomial.polyfromroots(-1 / probs)[4] * np.prod(probs)
+    found = np.mean([len(set(row)) == 4 for row in rows.tolist()])
+    assert abs(found - distinct) < 4 * math.sqrt(distinct * (1 - distinct) / len(rows))
+
+    def moved(state):
+        pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True)
+        return max(float(jnp.abs(new - old).max()) for new, old in pairs)
+
+    assert moved(state) == 0 < moved(run(0.5)[0])
 
 
 def draw(rng: np.random.Generator, minibatches: int, rows: int) -> np.ndarray:

@@ -55,7 +55,8 @@ class PolicyOptions:
     """Key of Dict observations, or of gymnasium's infos, that says which actions are legal. auto:
     action_mask, if the observations have it. None: all actions are legal, and it is observed."""
     core: str | None = None
-    """Put a recurrent core between the encoder and the heads: lstm (which is --rnn) or gru."""
+    """Put a recurrent core between the encoder and the heads: lstm (which is --rnn), gru or
+    mingru."""
     hidden_size: int | None = None
     """Width of the encoding, and of the core; of an MLP, of both hidden layers."""
     hidden_sizes: tuple[int, ...] | None = None

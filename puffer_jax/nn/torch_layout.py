@@ -222,7 +222,7 @@ def _attributes(module: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(module, nnx.Dict):
         items = list(module.items())
     else:
-        names = getattr(type(module), "torch_names", {})
+        names = getattr(module, "torch_names", {})
         attributes = vars(module)
         order = [name for name in names if name in attributes]
         order += [name for name in attributes if name not in names]

@@ -186,7 +186,7 @@ class FeedForward(nnx.Module):
 
     @property
     def _compute_dtype(self) -> DTypeLike:
-        return self.param_dtype if self.dtype is None else self.dtype
+        return default_dtype(self.dtype, self.param_dtype)
 
     def _dtypes(self) -> Dtypes:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -228,10 +228,13 @@ class FeedForward(nnx.Module):
 
     def _scaled_images(self, images: PyTree) -> Array:
         """Numbers 0..255 as 0..1, except for bytes, which `Conv2d` scales."""
-        images = jnp.asarray(self._without_mask(images))
-        if images.dtype == jnp.uint8:
-            return images
-        return images.astype(self._compute_dtype) / 255.0
+        return scaled_images(self._without_mask(images), self._compute_dtype)
+
+
+def scaled_images(images: PyTree, dtype: DTypeLike) -> Array:
+    """Numbers 0..255 as 0..1 in `dtype`, except for bytes, which `Conv2d` scales."""
+    images = jnp.asarray(images)
+    return images if images.dtype == jnp.uint8 else images.astype(dtype) / 255.0
 
 
 def read_sizes(description: Description, sizes: Mapping[str, type]) -> dict[str, Any]:
@@ -251,6 +254,11 @@ def read_sizes(description: Description, sizes: Mapping[str, type]) -> dict[str,
         if type(found[name]) is not kind or not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(f"the description of the policy is damaged: {name} is {size!r}")
     return found
+
+
+def default_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> DTypeLike:
+    """That of the computation, of a layer's two."""
+    return param_dtype if dtype is None else dtype
 
 
 def reference_of(policy: Any, models: ModuleType, env: spaces.Env) -> Any:

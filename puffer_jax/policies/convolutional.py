@@ -1,7 +1,7 @@
 """`Convolutional`: NatureCNN."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -16,7 +16,14 @@ from puffer_jax.nn.images import Conv2d, ImageLayers, flatten
 from puffer_jax.nn.initializers import layer_init
 from puffer_jax.nn.linear import linear
 from puffer_jax.nn.params import Shape, shape_of
-from puffer_jax.policies.base import Description, FeedForward, Hints, described_array
+from puffer_jax.policies.base import (
+    Description,
+    Dtypes,
+    FeedForward,
+    Hints,
+    described_array,
+    zeros,
+)
 from puffer_jax.policies.protocol import State
 
 
@@ -116,56 +123,27 @@ class Convolutional(FeedForward):
         self.output_size = output_size
         self.channels_last = channels_last
         self.downsample = downsample
-        self._check_image()
+        if shape is not None:
+            check_nature_image(shape, framestack, flat_size, channels_last, downsample)
 
-        self.network = ImageLayers(
-            self._conv(framestack, 32, 8, 4, channels_first=not channels_last, rngs=rngs),
-            jax.nn.relu,
-            self._conv(32, 64, 4, 2, rngs=rngs),
-            jax.nn.relu,
-            self._conv(64, 64, 3, 1, out_channels_first=True, rngs=rngs),
-            jax.nn.relu,
-            flatten,
-            self._linear(flat_size, hidden_size, rngs=rngs),
-            jax.nn.relu,
+        self.network = nature_layers(
+            framestack,
+            flat_size,
+            hidden_size,
+            channels_last=channels_last,
+            init=layer_init,
+            rngs=rngs,
+            dtypes=self._dtypes(),
         )
         self.actor = self._linear(hidden_size, self._discrete_actions(), 0.01, rngs=rngs)
         self.value_fn = self._linear(output_size, 1, 1.0, rngs=rngs)
-
-    def _conv(self, *sizes: int, rngs: nnx.Rngs, **options: Any) -> Conv2d:
-        return layer_init(Conv2d(*sizes, rngs=rngs, **options, **self._dtypes()), rngs=rngs)
-
-    def _check_image(self) -> None:
-        shape = self._image_shape()
-        if shape is None:
-            return
-        height, width, channels = shape if self.channels_last else (*shape[1:], shape[0])
-        if channels != self.framestack:
-            order = "(H, W, C)" if self.channels_last else "(C, H, W)"
-            raise ValueError(
-                f"framestack is {self.framestack} but the observation space {shape} has {channels} "
-                f"channels, read as {order}; pass framestack={channels} or another channels_last"
-            )
-        sides = _output_sides(height, width, self.downsample)
-        if min(sides) < 1:
-            raise ValueError(
-                f"images of {height}x{width} with downsample={self.downsample} are too small for "
-                "three convolutions; at least 36x36 must remain"
-            )
-        if self.flat_size != 64 * sides[0] * sides[1]:
-            raise ValueError(
-                f"flat_size is {self.flat_size} but the convolutions of a {height}x{width} image "
-                f"with downsample={self.downsample} give {64 * sides[0] * sides[1]}; pass "
-                f"flat_size={64 * sides[0] * sides[1]}"
-            )
 
     def encode_observations(
         self, observations: PyTree, state: State | None = None
     ) -> Float[Array, "batch hidden"]:
         """Hidden vectors (batch, hidden_size); no time axis."""
         images = self._scaled_images(observations)
-        pixels = (..., *[slice(None, None, self.downsample)] * 2)
-        return self.network(images[*pixels, :] if self.channels_last else images[pixels])
+        return self.network(every_nth_pixel(images, self.downsample, self.channels_last))
 
     def decode_actions(self, hidden: Float[Array, "batch hidden"]) -> tuple[Array, Array]:
         """Logits (batch, n) and values (batch, 1)."""
@@ -222,6 +200,69 @@ class Convolutional(FeedForward):
         """PufferLib's `Convolutional`."""
         names = [name for name in self.sizes if name != "input_size"]
         return models.Convolutional(env, **{name: getattr(self, name) for name in names})
+
+
+def nature_layers(
+    channels: int,
+    flat_size: int,
+    hidden_size: int,
+    *,
+    channels_last: bool,
+    init: Callable[..., Any],
+    rngs: nnx.Rngs,
+    dtypes: Dtypes,
+) -> ImageLayers:
+    """Three convolutions and a Linear, each with a ReLU; `init` gives them their weights."""
+
+    def conv(*sizes: int, **options: Any) -> Conv2d:
+        return init(Conv2d(*sizes, rngs=rngs, **options, **dtypes), rngs=rngs)
+
+    return ImageLayers(
+        conv(channels, 32, 8, 4, channels_first=not channels_last),
+        jax.nn.relu,
+        conv(32, 64, 4, 2),
+        jax.nn.relu,
+        conv(64, 64, 3, 1, out_channels_first=True),
+        jax.nn.relu,
+        flatten,
+        init(nnx.Linear(flat_size, hidden_size, kernel_init=zeros, rngs=rngs, **dtypes), rngs=rngs),
+        jax.nn.relu,
+    )
+
+
+def every_nth_pixel(images: Array, n: int, channels_last: bool) -> Array:
+    """Every n-th row and column of images (batch, H, W, C), or (batch, C, H, W)."""
+    pixels = (..., *[slice(None, None, n)] * 2)
+    return images[*pixels, :] if channels_last else images[pixels]
+
+
+def check_nature_image(
+    shape: tuple[int, ...], framestack: int, flat_size: int, channels_last: bool, downsample: int
+) -> None:
+    """Check that `nature_layers` of these sizes take images of that shape.
+
+    Raises:
+        ValueError: they do not.
+    """
+    height, width, channels = shape if channels_last else (*shape[1:], shape[0])
+    if channels != framestack:
+        order = "(H, W, C)" if channels_last else "(C, H, W)"
+        raise ValueError(
+            f"framestack is {framestack} but the observation space {shape} has {channels} "
+            f"channels, read as {order}; pass framestack={channels} or another channels_last"
+        )
+    sides = _output_sides(height, width, downsample)
+    if min(sides) < 1:
+        raise ValueError(
+            f"images of {height}x{width} with downsample={downsample} are too small for "
+            "three convolutions; at least 36x36 must remain"
+        )
+    if flat_size != 64 * sides[0] * sides[1]:
+        raise ValueError(
+            f"flat_size is {flat_size} but the convolutions of a {height}x{width} image "
+            f"with downsample={downsample} give {64 * sides[0] * sides[1]}; pass "
+            f"flat_size={64 * sides[0] * sides[1]}"
+        )
 
 
 def _output_sides(height: int, width: int, downsample: int) -> tuple[int, int]:

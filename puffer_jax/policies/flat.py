@@ -101,15 +101,23 @@ class Flat(FeedForward):
         return self.decoder_mean if self.is_continuous else self.decoder, self.value
 
     def _actions(self, outputs: Array) -> Logits:
-        outputs = outputs.astype(self.param_dtype)
-        match self.env_spec.single_action_space:
-            case spaces.Continuous():
-                scale = jnp.broadcast_to(jnp.exp(self.decoder_logstd[...]), outputs.shape)
-                return Normal(outputs, scale)
-            case spaces.MultiDiscrete(nvec):
-                return tuple(jnp.split(outputs, np.cumsum(nvec)[:-1], axis=-1))
-            case _:
-                return outputs
+        logstd = self.decoder_logstd[...] if self.is_continuous else None
+        action = self.env_spec.single_action_space
+        return logits_of(outputs.astype(self.param_dtype), action, logstd)
+
+
+def logits_of(
+    outputs: Float[Array, "batch outputs"], action: spaces.Action, logstd: Array | None
+) -> Logits:
+    """A linear layer's outputs, as the logits of a space; `logstd` (1, n) is a Box's."""
+    match action:
+        case spaces.Continuous():
+            assert logstd is not None
+            return Normal(outputs, jnp.broadcast_to(jnp.exp(logstd), outputs.shape))
+        case spaces.MultiDiscrete(nvec):
+            return tuple(jnp.split(outputs, np.cumsum(nvec)[:-1], axis=-1))
+        case _:
+            return outputs
 
 
 def action_from_keys(shapes: Mapping[str, Shape], hints: Hints) -> Description:

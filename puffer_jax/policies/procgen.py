@@ -171,21 +171,7 @@ class ProcgenResnet(FeedForward):
         shape = self._image_shape()
         if shape is None:
             raise ValueError("ProcgenResnet needs the image size: an env with an observation space")
-        sequences = []
-        for width in (cnn_width, 2 * cnn_width, 2 * cnn_width):
-            sequences.append(ConvSequence(shape, width, rngs=rngs, **self._dtypes()))
-            shape = sequences[-1].get_output_shape()
-
-        linear = nnx.Linear(
-            math.prod(shape), mlp_width, kernel_init=zeros, rngs=rngs, **self._dtypes()
-        )
-        self.network = nnx.Sequential(
-            *sequences,
-            flatten_channels_first,
-            jax.nn.relu,
-            torch_init(linear, rngs=rngs),
-            jax.nn.relu,
-        )
+        self.network = impala_layers(shape, cnn_width, mlp_width, rngs=rngs, dtypes=self._dtypes())
         self.actor = self._linear(mlp_width, self._discrete_actions(), 0.01, rngs=rngs)
         self.value = self._linear(mlp_width, 1, 1.0, rngs=rngs)
 
@@ -241,6 +227,29 @@ class ProcgenResnet(FeedForward):
                 return super().encode_observations(x)
 
         return ProcgenResnet(env, self.cnn_width, self.mlp_width)
+
+
+def impala_layers(
+    shape: tuple[int, int, int],
+    cnn_width: int,
+    hidden_size: int,
+    *,
+    rngs: nnx.Rngs,
+    dtypes: Dtypes,
+) -> nnx.Sequential:
+    """Three `ConvSequence`s and a Linear for images (H, W, C), with torch's default weights."""
+    sequences = []
+    for width in (cnn_width, 2 * cnn_width, 2 * cnn_width):
+        sequences.append(ConvSequence(shape, width, rngs=rngs, **dtypes))
+        shape = sequences[-1].get_output_shape()
+    linear = nnx.Linear(math.prod(shape), hidden_size, kernel_init=zeros, rngs=rngs, **dtypes)
+    return nnx.Sequential(
+        *sequences,
+        flatten_channels_first,
+        jax.nn.relu,
+        torch_init(linear, rngs=rngs),
+        jax.nn.relu,
+    )
 
 
 def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtypes: Dtypes) -> Conv2d:

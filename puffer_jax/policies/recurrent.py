@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.base import spaces
@@ -26,11 +24,11 @@ from puffer_jax.policies.base import (
     read_sizes,
     reference_of,
 )
-from puffer_jax.policies.nativize import is_flat
 from puffer_jax.policies.protocol import Logits, Policy, State, masked_by
+from puffer_jax.policies.stateful import Stateful
 
 
-class Recurrent(nnx.Module):
+class Recurrent(Stateful):
     """Puts a recurrent core between a policy's encoder and its heads.
 
     `forward_eval` is one step for acting, `forward` a scan over time for training; both use
@@ -106,70 +104,6 @@ class Recurrent(nnx.Module):
                     f"is {policy.hidden_size}; pass {name}={policy.hidden_size}"
                 )
 
-    def initial_state(self, batch_size: int) -> State:
-        """The zero state of a new episode for `batch_size` agents."""
-        hidden = jnp.zeros((batch_size, self.hidden_size), self.core.param_dtype)
-        return {"hidden": hidden, **self.core.initial_state(batch_size)}
-
-    def forward_eval(
-        self, observations: PyTree, state: State | None = None
-    ) -> tuple[Logits, Array, State]:
-        """One step.
-
-        Args:
-            observations: (batch, *obs).
-            state: from the step before; None is the zero state.
-
-        Returns:
-            logits, values (batch, 1), the new state.
-
-        Raises:
-            ValueError: the state has another batch size or width.
-        """
-        encoded = self._encode(observations, state)
-        hidden, state = self.core.step(encoded, self._carried(state, encoded.shape[0]))
-        logits, values = self.policy.decode_actions(hidden)
-        logits = masked_by(self.policy, logits, observations)
-        return logits, values, {"hidden": hidden, **state}
-
-    def forward(
-        self, observations: PyTree, state: State | None = None, done: ArrayLike | None = None
-    ) -> tuple[Logits, Array, State]:
-        """All steps of a batch of segments.
-
-        Args:
-            observations: (batch, time, *obs), or (batch, *obs) for a single step.
-            state: before the first step; None is the zero state.
-            done: (batch, time), bool; where set, the observation starts a new episode and the
-                state is zeroed before it. Ours: the reference never resets within a segment.
-
-        Returns:
-            logits flat, (batch * time, ...); values (batch, time); the state after the last
-            step, with "hidden" (batch, time, hidden_size).
-
-        Raises:
-            ValueError: observations, state or done have another shape.
-        """
-        batch, time, flat = self._fold_time(observations)
-        encoded = self._encode(flat, state)
-        if done is not None:
-            if np.shape(done) not in ((batch, time), (batch,) if time == 1 else (batch, time)):
-                raise ValueError(
-                    f"done has shape {np.shape(done)}; expected (batch, time) = {(batch, time)}"
-                )
-            done = jnp.asarray(done).reshape(batch, time).astype(bool)
-        sequence = encoded.reshape(batch, time, -1)
-        hidden, state = self.core.scan(sequence, self._carried(state, batch), done)
-        logits, values = self.policy.decode_actions(hidden.reshape(batch * time, -1))
-        logits = masked_by(self.policy, logits, flat)
-        return logits, values.reshape(batch, time), {"hidden": hidden, **state}
-
-    def __call__(
-        self, observations: PyTree, state: State | None = None, done: ArrayLike | None = None
-    ) -> tuple[Logits, Array, State]:
-        """`forward`."""
-        return self.forward(observations, state, done)
-
     def _encode(self, observations: PyTree, state: State | None) -> Float[Array, "batch input"]:
         encoded = self.policy.encode_observations(observations, state=state)
         if encoded.ndim != 2 or encoded.shape[1] != self.input_size:
@@ -180,38 +114,11 @@ class Recurrent(nnx.Module):
             )
         return encoded
 
-    def _carried(self, state: State | None, batch: int) -> State:
-        """The core's part of a state, checked."""
-        zero = self.core.initial_state(batch)
-        if state is None:
-            return zero
-        for name, part in zero.items():
-            if np.shape(state[name]) != part.shape:
-                raise ValueError(
-                    f"state[{name!r}] has shape {np.shape(state[name])}; expected (batch, ...) = "
-                    f"{part.shape}"
-                )
-        return {name: state[name] for name in zero}
-
-    def _fold_time(self, observations: PyTree) -> tuple[int, int, PyTree]:
-        layout = self.env_spec.single_observation_space
-        if isinstance(observations, dict | tuple):
-            leaf, shape = _first_leaf(observations, layout.structured)
-        else:
-            leaf = observations
-            flat = layout.structured is not None and is_flat(leaf, layout)
-            # Only an image policy built without an environment does not know its shape.
-            shape = np.shape(leaf)[-3:] if layout.shape is None else layout.shape
-            shape = (layout.features,) if flat else shape
-        extra = np.ndim(leaf) - len(shape)
-        if extra not in (1, 2) or np.shape(leaf)[extra:] != shape:
-            raise ValueError(
-                f"observations of shape {np.shape(leaf)}; expected (batch, time, *obs) or (batch, "
-                f"*obs) with obs = {shape}"
-            )
-        batch, time = (*np.shape(leaf), 1)[:2] if extra == 2 else (np.shape(leaf)[0], 1)
-        fold = lambda x: jnp.reshape(x, (batch * time, *np.shape(x)[extra:]))  # noqa: E731
-        return batch, time, jax.tree.map(fold, observations)
+    def _decode(
+        self, hidden: Float[Array, "batch hidden"], observations: PyTree
+    ) -> tuple[Logits, Array]:
+        logits, values = self.policy.decode_actions(hidden)
+        return masked_by(self.policy, logits, observations), values
 
     def described(self) -> Description:
         """The core and its sizes; a custom core gives its full name only."""
@@ -361,17 +268,9 @@ def with_core(
     """
     if name not in CORES:
         raise ValueError(f"no such core: {near([name], CORES)[0]}; there are {', '.join(CORES)}")
-    sizes, dtypes = [policy.hidden_size] * 2, Dtypes(dtype=dtype, param_dtype=param_dtype)
+    widths = [size for size in CORES[name].sizes if size in ("input_size", "hidden_size")]
+    sizes = dict.fromkeys(widths, policy.hidden_size)
+    dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
     if name == "lstm":
-        return LSTMWrapper(env, policy, *sizes, rngs=rngs, **dtypes)
-    return Recurrent(env, policy, CORES[name](*sizes, rngs=rngs, **dtypes), rngs=rngs)
-
-
-def _first_leaf(tree: PyTree, structured: np.dtype | None) -> tuple[PyTree, tuple[int, ...]]:
-    if structured is None:
-        raise ValueError("dict or tuple observations, but the observation space is neither")
-    while structured.names is not None:
-        name = structured.names[0]
-        tree = tree[int(name[1:])] if isinstance(tree, tuple) else tree[name]
-        structured = structured[name]
-    return tree, structured.shape
+        return LSTMWrapper(env, policy, **sizes, rngs=rngs, **dtypes)
+    return Recurrent(env, policy, CORES[name](**sizes, rngs=rngs, **dtypes), rngs=rngs)

@@ -17,6 +17,15 @@ Auto = Literal["auto"]
 # Lengths of segments to choose from, and the least number of epochs that must result.
 _HORIZONS, _EPOCHS = (8, 16, 32, 64, 128), 100
 
+# What PufferLib 4 calls them.
+_IN_V4 = {
+    "horizon": "bptt_horizon",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_eps",
+    "replay_ratio": "update_epochs",
+}
+
 # What other libraries call them.
 _ELSEWHERE = {
     "lr": "learning_rate",
@@ -28,13 +37,7 @@ _ELSEWHERE = {
     "clip_eps": "clip_coef",
     "num_timesteps": "total_timesteps",
     "vf_loss_coef": "vf_coef",
-    # PufferLib 4's.
-    "horizon": "bptt_horizon",
-    "beta1": "adam_beta1",
-    "beta2": "adam_beta2",
-    "eps": "adam_eps",
-    "replay_ratio": "update_epochs",
-    "min_lr_ratio": "anneal_lr",
+    **_IN_V4,
 }
 
 # Found on the tasks of `examples/learning.py`.
@@ -109,6 +112,7 @@ class PuffeRLConfig:
             which those are thrown away that are not needed. For resets that cost more than steps.
         num_minibatches: with `minibatch_size` "auto", the number of minibatches of a pass over the
             batch, as far as it divides; None: as `minibatch_size` says.
+        min_lr_ratio: where the cosine of `anneal_lr` ends, as a share of `learning_rate`.
         normalize_observations: whether observations are normalised by their running mean and
             deviation, which is then folded into the first layers of the policy that acts and is
             saved; "auto": where actions are continuous and the policy has such layers.
@@ -127,6 +131,8 @@ class PuffeRLConfig:
             minibatch is drawn by itself, by `prio_alpha`. "shuffled": each pass over the batch
             takes all segments once, in random order or, with "gae" and a policy without recurrent
             state, all steps; `prio_alpha` and `prio_beta0` have no effect.
+            "replacement", as in PufferLib 4: drawn like "prioritized", but each segment by itself,
+            so that one may come twice in a minibatch.
         recompute_advantage: with "vtrace", whether the policy's advantages are scaled with the
             ratio of the current policy. The reference computes that and then overwrites it
             (PufferLib#306, #341).
@@ -194,12 +200,13 @@ class PuffeRLConfig:
 
     reset_ratio: int | None = option(None, positive=True)
     num_minibatches: int | None = option(None, positive=True)
+    min_lr_ratio: float = option(0.0, traced=True, within=(0, 1))
     normalize_observations: bool | Auto = False
     normalize_rewards: bool = False
     reward_scale: float = 1.0
     reward_clip: float | None = option(1.0, positive=True)
     advantage: Literal["vtrace", "gae"] = "vtrace"
-    sampling: Literal["prioritized", "shuffled"] = "prioritized"
+    sampling: Literal["prioritized", "shuffled", "replacement"] = "prioritized"
     recompute_advantage: bool = False
     bootstrap_truncation: bool = False
     bootstrap_last: bool = False
@@ -229,6 +236,40 @@ class PuffeRLConfig:
             "use_mask": True,
         }
         return cls.from_dict(better | changes)
+
+    @classmethod
+    def v4(cls, **changes: Any) -> "PuffeRLConfig":
+        """The sizes and the drawing of segments of PufferLib 4, whose names it takes as well.
+
+        Its fault is left out: there the state is reset one step late in training, here where an
+        episode starts. Its own Muon is not here: "muon" is PufferLib 3's.
+
+        Args:
+            changes: other values, by our names or by PufferLib 4's: `horizon`, `replay_ratio`,
+                `beta1`, `beta2`, `eps`.
+
+        Raises:
+            ValueError: an option is given by both names; or as `from_dict`.
+
+        Example:
+            >>> from puffer_jax import PuffeRLConfig
+            >>> PuffeRLConfig.v4(horizon=32, replay_ratio=2).bptt_horizon
+            32
+        """
+        if twice := [name for name in _IN_V4 if {name, _IN_V4[name]} <= changes.keys()]:
+            both = ", ".join(f"{name} and {_IN_V4[name]}" for name in twice)
+            raise ValueError(f"one option by two names: {both}")
+        theirs: dict[str, Any] = {
+            "learning_rate": 0.015,
+            "bptt_horizon": 64,
+            "minibatch_size": 8192,
+            "update_epochs": 1.0,
+            "num_envs": 4096,
+            "sampling": "replacement",
+            "reset_on_done": True,
+        }
+        ours = {_IN_V4.get(name, name): value for name, value in changes.items()}
+        return cls.from_dict(theirs | ours)
 
     @classmethod
     def preset(cls, env: str, **changes: Any) -> "PuffeRLConfig":

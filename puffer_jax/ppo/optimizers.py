@@ -292,13 +292,14 @@ def _orthogonalize(
 
 
 def cosine_schedule(
-    learning_rate: ArrayLike, total_epochs: ArrayLike
+    learning_rate: ArrayLike, total_epochs: ArrayLike, min_ratio: ArrayLike = 0.0
 ) -> Callable[[ArrayLike], Array]:
     """Learning rate by epoch: torch's `CosineAnnealingLR(T_max=total_epochs)`, stepped every epoch.
 
-    It falls from `learning_rate` at epoch 0 to 0 at `total_epochs` and then, as in torch, rises
-    again, to `learning_rate` at twice as many. Where `total_epochs` is 0 (fewer time steps than
-    one batch), torch divides by zero at the first step; here the rate stays constant.
+    It falls from `learning_rate` at epoch 0 to `min_ratio` times as much at `total_epochs` (torch's
+    `eta_min`) and then, as in torch, rises again, to `learning_rate` at twice as many. Where
+    `total_epochs` is 0 (fewer time steps than one batch), torch divides by zero at the first step;
+    here the rate stays constant.
 
     Returns:
         A function of the epoch (a number or a traced scalar) giving a scalar array.
@@ -306,6 +307,8 @@ def cosine_schedule(
 
     def schedule(epoch: ArrayLike) -> Array:
         phase = jnp.where(total_epochs == 0, 0, epoch / jnp.maximum(total_epochs, 1))
-        return (1 + jnp.cos(jnp.pi * phase)) / 2 * jnp.asarray(learning_rate)
+        share = (1 + jnp.cos(jnp.pi * phase)) / 2
+        floor = jnp.asarray(min_ratio)
+        return (floor + (1 - floor) * share) * jnp.asarray(learning_rate)
 
     return schedule

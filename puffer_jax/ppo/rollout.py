@@ -95,7 +95,9 @@ class Player:
         """The state to act in: with `reset_on_done`, zero where an episode starts."""
         if not self._config.reset_on_done:
             return state
-        return jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
+        return jax.tree.map(
+            lambda s: jnp.where(start.reshape(-1, *[1] * (s.ndim - 1)), 0, s), state
+        )
 
     def playable(self, action: PyTree) -> PyTree:
         """The environments' actions for sampled ones, see `puffer_jax.playable`."""

@@ -243,7 +243,7 @@ def _terms(
     rate, beta0 = hypers["learning_rate"], hypers["prio_beta0"]
     epoch = learner.schedule_epoch(state)
     if config.anneal_lr:
-        rate = optimizers.cosine_schedule(rate, epochs)(epoch)
+        rate = optimizers.cosine_schedule(rate, epochs, hypers["min_lr_ratio"])(epoch)
     numbers = _optimizer_numbers(hypers, rate)
     step = optimizers.make_step(config.optimizer, learner.to_torch, learner.from_torch, **numbers)
     beta = beta0 + (1 - beta0) * hypers["prio_alpha"] * epoch / epochs
@@ -323,8 +323,7 @@ def _minibatch(
     else:
         probs = priorities(advantages, hypers["prio_alpha"])
     if jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
-        key, shape = random.fast(draw), (learner.sizes.minibatch_segments,)
-        rows = jax.random.choice(key, count, shape, replace=False, p=probs)
+        rows = _drawn(draw, learner.sizes.minibatch_segments, probs, learner.config.sampling)
     else:
         rows = draw
     weights = (count * probs[rows, None]) ** -terms.beta
@@ -394,6 +393,14 @@ def _of_steps(terms: _Terms) -> _Terms:
         lambda x: x.reshape(-1, 1, *x.shape[2:]), (whole, terms.advantages)
     )
     return terms._replace(experience=experience, advantages=advantages)
+
+
+def _drawn(
+    key: PRNGKeyArray, count: int, probs: Float[Array, " segments"], sampling: str
+) -> Int[Array, " rows"]:
+    """Rows of one minibatch, each in proportion to its priority."""
+    again = sampling == "replacement"
+    return jax.random.choice(random.fast(key), probs.size, (count,), replace=again, p=probs)
 
 
 def _explained_variance(advantages: Array, values: Array) -> Array:

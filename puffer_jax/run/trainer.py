@@ -302,7 +302,8 @@ class PuffeRL:
         rate = self.config.learning_rate
         if self.config.anneal_lr:
             epoch = self.loop.schedule_epoch(self.state)
-            rate = float(optimizers.cosine_schedule(rate, self.total_epochs)(epoch))
+            schedule = optimizers.cosine_schedule(rate, self.total_epochs, self.config.min_lr_ratio)
+            rate = float(schedule(epoch))
         logs = {
             "SPS": self.sps,
             "agent_steps": self.global_step,

@@ -16,8 +16,7 @@ from puffer_jax.base import spaces
 from puffer_jax.base.text import Json
 from puffer_jax.nn.params import merge, split
 from puffer_jax.policies.base import Description, Dtypes
-from puffer_jax.policies.protocol import is_recurrent
-from puffer_jax.policies.registry import POLICIES
+from puffer_jax.policies.registry import POLICIES, RECURRENT
 
 _ACTIONS = {cls.__name__: cls for cls in (spaces.Discrete, spaces.MultiDiscrete, spaces.Continuous)}
 
@@ -36,7 +35,7 @@ def describe(policy: Any) -> Description:
         "sample_dtype": observation.sample_dtype and observation.sample_dtype.str,
     }
     description["action"] = {"class": type(action).__name__, **asdict(action)}
-    if is_recurrent(policy):
+    if cls.__name__ in RECURRENT:
         description["policy"] = describe(policy.policy)
     return description
 

@@ -156,9 +156,9 @@ def policy_from_checkpoint(
         nvec: how a fused discrete head splits: 5 for Discrete(5), (2, 3) for MultiDiscrete.
             Not needed for heads of fewer than four rows, which cannot hold two choices.
         image_shape: observation shape of a ProcgenResnet (H, W, C), or of a Convolutional to
-            have its sizes checked.
-        channels_last: as `Convolutional` was built.
-        downsample: as `Convolutional` was built.
+            have its sizes checked; likewise of PufferLib 4's ImpalaEncoder and NatureEncoder.
+        channels_last: as `Convolutional` or `NatureEncoder` was built.
+        downsample: as `Convolutional` or `NatureEncoder` was built.
         activation: as `MLP` was built.
         action_mask: as the policy was built; needs `env`.
         dtype: of the policy's matmuls.

@@ -29,6 +29,9 @@ _MORE_CORE = re.compile(
     r"(?P<module>.*\.)?(weight|bias)_(ih|hh|hr)_l(?P<layer>\d+)(?P<back>_reverse)?"
 )
 
+# PufferLib 4's networks, which have any number of layers.
+_LAYERED = ("network.lstm.", "network.gru.")
+
 
 def format_of(path: Path) -> str | None:
     """The suffix that a file's first bytes speak for, `.pt` or `.safetensors`; None: unknown."""
@@ -112,6 +115,8 @@ def _more_layers(names: Iterable[str], known: Collection[str] | None) -> list[st
     for name in names:
         match = _MORE_CORE.fullmatch(name)
         if match is None or (match["layer"] == "0" and not match["back"]):
+            continue
+        if known is None and match["module"] in _LAYERED and not match["back"]:
             continue
         first = f"{match['module'] or ''}weight_ih_l0"
         if known is None or first in known:

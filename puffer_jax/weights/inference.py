@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from puffer_jax.nn.cores import CORES
 from puffer_jax.nn.params import Shape
 from puffer_jax.policies.base import Description, Hints
-from puffer_jax.policies.registry import FEED_FORWARD, RECURRENT
+from puffer_jax.policies.registry import FEED_FORWARD, RECURRENT, WHOLE
 
 
 def infer(shapes: Mapping[str, Shape], hints: Hints) -> Description:
@@ -14,6 +14,10 @@ def infer(shapes: Mapping[str, Shape], hints: Hints) -> Description:
     Raises:
         ValueError: the keys are not those of a known policy, or the shapes do not tell enough.
     """
+    for cls in WHOLE.values():
+        found = cls.from_keys(shapes, hints)
+        if found is not None:
+            return found
     for cls in RECURRENT.values():
         found = cls.from_keys(shapes, hints)
         if found is not None:
@@ -36,6 +40,6 @@ def _infer_feed_forward(shapes: Mapping[str, Shape], hints: Hints) -> Descriptio
             )
     raise ValueError(
         f"the keys belong to none of {', '.join(FEED_FORWARD)}, alone or around a recurrent core "
-        f"({', '.join(CORES)}); build your policy and use load_weights. Found: "
-        f"{', '.join(sorted(shapes))}"
+        f"({', '.join(CORES)}), nor to PufferLib 4's Policy; build your policy and use "
+        f"load_weights. Found: {', '.join(sorted(shapes))}"
     )

@@ -8,5 +8,6 @@ from puffer_jax.nn.cores.core import KnownCore as KnownCore
 from puffer_jax.nn.cores.core import State as State
 from puffer_jax.nn.cores.gru import GRU
 from puffer_jax.nn.cores.lstm import LSTM
+from puffer_jax.nn.cores.mingru import MinGRU
 
-CORES: dict[str, type[KnownCore]] = {core.name: core for core in (LSTM, GRU)}
+CORES: dict[str, type[KnownCore]] = {core.name: core for core in (LSTM, GRU, MinGRU)}

@@ -42,9 +42,7 @@ class GRU(GatedCore):
 
     def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
         """One step: its output and the new state."""
-        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
-        projected = _affine(x, weight_ih, bias_ih, self.dtype)
-        h = _cell(projected, self._cast(state["gru_h"]), weight_hh, bias_hh, self.dtype)
+        h = gru_step(*self._weights(), x, self._cast(state["gru_h"]), self.dtype)
         return h, {"gru_h": h}
 
     def scan(
@@ -54,8 +52,21 @@ class GRU(GatedCore):
         done: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], State]:
         """All steps: their outputs and the last state, see `Core.scan`."""
-        outputs, h = _scan(*self._weights(), x, self._cast(state["gru_h"]), done, self.dtype)
+        outputs, h = gru_scan(*self._weights(), x, self._cast(state["gru_h"]), done, self.dtype)
         return outputs, {"gru_h": h}
+
+
+def gru_step(
+    weight_ih: Float[Array, "gates input"],
+    weight_hh: Float[Array, "gates hidden"],
+    bias_ih: Float[Array, "gates"],
+    bias_hh: Float[Array, "gates"],
+    x: Float[Array, "batch input"],
+    h: Float[Array, "batch hidden"],
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "batch hidden"]:
+    """The new h; the products are computed in `dtype`, None: that of the weights."""
+    return _cell(_affine(x, weight_ih, bias_ih, dtype), h, weight_hh, bias_hh, dtype)
 
 
 def _affine(x: Array, weight: Array, bias: Array, dtype: DTypeLike | None) -> Array:
@@ -79,7 +90,7 @@ def _cell(
 
 # Jitted here so that eager calls do not trace and compile the loop anew each time.
 @partial(jax.jit, static_argnames="dtype")
-def _scan(
+def gru_scan(
     weight_ih: Float[Array, "gates input"],
     weight_hh: Float[Array, "gates hidden"],
     bias_ih: Float[Array, "gates"],
@@ -89,6 +100,8 @@ def _scan(
     done: Bool[Array, "batch time"] | None,
     dtype: DTypeLike | None,
 ) -> tuple[Float[Array, "batch time hidden"], Float[Array, "batch hidden"]]:
+    """`gru_step` over time: all h and the last; h is zeroed before steps where `done` is set."""
+
     def step(h: Array, row: tuple[Array, Array | None]) -> tuple[Array, Array]:
         projected, done_t = row
         if done_t is not None:
