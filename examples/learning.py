@@ -18,6 +18,7 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import EngFormatter
 
 # name as in `puffer-jax train --env` -> (steps, the return to reach)
 TASKS = {
@@ -109,12 +110,13 @@ def main(args: Args):
     for axis, (env, seeds) in zip(axes.flat, curves.items(), strict=False):
         steps, goal = TASKS[env]
         last, seconds = [curve.final for curve in seeds], [curve.seconds for curve in seeds]
-        text = f"{np.mean(last):.1f} ± {np.std(last):.1f} | {min(last):.1f}"
+        text = f"{np.mean(last):,.4g} ± {np.std(last):,.2g} | {min(last):,.4g}"
         print(f"| {env} | {steps * args.scale:,.0f} | {text} | {goal:,} | {np.mean(seconds):.0f} |")
         for curve in seeds:
             axis.plot(curve.steps, curve.returns, color="tab:blue", alpha=0.4, linewidth=1)
         axis.axhline(goal, color="tab:orange", linewidth=1, linestyle="--")
         axis.set(title=env, xlabel="steps", ylabel="episode return")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     [axis.set_axis_off() for axis in axes.flat[len(args.tasks) :]]
     figure.savefig(args.out, dpi=110)
 
