@@ -12,7 +12,8 @@ MODULES = $(addprefix policies/test_,models check cleanrl) $(addprefix weights/t
 
 # Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
 # venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax rules out jax 0.12: the tests
-# that need either are left out there, and named. PettingZoo's rock-paper-scissors imports pygame.
+# that need either are left out there, and named. PettingZoo's oldest release cannot be installed
+# beside the others' oldest.
 OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl cli/test_cli
 NEWEST = test_golden environments/test_jaxenv environments/test_environments
 # File by file, in the order of conftest.py.
@@ -33,7 +34,7 @@ test: .venv/installed
 test-matrix: test-oldest test-newest
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(BY_FILE) $(OLDEST:%=parity_tests/%.py)
+	.venv-oldest/bin/python -m pytest $(BY_FILE) -k "not pettingzoo" $(OLDEST:%=parity_tests/%.py)
 
 test-newest: .venv-newest/installed
 	PUFFER_JAX_GOLDEN_ONLY=1 PUFFER_JAX_NO_GYMNAX=1 \
@@ -73,7 +74,7 @@ dist: .venv/dist
 	python=$$(.ci/python 3.11) && "$$python" -m venv --clear .venv-oldest
 	.venv-oldest/bin/python .ci/oldest.py > .venv-oldest/oldest.txt
 	.venv-oldest/bin/$(PIP) "$(TORCH)"
-	.venv-oldest/bin/$(PIP) -e ".[train,gymnax,vector,pettingzoo,tools]" psutil pygame -c .venv-oldest/oldest.txt
+	.venv-oldest/bin/$(PIP) -e ".[train,gymnax,vector,tools]" psutil -c .venv-oldest/oldest.txt
 	.venv-oldest/bin/$(PIP) --no-deps "$(REFERENCE)"
 	touch $@
 
