@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,18 +52,10 @@ class Args:
     out: Path = Path("learning.png")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Mean returns of the epochs in which an episode ended."""
-
+class Curve(NamedTuple):
     steps: np.ndarray
-    returns: np.ndarray
+    returns: np.ndarray  # the means of the epochs in which an episode ended
     seconds: float
-
-    @property
-    def final(self) -> float:
-        """Over the last tenth of the steps."""
-        return float(self.returns[self.steps >= 0.9 * self.steps[-1]].mean())
 
 
 def train(env: str, steps: int, seed: int, runs: Path, cores: Iterable[int]) -> Curve:
@@ -109,7 +102,8 @@ def main(args: Args):
     print("|---|---|---|---|---|---|")
     for axis, (env, seeds) in zip(axes.flat, curves.items(), strict=False):
         steps, goal = TASKS[env]
-        last, seconds = [curve.final for curve in seeds], [curve.seconds for curve in seeds]
+        last = [curve.returns[curve.steps >= 0.9 * curve.steps[-1]].mean() for curve in seeds]
+        seconds = [curve.seconds for curve in seeds]
         text = f"{np.mean(last):,.4g} ± {np.std(last):,.2g} | {min(last):,.4g}"
         print(f"| {env} | {steps * args.scale:,.0f} | {text} | {goal:,} | {np.mean(seconds):.0f} |")
         for curve in seeds:

@@ -66,7 +66,7 @@ def test_demo(tmp_path):
             "agent_steps: 2048",
             marks=pytest.mark.needs_gymnax,
         ),
-        (("sweep_vmap.py", "--seeds", "4", "--steps", "512", "--num-envs", "4"), "rate   3e-02"),
+        (("sweep_vmap.py", "--seeds", "4", "--steps", "512", "--num-envs", "4"), "rate   1e-02"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

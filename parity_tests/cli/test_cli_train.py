@@ -690,7 +690,7 @@ def test_what_is_missing_comes_with_the_line_that_installs_it(
 
 
 def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
-    def run(self, after_epoch):
+    def run(self, after_epoch, apart):
         raise puffer_jax.NonFiniteError("epoch 1: the first array is 'value.bias'")
 
     monkeypatch.setattr(trainer.PuffeRL, "run", run)

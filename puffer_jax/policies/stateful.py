@@ -114,7 +114,9 @@ class Stateful(nnx.Module):
                     f"state[{name!r}] has shape {np.shape(state[name])}; expected (batch, ...) = "
                     f"{part.shape}"
                 )
-        return {name: jnp.asarray(state[name]) for name in zero}
+        # Not of whatever there is: an exporter's tracers are no arrays.
+        parts = {name: state[name] for name in zero}
+        return {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in parts.items()}
 
     def _fold_time(self, observations: PyTree) -> tuple[int, int, PyTree]:
         layout = self.env_spec.single_observation_space
