@@ -371,7 +371,6 @@ def test_an_infos_mask_is_observed(tmp_path):
 
 
 def test_by_name_the_mask_comes_from_wherever_it_is():
-    pytest.importorskip("gymnasium.envs.toy_text.taxi")
     name = next(name for name in ("Taxi-v4", "Taxi-v3") if name in gymnasium.registry)
     env = puffer_jax.environments.make(name, action_mask="action_mask")
     row, info = env.reset(seed=0)
