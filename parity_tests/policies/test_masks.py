@@ -323,6 +323,7 @@ def test_normalisation_counts_what_the_layers_read(packed):
     known = Normalization(Moments.none((6,), jnp.dtype("float64")), None, None)
     moments = normalization.observed(default(env), experience, known).observations
     read = observations["observation"].reshape(12, 6).astype(np.float64)
+    # Twelve float64 numbers summed in another order: 12 * 2e-16, and ten times that for cancelling.
     np.testing.assert_allclose(moments.mean, read.mean(0), rtol=1e-13)
 
 
