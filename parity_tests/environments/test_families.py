@@ -72,7 +72,7 @@ def test_a_step_spent_waiting_is_as_if_it_were_not_there():
             delta = got + gamma * alive * values[row, following] - values[row, now]
             after = ratio[row, now] * (delta + decay * alive * after)
             expected[now] = after
-        # Sums of at most 12 steps of float64 in another order, 12 * 12 * 2e-16; atol for those near 0.
+        # At most 12 steps of float64 in another order: 12 * 12 * 2e-16; atol for sums near 0.
         np.testing.assert_allclose(found[row], expected, rtol=1e-12, atol=1e-14)
 
 
