@@ -64,10 +64,67 @@ def check_arguments(
     Raises:
         TypeError: it does not take one of them; the message names the nearest that it takes.
     """
-    parameters = inspect.signature(constructor).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    known = [*parameters, *more]
-    wrong = [argument for argument in arguments if argument not in known]
+    known = parameters(constructor)
+    if known is not None:
+        _check_options(name, arguments, [*known, *more])
+
+
+def parameters(constructor: Callable[..., object]) -> list[str] | None:
+    """The names of a constructor's parameters; None if it takes any keyword."""
+    found = inspect.signature(constructor).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else list(found)
+
+
+def _check_options(name: str, arguments: Iterable[str], options: Iterable[str]) -> None:
+    options = list(options)
+    wrong = [argument for argument in arguments if argument not in options]
     if wrong:
-        raise TypeError(f"{name}: no such argument: {', '.join(near(wrong, known))}")
+        raise TypeError(f"{name}: no such argument: {', '.join(near(wrong, options))}")
+
+
+def jax_family(
+    name: str,
+    *,
+    ids: Callable[[], Iterable[str]],
+    make: Callable[[str, Arguments], object],
+    options: Callable[[str], Iterable[str] | None] = lambda known: None,
+    package: str = "",
+    install: str = "",
+) -> Family:
+    """A family of environments that run in JAX, with the prefix `name:`.
+
+    Args:
+        name: what the family is called.
+        ids: lists its environments, without the prefix.
+        make: makes what `puffer_jax.jaxenv.as_jax_env` takes, from an id and arguments.
+        options: the names of the arguments that an id takes; None if only `make` knows.
+        package: the module that must be installed; by default `name`.
+        install: the arguments of `pip install` that bring it; by default `name`.
+    """
+
+    def names() -> list[str]:
+        return [f"{name}:{known}" for known in ids()]
+
+    def create(full: str, known: str, arguments: Arguments) -> Env:
+        from puffer_jax.environments.jax_native import as_jax_env
+
+        if full not in (listed := names()):
+            raise unknown(full, listed)
+        taken = options(known)
+        if taken is not None:
+            _check_options(full, arguments, taken)
+        try:
+            env = make(known, arguments)
+        except TypeError as error:
+            raise TypeError(f"{full}: {error}") from error
+        return as_jax_env(env)
+
+    return Family(
+        name=name,
+        create=create,
+        names=names,
+        prefixes=(f"{name}:",),
+        package=package or name,
+        install=install or name,
+        in_jax=True,
+    )

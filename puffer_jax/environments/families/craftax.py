@@ -2,42 +2,30 @@
 
 import dataclasses
 import importlib
-from collections.abc import Iterable
+from typing import Any
 
-from puffer_jax.base.spaces import Env
-from puffer_jax.base.text import near
-from puffer_jax.environments.families import Arguments, Family, unknown
+from puffer_jax.environments.families import Arguments, jax_family
 
-_KINDS = [
-    f"{game}-{view}" for game in ("Craftax", "Craftax-Classic") for view in ("Symbolic", "Pixels")
+_IDS = [
+    f"{game}-{view}-v1"
+    for game in ("Craftax", "Craftax-Classic")
+    for view in ("Symbolic", "Pixels")
 ]
 
 
-def _names() -> Iterable[str]:
-    return [f"craftax:{kind}-v1" for kind in _KINDS]
-
-
-def _create(name: str, known: str, arguments: Arguments) -> Env:
-    """An environment whose arguments replace those of its parameters."""
-    from puffer_jax.environments.jax_native import as_jax_env
-
-    if name not in _names():
-        raise unknown(name, _names())
+def _env(known: str) -> Any:
     made = importlib.import_module("craftax.craftax_env")
-    env = made.make_craftax_env_from_name(known, auto_reset=False)
-    params = env.default_params
-    options = [field.name for field in dataclasses.fields(params)]
-    if wrong := [argument for argument in arguments if argument not in options]:
-        raise TypeError(f"{name}: no such argument: {', '.join(near(wrong, options))}")
-    return as_jax_env((env, params.replace(**arguments)))
+    return made.make_craftax_env_from_name(known, auto_reset=False)
 
 
-FAMILY = Family(
-    name="craftax",
-    create=_create,
-    names=_names,
-    prefixes=("craftax:",),
-    package="craftax",
-    install="craftax",
-    in_jax=True,
-)
+def _options(known: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(_env(known).default_params)]
+
+
+def _make(known: str, arguments: Arguments) -> object:
+    """An environment whose arguments replace those of its parameters."""
+    env = _env(known)
+    return env, env.default_params.replace(**arguments)
+
+
+FAMILY = jax_family("craftax", ids=lambda: _IDS, make=_make, options=_options)

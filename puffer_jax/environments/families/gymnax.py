@@ -2,33 +2,25 @@
 
 from collections.abc import Iterable
 
-from puffer_jax.base.spaces import Env
-from puffer_jax.environments.families import Arguments, Family, check_arguments, unknown
+from puffer_jax.environments.families import Arguments, jax_family, parameters
 
 
-def _names() -> Iterable[str]:
+def _ids() -> Iterable[str]:
     import gymnax
 
-    return [f"gymnax:{known}" for known in gymnax.registered_envs]
+    return gymnax.registered_envs
 
 
-def _create(name: str, known: str, arguments: Arguments) -> Env:
+def _options(known: str) -> list[str] | None:
     import gymnax
 
-    from puffer_jax.environments.jax_native import as_jax_env
-
-    if known not in gymnax.registered_envs:
-        raise unknown(name, _names())
-    check_arguments(name, type(gymnax.make(known)[0]), arguments)
-    return as_jax_env(gymnax.make(known, **arguments))
+    return parameters(type(gymnax.make(known)[0]))
 
 
-FAMILY = Family(
-    name="gymnax",
-    create=_create,
-    names=_names,
-    prefixes=("gymnax:",),
-    package="gymnax",
-    install="gymnax six",
-    in_jax=True,
-)
+def _make(known: str, arguments: Arguments) -> object:
+    import gymnax
+
+    return gymnax.make(known, **arguments)
+
+
+FAMILY = jax_family("gymnax", ids=_ids, make=_make, options=_options, install="gymnax six")
