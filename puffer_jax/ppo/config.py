@@ -79,8 +79,8 @@ class PuffeRLConfig:
         learning_rate: size of an optimizer step, in the first epoch.
         anneal_lr: whether the learning rate falls along a cosine to 0 at `total_timesteps`, epoch
             by epoch.
-        optimizer: "muon" or "adam".
-        adam_beta1: decay of the momentum, in both optimizers.
+        optimizer: "muon", "adam", or "muon_v4", which is PufferLib 4's own Muon.
+        adam_beta1: decay of the momentum, in every optimizer.
         adam_beta2: decay of Adam's second moment.
         adam_eps: Adam's epsilon.
         max_grad_norm: largest 2-norm of the gradients; larger ones are scaled down to it.
@@ -172,7 +172,7 @@ class PuffeRLConfig:
     total_timesteps: int = option(10_000_000, positive=True)
     learning_rate: float = option(0.015, traced=True, positive=True)
     anneal_lr: bool = True
-    optimizer: Literal["muon", "adam"] = "muon"
+    optimizer: Literal["muon", "adam", "muon_v4"] = "muon"
     adam_beta1: float = option(0.95, traced=True, within=(0, 1))
     adam_beta2: float = option(0.999, traced=True, within=(0, 1))
     adam_eps: float = option(1e-12, traced=True, within=(0, math.inf))
@@ -239,10 +239,10 @@ class PuffeRLConfig:
 
     @classmethod
     def v4(cls, **changes: Any) -> "PuffeRLConfig":
-        """The sizes and the drawing of segments of PufferLib 4, whose names it takes as well.
+        """PufferLib 4's training: its sizes, its drawing of segments, its Muon, and its names.
 
         Its fault is left out: there the state is reset one step late in training, here where an
-        episode starts. Its own Muon is not here: "muon" is PufferLib 3's.
+        episode starts. Gradients are not accumulated, so `max_minibatch_size` is the minibatch.
 
         Args:
             changes: other values, by our names or by PufferLib 4's: `horizon`, `replay_ratio`,
@@ -265,11 +265,14 @@ class PuffeRLConfig:
             "minibatch_size": 8192,
             "update_epochs": 1.0,
             "num_envs": 4096,
+            "optimizer": "muon_v4",
             "sampling": "replacement",
             "reset_on_done": True,
         }
         ours = {_IN_V4.get(name, name): value for name, value in changes.items()}
-        return cls.from_dict(theirs | ours)
+        whole = (theirs | ours)["minibatch_size"]
+        most = {} if whole == "auto" else {"max_minibatch_size": whole}
+        return cls.from_dict(theirs | most | ours)
 
     @classmethod
     def preset(cls, env: str, **changes: Any) -> "PuffeRLConfig":
