@@ -31,7 +31,58 @@ from puffer_jax.policies.convolutional import (
 from puffer_jax.policies.procgen import impala_layers, impala_widths
 
 
-class DefaultEncoder(nnx.Module):
+class FlatEncoder(nnx.Module):
+    """What the encoders of flat observations share.
+
+    Args:
+        obs_size: how many numbers an observation has.
+        hidden_size: width of the encoding.
+        dtype: of the matmul; None: that of the parameters.
+        param_dtype: of the parameters.
+    """
+
+    sizes: ClassVar[Mapping[str, type]] = {"obs_size": int, "hidden_size": int}
+    weight_name: ClassVar[str]
+
+    def __init__(
+        self, obs_size: int, hidden_size: int, dtype: DTypeLike | None, param_dtype: DTypeLike
+    ):
+        self.obs_size = obs_size
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.observation = Observation((obs_size,))
+
+    def _flat(self, observations: Array) -> Float[Array, "batch features"]:
+        flat = observations.reshape(observations.shape[0], -1)
+        if flat.shape[1] != self.obs_size:
+            raise ValueError(
+                f"observations of shape {observations.shape} have {flat.shape[1]} numbers each; "
+                f"obs_size is {self.obs_size}"
+            )
+        return flat.astype(default_dtype(self.dtype, self.param_dtype))
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
+        """Sizes and observations of the encoder with these keys; None if they are not its."""
+        if cls.weight_name not in shapes:
+            return None
+        hidden, features = shape_of(shapes, cls.weight_name, 2)
+        sizes = {"obs_size": features, "hidden_size": hidden}
+        return {"sizes": sizes, "observation": described_array(hints.image_shape or (features,))}
+
+    @classmethod
+    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: Any) -> Any:
+        """An encoder of these sizes."""
+        return cls(**sizes, **options)
+
+    @classmethod
+    def for_env(cls, env: Env, hidden_size: int, **options: Any) -> Any:
+        """An encoder of this width for the environment's observations."""
+        return cls(env_spec(env).single_observation_space.features, hidden_size, **options)
+
+
+class DefaultEncoder(FlatEncoder):
     """One linear layer on the flat observation, without an activation.
 
     Args:
@@ -52,7 +103,7 @@ class DefaultEncoder(nnx.Module):
         (3, 16)
     """
 
-    sizes: ClassVar[Mapping[str, type]] = {"obs_size": int, "hidden_size": int}
+    weight_name: ClassVar = "encoder.weight"
 
     def __init__(
         self,
@@ -63,11 +114,7 @@ class DefaultEncoder(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        self.obs_size = obs_size
-        self.hidden_size = hidden_size
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.observation = Observation((obs_size,))
+        super().__init__(obs_size, hidden_size, dtype, param_dtype)
         dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
         layer = nnx.Linear(obs_size, hidden_size, kernel_init=zeros, rngs=rngs, **dtypes)
         self.encoder = torch_init(layer, rngs=rngs)
@@ -78,28 +125,7 @@ class DefaultEncoder(nnx.Module):
         Raises:
             ValueError: an observation has another number of numbers.
         """
-        flat = observations.reshape(observations.shape[0], -1)
-        if flat.shape[1] != self.obs_size:
-            raise ValueError(
-                f"observations of shape {observations.shape} have {flat.shape[1]} numbers each; "
-                f"obs_size is {self.obs_size}"
-            )
-        flat = flat.astype(default_dtype(self.dtype, self.param_dtype))
-        return linear(flat, [self.encoder])[0]
-
-    @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
-        """Sizes and observations of the encoder with these keys; None if they are not its."""
-        if "encoder.weight" not in shapes:
-            return None
-        hidden, features = shape_of(shapes, "encoder.weight", 2)
-        sizes = {"obs_size": features, "hidden_size": hidden}
-        return {"sizes": sizes, "observation": described_array(hints.image_shape or (features,))}
-
-    @classmethod
-    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: Any) -> "DefaultEncoder":
-        """An encoder of these sizes."""
-        return cls(**sizes, **options)
+        return linear(self._flat(observations), [self.encoder])[0]
 
 
 class _ImageEncoder(nnx.Module):
@@ -134,6 +160,11 @@ class _ImageEncoder(nnx.Module):
     def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: Any) -> Any:
         """An encoder of these sizes."""
         return cls(env, **sizes, **options)
+
+    @classmethod
+    def for_env(cls, env: Env, hidden_size: int, **options: Any) -> Any:
+        """An encoder of this width for the environment's images."""
+        return cls(env, hidden_size, **options)
 
 
 class NatureEncoder(_ImageEncoder):
