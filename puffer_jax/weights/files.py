@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,14 @@ def load_weights(
         []
     """
     path = Path(path)
-    shapes = {name: parameter.shape for name, parameter in named_parameters(policy)[0].items()}
     with _naming(path):
         _check_padding(path, padding)
-        tensors, _ = _read(path, shapes, padding_of(policy, padding))
+        tensors, _ = _read(path, _shapes(policy), padding_of(policy, padding))
         return load_state_dict(policy, tensors, strict, allow_non_finite=allow_non_finite)
+
+
+def _shapes(policy: nnx.Module) -> dict[str, tuple[int, ...]]:
+    return {name: parameter.shape for name, parameter in named_parameters(policy)[0].items()}
 
 
 @contextmanager
@@ -175,8 +179,8 @@ def policy_from_checkpoint(
         env: the environment the policy was trained on; gives both spaces.
         nvec: how a fused discrete head splits: 5 for Discrete(5), (2, 3) for MultiDiscrete.
             Not needed for heads of fewer than four rows, which cannot hold two choices.
-        image_shape: observation shape of a ProcgenResnet (H, W, C), or of a Convolutional to
-            have its sizes checked; likewise of PufferLib 4's ImpalaEncoder and NatureEncoder.
+        image_shape: observation shape of a ProcgenResnet or ImpalaEncoder (H, W, C), or of a
+            Convolutional or NatureEncoder to have its sizes checked.
         channels_last: as `Convolutional` or `NatureEncoder` was built.
         downsample: as `Convolutional` or `NatureEncoder` was built.
         activation: as `MLP` was built.
@@ -184,8 +188,7 @@ def policy_from_checkpoint(
         dtype: of the policy's matmuls.
         param_dtype: of its parameters.
         allow_non_finite: see `load_state_dict`.
-        padding: of a `.bin` file without a sidecar, see `save_weights`. With `env`, such a file is
-            read as one of PufferLib 4's native trainer, if one width fits its length.
+        padding: of a `.bin` without a sidecar: with `env`, one of PufferLib 4's native trainer.
 
     Raises:
         ValueError: the keys are not those of a known policy (load a custom one with
@@ -201,29 +204,18 @@ def policy_from_checkpoint(
         >>> puffer_jax.policy_from_checkpoint("model.safetensors").hidden_size
         32
     """
-
-    def restore(tensors: StateDict, description: Json) -> Any:
-        if description is None:
-            named = strip_prefixes(tensors, set())
-            shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
-            if problems := obstacles(shapes):
-                raise ValueError("; ".join(problems))
-            hints = Hints(
-                env, nvec, image_shape, channels_last, downsample, activation, action_mask
-            )
-            description = infer(shapes, hints)
-        policy = build(description, env, Dtypes(dtype=dtype, param_dtype=param_dtype))
-        load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
-        return policy
-
+    dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
+    more = image_shape, channels_last, downsample, activation, action_mask
+    restore = partial(_restore, Hints(env, nvec, *more), dtypes, allow_non_finite)
     if isinstance(checkpoint, Mapping):
         return restore(checkpoint, None)
     path = Path(checkpoint)
     with _naming(path):
         _check_padding(path, padding)
         if env is not None and path.suffix == ".bin" and is_bare(path):
-            policy = native_policy(path, env, padding, Dtypes(dtype=dtype, param_dtype=param_dtype))
-            load_weights(policy, path, padding=padding, allow_non_finite=allow_non_finite)
+            policy = native_policy(path, env, padding, dtypes)
+            tensors, _ = _read(path, _shapes(policy), padding_of(policy, padding))
+            load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
             return policy
         tensors, description = _read(path, None)
         policy = restore(tensors, description)
@@ -233,4 +225,19 @@ def policy_from_checkpoint(
             raise ValueError(
                 f"{sidecar_path(path).name} has the order {list(tensors)}, not {order}"
             )
+    return policy
+
+
+def _restore(
+    hints: Hints, dtypes: Dtypes, allow_non_finite: bool, tensors: StateDict, description: Json
+) -> Any:
+    """The policy that the tensors are of; without a description, by their names and shapes."""
+    if description is None:
+        named = strip_prefixes(tensors, set())
+        shapes = {name: tuple(np.shape(tensor)) for name, tensor in named.items()}
+        if problems := obstacles(shapes):
+            raise ValueError("; ".join(problems))
+        description = infer(shapes, hints)
+    policy = build(description, hints.env, dtypes)
+    load_state_dict(policy, tensors, allow_non_finite=allow_non_finite)
     return policy
