@@ -66,6 +66,10 @@ def test_demo(tmp_path):
             "agent_steps: 2048",
             marks=pytest.mark.needs_gymnax,
         ),
+        (
+            ("train_v4.py", "--steps", "2048", "--num-envs", "16"),
+            "meaning here: [vec] num_threads; [sweep]\nMinGRU, 2 layers of 64\n8 gradient steps",
+        ),
         (("sweep_vmap.py", "--seeds", "4", "--steps", "512", "--num-envs", "4"), "rate   1e-02"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

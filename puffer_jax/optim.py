@@ -8,3 +8,4 @@ from puffer_jax.ppo.optimizers import cosine_schedule as cosine_schedule
 from puffer_jax.ppo.optimizers import make as make
 from puffer_jax.ppo.optimizers import make_step as make_step
 from puffer_jax.ppo.optimizers import muon as muon
+from puffer_jax.ppo.optimizers import muon_v4 as muon_v4

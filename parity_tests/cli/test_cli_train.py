@@ -17,7 +17,7 @@ from PIL import Image
 from support.bars import stub_env
 
 import puffer_jax
-from puffer_jax import environments
+from puffer_jax import environments, v4
 from puffer_jax.cli import envs as cli_envs
 from puffer_jax.cli import games, train
 from puffer_jax.cli import options as cli_options
@@ -710,3 +710,89 @@ def test_every_logger_is_made(tmp_path, options):
     ]
     assert logger.run_id == "r"
     logger.close(None)
+
+
+V4_INI = """
+[base]
+env_name = cartpole
+rank = 0
+cudagraphs = 10
+checkpoint_dir = checkpoints
+checkpoint_interval = 50
+reset_state = True
+[vec]
+total_agents = 32
+num_buffers = 2
+[env]
+max_steps = 20
+[policy]
+hidden_size = 8
+num_layers = 3
+expansion_factor = 1
+[torch]
+network = GRU
+encoder = DefaultEncoder
+[train]
+gpus = 1
+seed = 7
+horizon = 16
+replay_ratio = 2.0
+minibatch_size = 128.0
+beta1 = 0.9
+eps = 1e-9
+anneal_lr = 0
+min_lr_ratio = 0.5
+[sweep]
+method = Protein
+[sweep.train.gamma]
+min = 0.8
+"""
+
+
+def test_a_file_of_pufferlib_4(tmp_path, options, capsys):
+    path = tmp_path / "x.ini"
+    path.write_text(V4_INI)
+    read = options("--config", str(path))
+    assert capsys.readouterr().err == (
+        f"{path}: PufferLib 4's, with no meaning here: [base] rank, cudagraphs; [vec] num_buffers; "
+        "[policy] expansion_factor; [train] gpus; [sweep]\n"
+    )
+    assert (read.env, read.env_arg, read.vec.num_envs) == ("cartpole", ("max_steps=20",), 32)
+    sizes = {"hidden_size": 8, "num_layers": 3, "action_mask": None}
+    parts = {"name": "v4", "network": "GRU", "encoder": "DefaultEncoder"}
+    assert read.policy == cli_options.PolicyOptions(**sizes, **parts)
+    named = {"bptt_horizon": 16, "update_epochs": 2.0, "minibatch_size": 128, "adam_beta1": 0.9}
+    named |= {"adam_eps": 1e-9, "anneal_lr": False, "min_lr_ratio": 0.5, "seed": 7}
+    named |= {"data_dir": "checkpoints", "checkpoint_interval": 50, "num_envs": 32}
+    config = PuffeRLConfig.v4(**named)
+    assert dataclasses.asdict(read.train) == dataclasses.asdict(config)
+    assert (config.optimizer, config.sampling) == ("muon_v4", "replacement")
+    assert PuffeRLConfig.from_ini(path) == config
+    flags = "--train.bptt-horizon", "8", "--policy.network", "MinGRU", "--vec.num-envs", "4"
+    both = options("--config", str(path), *flags)
+    assert (both.train.bptt_horizon, both.policy.network, both.vec.num_envs) == (8, "MinGRU", 4)
+    best = options("--recommended", "--config", str(path)).train
+    assert (best.optimizer, best.adam_beta1, best.reward_clip) == ("adam", 0.9, None)
+
+    env = puffer_jax.environments.make("cartpole")
+    policy = nnx.eval_shape(lambda: cli_envs.make_policy(env, both.policy, both.rnn))
+    assert type(policy.network) is v4.MinGRU and policy.network.num_layers == 3
+    again = cli_envs.settled(cli_options.PolicyOptions(), policy)
+    assert again == dataclasses.replace(both.policy, action_mask="auto", decoder="DefaultDecoder")
+    with pytest.raises(ValueError, match=r"hidden_size, num_layers, .*; got cnn_width, core"):
+        cli_envs.make_policy(env, dataclasses.replace(both.policy, cnn_width=4), rnn=True)
+    core = cli_options.PolicyOptions(core="mingru", num_layers=2)
+    deep = nnx.eval_shape(lambda: cli_envs.make_policy(env, core, False))
+    assert deep.core.num_layers == 2
+    assert cli_envs.settled(cli_options.PolicyOptions(core="mingru"), deep).num_layers == 2
+    with pytest.raises(ValueError, match="the core lstm has no num_layers"):
+        cli_envs.make_policy(env, cli_options.PolicyOptions(num_layers=2), rnn=True)
+
+    for old, new, message in (
+        ("horizon = 16", "horizn = 16", r"x\.ini: \[train\] no such training option: horizn"),
+        ("rank = 0", "rnak = 0", r"no such key in \[base\]: rnak \(did you mean rank\?\)"),
+        ("[torch]", "[troch]", r"no such section: troch \(did you mean torch\?\)"),
+    ):
+        path.write_text(V4_INI.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            train.train_defaults(["--config", str(path)])

@@ -47,7 +47,7 @@ def test_values_are_read_as_their_types(name, value, expected):
         pytest.param("learning_rate", 10**400, "a finite number", id="too large for a float"),
         pytest.param("total_timesteps", -(10**400), "a finite number", id="as small"),
         ("gamma", 1.5, "between 0 and 1"),
-        ("optimizer", "adamw", "one of muon, adam"),
+        ("optimizer", "adamw", "one of muon, adam, muon_v4"),
         ("env", 3, "a text"),
         ("normalize_observations", "maybe", "true or false or auto"),
     ],
@@ -97,6 +97,9 @@ def test_v4_takes_its_names():
     sizes = config.sizes(None)
     assert (sizes.agents, sizes.horizon, sizes.minibatch_segments) == (4096, 64, 128)
     assert (config.sampling, config.reset_on_done) == ("replacement", True)
+    assert (config.optimizer, config.learning_rate, config.update_epochs) == ("muon_v4", 0.015, 1)
+    # A minibatch is one step of the optimizer, however large; breakout.ini's sizes there.
+    assert PuffeRLConfig.v4(minibatch_size=65_536, replay_ratio=1.42).sizes(None).minibatches == 5
     config = PuffeRLConfig.v4(horizon=16, replay_ratio=0.5, beta1=0.9, eps=1e-8, num_envs=1024)
     assert (config.bptt_horizon, config.adam_beta1, config.adam_eps) == (16, 0.9, 1e-8)
     assert config.sizes(None).minibatches == 1

@@ -158,6 +158,41 @@ def torch_muon(**more):
     return make
 
 
+class TorchMuonV4(torch.optim.Optimizer):
+    """PufferLib 4's Muon, from what its update computes: Nesterov, then Newton-Schulz."""
+
+    TRIPLES = (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    )
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1.0})
+
+    def orthogonal(self, matrix):
+        # By its singular values: x (a + b x^2 + c x^4), five times.
+        u, s, v = torch.linalg.svd(matrix / matrix.norm().clamp(min=1e-7), full_matrices=False)
+        for a, b, c in self.TRIPLES:
+            s = s * (a + b * s**2 + c * s**4)
+        return u @ torch.diag(s) @ v
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                m.copy_(BETA1 * m + p.grad)
+                move = p.grad + BETA1 * m
+                if p.ndim >= 2:
+                    flat = move.flatten(1)
+                    rows, columns = flat.shape
+                    move = self.orthogonal(flat).reshape(p.shape) * max(1, rows / columns) ** 0.5
+                p -= group["lr"] * move
+
+
 @pytest.fixture(autouse=True)
 def heavyball_uncompiled(monkeypatch):
     monkeypatch.setattr(heavyball.utils, "compile_mode", None)  # as the reference sets it
@@ -177,12 +212,18 @@ def worst(ours, theirs, step):
 
 @pytest.mark.parametrize(
     ("policy", "optimizer"),
-    [("zoo", "adam"), ("zoo", "adam eps 1e-5"), ("zoo", "muon"), ("lstm", "muon")],
+    [
+        ("zoo", "adam"),
+        ("zoo", "adam eps 1e-5"),
+        ("zoo", "muon"),
+        ("lstm", "muon"),
+        ("zoo", "muon_v4"),
+    ],
 )
 def test_every_update_is_the_torch_optimizers(policy, optimizer):
     eps = 1e-5 if "eps" in optimizer else EPS
-    muon = torch_muon(storage_dtype="float64")
-    theirs = their_updates(policy, muon if optimizer == "muon" else torch_adam(eps))
+    judges = {"muon": torch_muon(storage_dtype="float64"), "muon_v4": TorchMuonV4}
+    theirs = their_updates(policy, judges.get(optimizer) or torch_adam(eps))
     found = our_updates(policy, optimizer.split()[0], eps=eps)
     ranks = {array.ndim - 1 for array in theirs.values()}
     assert ranks == ({0, 1, 2, 4} if policy == "zoo" else {1, 2})
@@ -263,7 +304,7 @@ def test_gradients_of_zero_and_bfloat16_parameters(name):
     new, state = step(narrow)
     assert {x.dtype for x in jax.tree.leaves(new)} == {jnp.dtype("bfloat16")}
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(new))
-    if name == "muon":  # as heavyball's storage_dtype
+    if name.startswith("muon"):  # as heavyball's storage_dtype
         assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
 
 
@@ -320,10 +361,10 @@ def test_vmap_over_every_hyper_parameter_goes_on_from_one_state(name):
 )
 def test_an_unknown_name_is_an_error_with_the_nearest(name, hint):
     with pytest.raises(
-        ValueError, match=rf"one of adam, muon; got '{name}'; did you mean {hint}\?"
+        ValueError, match=rf"one of adam, muon, muon_v4; got '{name}'; did you mean {hint}\?"
     ):
         optimizers.make(name, *setting("linear")[1], **hyper_parameters(1.0))
-    with pytest.raises(ValueError, match=r"one of adam, muon; got 'sgd'$"):
+    with pytest.raises(ValueError, match=r"one of adam, muon, muon_v4; got 'sgd'$"):
         optimizers.make("sgd", *setting("linear")[1], **hyper_parameters(1.0))
 
 

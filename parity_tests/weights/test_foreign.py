@@ -1,6 +1,7 @@
 """Other libraries' files: the message names what a file is, and what to do."""
 
 import io
+import pickle
 import re
 
 import numpy as np
@@ -59,6 +60,7 @@ def refusal(path):
         ("x.safetensors", torch_bytes(tensors()), "rename it to x.pt"),
         ("x.pt", safetensors.torch.save(tensors()), "it is a safetensors file by its first bytes;"),
         ("x.bin", safetensors.torch.save(tensors()), "rename it to x.safetensors"),
+        ("x.bin", pickle.dumps(tensors(), 4), "it is a pickle by its first bytes, which is not"),
     ],
 )
 def test_files_under_another_formats_name(tmp_path, name, content, advice):

@@ -15,6 +15,7 @@ from puffer_jax.cli.options import PolicyOptions, VecOptions
 from puffer_jax.environments import registry
 from puffer_jax.environments.families import Arguments
 from puffer_jax.environments.jax_native import AdaptedEnv, as_jax_env
+from puffer_jax.policies import v4
 from puffer_jax.policies.masks import AUTO
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.policies.recurrent import with_core
@@ -139,17 +140,46 @@ def make_policy(
     core = chosen.pop("core", "lstm" if rnn else None)
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
     rngs = nnx.Rngs(seed)
+    if options.name == V4:
+        return _make_v4(env, chosen, core, rngs=rngs, dtype=dtype)
+    layers = (
+        {}
+        if core is None or "num_layers" not in chosen
+        else {"num_layers": chosen.pop("num_layers")}
+    )
     policy = environments.Policy(env, **chosen, rngs=rngs, dtype=dtype)
     if core is None:
         return policy
-    return with_core(core, env, policy, rngs=rngs, dtype=dtype)
+    return with_core(core, env, policy, rngs=rngs, dtype=dtype, **layers)
+
+
+V4 = "v4"
+
+_V4_OPTIONS = ("hidden_size", "num_layers", "network", "encoder", "decoder")
+
+
+def _make_v4(env: Any, chosen: dict[str, Any], core: str | None, **options: Any) -> v4.Policy:
+    mask = chosen.pop("action_mask", AUTO)
+    others = [name for name in chosen if name not in ("name", *_V4_OPTIONS)]
+    if core is not None or others or mask != AUTO:
+        others += ["core"] * (core is not None) + ["action_mask"] * (mask != AUTO)
+        raise ValueError(
+            f"PufferLib 4's policy has {', '.join(_V4_OPTIONS)}; got {', '.join(others)}"
+        )
+    return v4.Policy.for_env(env, **{n: chosen[n] for n in _V4_OPTIONS if n in chosen}, **options)
 
 
 def settled(options: PolicyOptions, policy: Any) -> PolicyOptions:
     """The options that make a policy like this one again, whatever other versions' defaults are."""
+    if isinstance(policy, v4.Policy):
+        parts = {n: type(getattr(policy, n)).__name__ for n in ("network", "encoder", "decoder")}
+        sizes = {"hidden_size": policy.hidden_size, "num_layers": policy.network.num_layers}
+        return dataclasses.replace(options, name=V4, **sizes, **parts)
     inner = policy.policy if is_recurrent(policy) else policy
     known = {field.name for field in dataclasses.fields(PolicyOptions)}
     sizes = {name: getattr(inner, name) for name in inner.sizes if name in known}
     if "hidden_sizes" not in sizes:
         sizes["hidden_size"] = inner.hidden_size
+    if is_recurrent(policy) and "num_layers" in getattr(policy.core, "sizes", ()):
+        sizes["num_layers"] = policy.core.num_layers
     return dataclasses.replace(options, name=type(inner).__name__, **sizes)

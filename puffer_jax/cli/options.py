@@ -48,15 +48,23 @@ class PolicyOptions:
     """The policy; options left out have its defaults, or come from the environment."""
 
     name: str = "auto"
-    """Default, MLP, Convolutional or ProcgenResnet. auto: ProcgenResnet for uint8 images of
-    (64, 64, 3), Convolutional for all others of at least 36x36, MLP for vectors with continuous
-    actions, Default for everything else."""
+    """Default, MLP, Convolutional, ProcgenResnet, or v4, PufferLib 4's. auto: ProcgenResnet for
+    uint8 images of (64, 64, 3), Convolutional for all others of at least 36x36, MLP for vectors
+    with continuous actions, Default for everything else."""
     action_mask: str | None = "auto"
     """Key of Dict observations, or of gymnasium's infos, that says which actions are legal. auto:
     action_mask, if the observations have it. None: all actions are legal, and it is observed."""
     core: str | None = None
     """Put a recurrent core between the encoder and the heads: lstm (which is --rnn), gru or
     mingru."""
+    num_layers: int | None = None
+    """v4, or the core mingru: layers of the network."""
+    network: str | None = None
+    """v4: MinGRU, LSTM, GRU or MLP."""
+    encoder: str | None = None
+    """v4: DefaultEncoder, NatureEncoder, ImpalaEncoder or NativeEncoder."""
+    decoder: str | None = None
+    """v4: DefaultDecoder or NativeDecoder."""
     hidden_size: int | None = None
     """Width of the encoding, and of the core; of an MLP, of both hidden layers."""
     hidden_sizes: tuple[int, ...] | None = None

@@ -15,7 +15,7 @@ import tyro
 from puffer_jax.base import locks
 from puffer_jax.base.files import write_atomically
 from puffer_jax.base.text import from_json, near
-from puffer_jax.cli.envs import make_envs, make_policy, settled
+from puffer_jax.cli.envs import V4, make_envs, make_policy, settled
 from puffer_jax.cli.options import PolicyOptions, TrainOptions, VecOptions
 from puffer_jax.environments.families import Arguments
 from puffer_jax.policies.choice import AUTO_0_1
@@ -23,6 +23,7 @@ from puffer_jax.policies.masks import AUTO
 from puffer_jax.policies.registry import FEED_FORWARD
 from puffer_jax.ppo.config import PuffeRLConfig, near_options
 from puffer_jax.ppo.presets import preset_path, read_ini
+from puffer_jax.ppo.v4_ini import Sections, is_v4, load_ini
 from puffer_jax.run.loggers import Logger
 
 
@@ -173,8 +174,8 @@ SETTINGS = "config.json"
 
 _INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train")
 
-# PufferLib's, which have no meaning here; "torch" is one of its version 4.
-_INI_UNUSED = ("sweep", "torch")
+# PufferLib's, which have no meaning here.
+_INI_UNUSED = ("sweep",)
 
 _INI_BASE = ("env_name", "package", "policy_name", "rnn_name", "max_suggestion_cost")
 
@@ -230,6 +231,8 @@ def _unmasked(policy: PolicyOptions) -> PolicyOptions:
 def _read_config(path: Path, config: PuffeRLConfig) -> Train:
     """The options in a PufferLib .ini file."""
     sections = read_ini(path)
+    if is_v4(sections):
+        return _read_v4(path, sections, config)
     unused = [name for name in sections if name.split(".")[0] in _INI_UNUSED]
     groups = {name: values for name, values in sections.items() if name not in unused}
     _check_names(path, "section", groups, _INI_SECTIONS)
@@ -282,6 +285,24 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
             "rnn": recurrent[rnn_name] or bool(config.use_rnn),
             "vec": vec,
             "policy": policy | {"name": known[policy_name]},
+            "train": dataclasses.asdict(config),
+        },
+    )
+
+
+def _read_v4(path: Path, sections: Sections, start: PuffeRLConfig) -> Train:
+    """The options in a PufferLib 4 .ini file."""
+    read = load_ini(path, sections)
+    if read.unused is not None:
+        print(read.unused, file=sys.stderr)
+    config = PuffeRLConfig.of_v4(path, read, None if start == PuffeRLConfig() else start)
+    return _checked(
+        path,
+        {
+            "env": read.env_name,
+            "env_arg": [f"{name}={value!r}" for name, value in read.env.items()],
+            "vec": {"num_envs": config.num_envs},
+            "policy": read.policy | {"name": V4},
             "train": dataclasses.asdict(config),
         },
     )

@@ -170,18 +170,11 @@ class Convolutional(FeedForward):
         """See `FeedForward.from_keys`."""
         if not {"network.0.weight", "network.7.weight", "actor.weight"} <= shapes.keys():
             return None
-        hidden, flat_size = shape_of(shapes, "network.7.weight", 2)
+        sizes = nature_sizes(shapes, hints)
+        hidden = sizes["hidden_size"]
         return {
             "class": cls.__name__,
-            "sizes": {
-                "framestack": shape_of(shapes, "network.0.weight", 4)[1],
-                "flat_size": flat_size,
-                "input_size": hidden,
-                "hidden_size": hidden,
-                "output_size": hidden,
-                "channels_last": hints.channels_last,
-                "downsample": hints.downsample,
-            },
+            "sizes": {**sizes, "input_size": hidden, "output_size": hidden},
             "observation": described_array(hints.image_shape),
             "action": {"class": "Discrete", "n": shape_of(shapes, "actor.weight", 2)[0]},
         }
@@ -228,6 +221,18 @@ def nature_layers(
         init(nnx.Linear(flat_size, hidden_size, kernel_init=zeros, rngs=rngs, **dtypes), rngs=rngs),
         jax.nn.relu,
     )
+
+
+def nature_sizes(shapes: Mapping[str, Shape], hints: Hints) -> dict[str, Any]:
+    """The sizes of `nature_layers` by the keys and shapes of their parameters."""
+    hidden, flat_size = shape_of(shapes, "network.7.weight", 2)
+    return {
+        "hidden_size": hidden,
+        "framestack": shape_of(shapes, "network.0.weight", 4)[1],
+        "flat_size": flat_size,
+        "channels_last": hints.channels_last,
+        "downsample": hints.downsample,
+    }
 
 
 def every_nth_pixel(images: Array, n: int, channels_last: bool) -> Array:

@@ -202,17 +202,10 @@ class ProcgenResnet(FeedForward):
         """See `FeedForward.from_keys`."""
         if not {"network.0.conv.weight", "network.5.weight", "actor.weight"} <= shapes.keys():
             return None
-        if hints.env is None and hints.image_shape is None:
-            raise ValueError(
-                "these are the keys of a ProcgenResnet, whose weights do not tell the image size; "
-                "pass env or image_shape=(H, W, C)"
-            )
+        cnn_width, mlp_width = impala_widths(shapes, hints, "a ProcgenResnet")
         return {
             "class": cls.__name__,
-            "sizes": {
-                "cnn_width": shape_of(shapes, "network.0.conv.weight", 4)[0],
-                "mlp_width": shape_of(shapes, "network.5.weight", 2)[0],
-            },
+            "sizes": {"cnn_width": cnn_width, "mlp_width": mlp_width},
             "observation": described_array(hints.image_shape),
             "action": {"class": "Discrete", "n": shape_of(shapes, "actor.weight", 2)[0]},
         }
@@ -250,6 +243,21 @@ def impala_layers(
         torch_init(linear, rngs=rngs),
         jax.nn.relu,
     )
+
+
+def impala_widths(shapes: Mapping[str, Shape], hints: Hints, whose: str) -> tuple[int, int]:
+    """Both widths of `impala_layers` by the keys and shapes of their parameters.
+
+    Raises:
+        ValueError: the size of the images has to be given.
+    """
+    if hints.env is None and hints.image_shape is None:
+        raise ValueError(
+            f"these are the keys of {whose}, whose weights do not tell the image size; pass env "
+            "or image_shape=(H, W, C)"
+        )
+    conv = shape_of(shapes, "network.0.conv.weight", 4)
+    return conv[0], shape_of(shapes, "network.5.weight", 2)[0]
 
 
 def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs, dtypes: Dtypes) -> Conv2d:

@@ -260,16 +260,28 @@ def with_core(
     rngs: nnx.Rngs,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    **sizes: int,
 ) -> Recurrent:
     """`policy` with the core of that name in `puffer_jax.nn.cores.CORES`, as wide as itself.
 
+    Args:
+        name: "lstm", say.
+        env: gives the observation space.
+        policy: see `Recurrent`.
+        rngs: stream `params`.
+        dtype: of the core's matmuls.
+        param_dtype: of its parameters and states.
+        sizes: others of the core's sizes, `num_layers` say.
+
     Raises:
-        ValueError: there is no such core.
+        ValueError: there is no such core, or it has no such size.
     """
     if name not in CORES:
         raise ValueError(f"no such core: {near([name], CORES)[0]}; there are {', '.join(CORES)}")
+    if unknown := [size for size in sizes if size not in CORES[name].sizes]:
+        raise ValueError(f"the core {name} has no {', '.join(unknown)}")
     widths = [size for size in CORES[name].sizes if size in ("input_size", "hidden_size")]
-    sizes = dict.fromkeys(widths, policy.hidden_size)
+    sizes |= dict.fromkeys(widths, policy.hidden_size)
     dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
     if name == "lstm":
         return LSTMWrapper(env, policy, **sizes, rngs=rngs, **dtypes)

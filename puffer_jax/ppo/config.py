@@ -11,6 +11,7 @@ from puffer_jax.base.text import hint, near
 from puffer_jax.ppo.fields import checked, option
 from puffer_jax.ppo.presets import preset_path, presets, read_ini
 from puffer_jax.ppo.sizes import Sizes
+from puffer_jax.ppo.v4_ini import V4Ini, is_v4, load_ini
 
 Auto = Literal["auto"]
 
@@ -79,8 +80,8 @@ class PuffeRLConfig:
         learning_rate: size of an optimizer step, in the first epoch.
         anneal_lr: whether the learning rate falls along a cosine to 0 at `total_timesteps`, epoch
             by epoch.
-        optimizer: "muon" or "adam".
-        adam_beta1: decay of the momentum, in both optimizers.
+        optimizer: "muon", "adam", or "muon_v4", which is PufferLib 4's own Muon.
+        adam_beta1: decay of the momentum, in every optimizer.
         adam_beta2: decay of Adam's second moment.
         adam_eps: Adam's epsilon.
         max_grad_norm: largest 2-norm of the gradients; larger ones are scaled down to it.
@@ -172,7 +173,7 @@ class PuffeRLConfig:
     total_timesteps: int = option(10_000_000, positive=True)
     learning_rate: float = option(0.015, traced=True, positive=True)
     anneal_lr: bool = True
-    optimizer: Literal["muon", "adam"] = "muon"
+    optimizer: Literal["muon", "adam", "muon_v4"] = "muon"
     adam_beta1: float = option(0.95, traced=True, within=(0, 1))
     adam_beta2: float = option(0.999, traced=True, within=(0, 1))
     adam_eps: float = option(1e-12, traced=True, within=(0, math.inf))
@@ -239,10 +240,10 @@ class PuffeRLConfig:
 
     @classmethod
     def v4(cls, **changes: Any) -> "PuffeRLConfig":
-        """The sizes and the drawing of segments of PufferLib 4, whose names it takes as well.
+        """PufferLib 4's training: its sizes, its drawing of segments, its Muon, and its names.
 
         Its fault is left out: there the state is reset one step late in training, here where an
-        episode starts. Its own Muon is not here: "muon" is PufferLib 3's.
+        episode starts. Gradients are not accumulated, so `max_minibatch_size` is the minibatch.
 
         Args:
             changes: other values, by our names or by PufferLib 4's: `horizon`, `replay_ratio`,
@@ -256,20 +257,20 @@ class PuffeRLConfig:
             >>> PuffeRLConfig.v4(horizon=32, replay_ratio=2).bptt_horizon
             32
         """
-        if twice := [name for name in _IN_V4 if {name, _IN_V4[name]} <= changes.keys()]:
-            both = ", ".join(f"{name} and {_IN_V4[name]}" for name in twice)
-            raise ValueError(f"one option by two names: {both}")
         theirs: dict[str, Any] = {
             "learning_rate": 0.015,
             "bptt_horizon": 64,
             "minibatch_size": 8192,
             "update_epochs": 1.0,
             "num_envs": 4096,
+            "optimizer": "muon_v4",
             "sampling": "replacement",
             "reset_on_done": True,
         }
-        ours = {_IN_V4.get(name, name): value for name, value in changes.items()}
-        return cls.from_dict(theirs | ours)
+        ours = _from_v4_names(changes)
+        whole = (theirs | ours)["minibatch_size"]
+        most = {} if whole == "auto" else {"max_minibatch_size": whole}
+        return cls.from_dict(theirs | most | ours)
 
     @classmethod
     def preset(cls, env: str, **changes: Any) -> "PuffeRLConfig":
@@ -317,16 +318,36 @@ class PuffeRLConfig:
     def from_ini(cls, path: str | Path) -> "PuffeRLConfig":
         """A configuration from the `[train]` section of a PufferLib `.ini` file.
 
+        One of PufferLib 4 is told by its names, and is read on top of `v4()`.
+
         Raises:
             ValueError: as `from_dict`, or there is no such section.
             FileNotFoundError: there is no such file.
         """
         sections = read_ini(path)
+        if is_v4(sections):
+            return cls.of_v4(path, load_ini(path, sections))
         if "train" not in sections:
             found = ", ".join(sections) or "none"
             raise ValueError(f"{path} has no section [train]; its sections are: {found}")
         try:
             return cls.from_dict(sections["train"])
+        except ValueError as error:
+            raise ValueError(f"{path}: [train] {error}") from error
+
+    @classmethod
+    def of_v4(
+        cls, path: str | Path, read: V4Ini, start: "PuffeRLConfig | None" = None
+    ) -> "PuffeRLConfig":
+        """A configuration from a PufferLib 4 file, on top of `start`; None: of `v4()`.
+
+        Raises:
+            ValueError: as `v4`.
+        """
+        try:
+            if start is None:
+                return cls.v4(**read.train)
+            return cls.from_dict(dataclasses.asdict(start) | _from_v4_names(read.train))
         except ValueError as error:
             raise ValueError(f"{path}: [train] {error}") from error
 
@@ -421,6 +442,18 @@ class PuffeRLConfig:
             accumulate=accumulate,
             epochs=max(1, self.total_timesteps // batch),
         )
+
+
+def _from_v4_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by our names.
+
+    Raises:
+        ValueError: one is given by both names.
+    """
+    if twice := [name for name in _IN_V4 if {name, _IN_V4[name]} <= values.keys()]:
+        both = ", ".join(f"{name} and {_IN_V4[name]}" for name in twice)
+        raise ValueError(f"one option by two names: {both}")
+    return {_IN_V4.get(name, name): value for name, value in values.items()}
 
 
 def near_options(names: Iterable[str], known: Iterable[str] | None = None) -> list[str]:

@@ -25,9 +25,9 @@ from puffer_jax.nn.torch_layout import Conversion
 # (params, opt_state, gradients, skip) -> (params, opt_state); where `skip`, they stay as they are.
 OptimizerStep = Callable[[PyTree, PyTree, PyTree, Array], tuple[PyTree, PyTree]]
 
-OPTIMIZERS = ("adam", "muon")
+OPTIMIZERS = ("adam", "muon", "muon_v4")
 
-# One (a, b, c) for each of heavyball's five Newton-Schulz steps.
+# One (a, b, c) for each of five Newton-Schulz steps; heavyball's and PufferLib 4's.
 _NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -48,10 +48,10 @@ def make(
     beta2: ArrayLike,
     eps: ArrayLike,
 ) -> optax.GradientTransformation:
-    """The trainer's optimizer: clip by norm, then "adam" or "muon".
+    """The trainer's optimizer: clip by norm, then "adam", "muon" or "muon_v4".
 
     Args:
-        name: "adam" or "muon". Muon ignores `beta2` and `eps`, as the reference's does.
+        name: one of `OPTIMIZERS`. Both Muons ignore `beta2` and `eps`, as PufferLib's do.
         to_torch: with `from_torch`, what `nn.torch_layout.torch_layout(policy)` returned.
         from_torch: see `to_torch`.
         learning_rate: the learning rate of this step, after any schedule.
@@ -61,12 +61,13 @@ def make(
         eps: Adam's epsilon.
 
     Raises:
-        ValueError: `name` is neither of the two.
+        ValueError: `name` is none of them.
     """
     if name == "adam":
         return _clipped_adam(learning_rate, max_grad_norm, beta1, beta2, eps)
-    if name == "muon":
-        optimizer = muon(learning_rate, beta1, to_torch, from_torch)
+    if name in ("muon", "muon_v4"):
+        function = muon if name == "muon" else muon_v4
+        optimizer = function(learning_rate, beta1, to_torch, from_torch)
         return optax.chain(clip_by_global_norm(max_grad_norm), optimizer)
     raise ValueError(
         f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}"
@@ -249,6 +250,54 @@ def muon(
             autocast is never left and so covers the optimizer too.
     """
 
+    def average(momentum: Array, gradient: Array) -> Array:
+        return _average(momentum, gradient, beta1)
+
+    def direction(momentum: Array, gradient: Array) -> Array:
+        return gradient + momentum
+
+    rules = average, direction
+    return _muon(learning_rate, to_torch, from_torch, *rules, newton_schulz_dtype)
+
+
+def muon_v4(
+    learning_rate: ArrayLike, beta1: ArrayLike, to_torch: Conversion, from_torch: Conversion
+) -> optax.GradientTransformation:
+    """PufferLib 4's own Muon, with the defaults of its trainer: no weight decay.
+
+    With m = beta1 * m + g, the direction is g + beta1 * m (Nesterov's), and goes the way it does in
+    `muon`. There m is an average, (1 - beta1) times as large, and the direction is g + m: from
+    equal gradients the two make different steps. The Newton-Schulz products are in the momentum's
+    dtype, whatever the policy computes in.
+
+    Args:
+        learning_rate: step size.
+        beta1: decay of the momentum; PufferLib 4 calls it `beta1`, its class `momentum`.
+        to_torch: with `from_torch`, what `nn.torch_layout.torch_layout(policy)` returned.
+        from_torch: see `to_torch`.
+
+    Reference: `Muon` in PufferLib 4's `pufferlib/muon.py`; Jordan et al. 2024.
+    """
+
+    def accumulate(momentum: Array, gradient: Array) -> Array:
+        return jnp.asarray(beta1, momentum.dtype) * momentum + gradient.astype(momentum.dtype)
+
+    def direction(momentum: Array, gradient: Array) -> Array:
+        return gradient.astype(momentum.dtype) + jnp.asarray(beta1, momentum.dtype) * momentum
+
+    return _muon(learning_rate, to_torch, from_torch, accumulate, direction)
+
+
+def _muon(
+    learning_rate: ArrayLike,
+    to_torch: Conversion,
+    from_torch: Conversion,
+    new_momentum: Callable[[Array, Array], Array],
+    direction: Callable[[Array, Array], Array],
+    newton_schulz_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Steps along the orthogonalised `direction` of (momentum, gradient)."""
+
     def init(params: PyTree) -> MuonState:
         return MuonState(
             jax.tree.map(
@@ -257,8 +306,8 @@ def muon(
         )
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        momentum = jax.tree.map(lambda m, g: _average(m, g, beta1), state.momentum, updates)
-        tensors = to_torch(jax.tree.map(jnp.add, updates, momentum))
+        momentum = jax.tree.map(new_momentum, state.momentum, updates)
+        tensors = to_torch(jax.tree.map(direction, momentum, updates))
         directions = {
             name: _orthogonalize(x, newton_schulz_dtype) if x.ndim >= 2 else x
             for name, x in tensors.items()

@@ -48,10 +48,23 @@ def format_of(path: Path) -> str | None:
 def misnamed(path: Path) -> str | None:
     """What to say of a file whose content is of another format than its suffix; None: nothing."""
     suffix = format_of(path) if path.is_file() else None
+    if suffix is None and path.suffix == ".bin" and path.is_file() and _is_pickle(path):
+        return (
+            "it is a pickle by its first bytes, which is not unpickled, since that can run code; "
+            "in torch, `torch.save(module.state_dict(), 'x.pt')` writes what is read here"
+        )
     if suffix in (None, path.suffix):
         return None
     kind = "torch" if suffix == ".pt" else "safetensors"
     return f"it is a {kind} file by its first bytes; rename it to {path.stem}{suffix}"
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle of protocol 4 or 5, whose first frame has its length in front."""
+    with open(path, "rb") as file:
+        start = file.read(11)
+    frame = int.from_bytes(start[3:], "little")
+    return start[:3] in (b"\x80\x04\x95", b"\x80\x05\x95") and frame <= path.stat().st_size - 11
 
 
 def refusal(error: Exception) -> str:

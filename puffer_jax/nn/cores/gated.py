@@ -1,16 +1,40 @@
-"""What torch's recurrent layers share: parameters, their names and initialisation."""
+"""What torch's recurrent layers share: parameters, their names and initialisation, the steps."""
 
 import math
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from puffer_jax.nn.cores.core import State
 from puffer_jax.nn.initializers import uniform
 from puffer_jax.nn.params import Shape, shape_of
+
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""Torch's names of a layer's parameters, without the layer's number."""
+
+Weights = tuple[Array, Array, Array, Array]
+"""The arrays of `WEIGHTS`."""
+
+Parts = tuple[Float[Array, "batch hidden"], ...]
+"""The state of one layer: an array for each of `GatedCore.state_names`, its output first."""
+
+
+def weights_of(module: nnx.Module, layer: int) -> Weights:
+    """The arrays of a layer that the module holds under torch's names."""
+    a, b, c, d = (getattr(module, f"{name}_l{layer}")[...] for name in WEIGHTS)
+    return a, b, c, d
+
+
+def weight_shapes(gates: int, input_size: int, hidden_size: int) -> dict[str, Shape]:
+    """The shapes of `WEIGHTS`."""
+    rows = gates * hidden_size
+    shapes = (rows, input_size), (rows, hidden_size), (rows,), (rows,)
+    return dict(zip(WEIGHTS, shapes, strict=True))
 
 
 class GatedCore(nnx.Module):
@@ -31,10 +55,9 @@ class GatedCore(nnx.Module):
 
     name: ClassVar[str]
     gates: ClassVar[int]
+    state_names: ClassVar[tuple[str, ...]]
     sizes: ClassVar[Mapping[str, type]] = {"input_size": int, "hidden_size": int}
-    cell_names: ClassVar[Mapping[str, str]] = {
-        name: f"{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    }
+    cell_names: ClassVar[Mapping[str, str]] = {name: f"{name}_l0" for name in WEIGHTS}
     # Flax's own merge and clone sort attributes; this order is that of a .bin file.
     torch_names: ClassVar = {name: name for name in cell_names.values()}
 
@@ -52,26 +75,60 @@ class GatedCore(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         bound = 1 / math.sqrt(hidden_size)
-        rows = self.gates * hidden_size
+        for name, shape in weight_shapes(self.gates, input_size, hidden_size).items():
+            setattr(self, f"{name}_l0", nnx.Param(uniform(rngs, shape, bound, param_dtype)))
 
-        def parameter(*shape: int) -> nnx.Param:
-            return nnx.Param(uniform(rngs, shape, bound, param_dtype))
+    @classmethod
+    @abstractmethod
+    def layer_step(
+        cls,
+        weights: Weights,
+        x: Float[Array, "batch input"],
+        parts: Parts,
+        dtype: DTypeLike | None,
+    ) -> Parts:
+        """One step of a layer: its new state, the output first."""
 
-        self.weight_ih_l0 = parameter(rows, input_size)
-        self.weight_hh_l0 = parameter(rows, hidden_size)
-        self.bias_ih_l0 = parameter(rows)
-        self.bias_hh_l0 = parameter(rows)
+    @classmethod
+    @abstractmethod
+    def layer_scan(
+        cls,
+        weights: Weights,
+        x: Float[Array, "batch time input"],
+        parts: Parts,
+        done: Bool[Array, "batch time"] | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Float[Array, "batch time hidden"], Parts]:
+        """All steps of a layer: the outputs and the last state; see `Core.scan`."""
 
-    def _weights(self) -> tuple[Array, Array, Array, Array]:
-        biases = self.bias_ih_l0[...], self.bias_hh_l0[...]
-        return self.weight_ih_l0[...], self.weight_hh_l0[...], *biases
+    def initial_state(self, batch_size: int) -> State:
+        """The zero state of a new episode."""
+        shape = batch_size, self.hidden_size
+        # An array each: donating one buffer twice is an error.
+        return {name: jnp.zeros(shape, self.param_dtype) for name in sorted(self.state_names)}
 
-    def _zeros(self, batch_size: int) -> Float[Array, "batch hidden"]:
-        return jnp.zeros((batch_size, self.hidden_size), self.param_dtype)
+    def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
+        """One step: its output and the new state."""
+        parts = self.layer_step(weights_of(self, 0), x, self._parts(state), self.dtype)
+        return parts[0], self._named(parts)
 
-    def _cast(self, part: ArrayLike) -> Array:
+    def scan(
+        self,
+        x: Float[Array, "batch time input"],
+        state: State,
+        done: Bool[Array, "batch time"] | None = None,
+    ) -> tuple[Float[Array, "batch time hidden"], State]:
+        """All steps: their outputs and the last state, see `Core.scan`."""
+        weights, parts = weights_of(self, 0), self._parts(state)
+        outputs, parts = self.layer_scan(weights, x, parts, done, self.dtype)
+        return outputs, self._named(parts)
+
+    def _parts(self, state: State) -> Parts:
         # A carried state never changes its dtype.
-        return jnp.asarray(part, self.weight_hh_l0.dtype)
+        return tuple(_cast(state[name], self.weight_hh_l0.dtype) for name in self.state_names)
+
+    def _named(self, parts: Sequence[Array]) -> State:
+        return dict(zip(self.state_names, parts, strict=True))
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape]) -> dict[str, int] | None:
@@ -85,3 +142,7 @@ class GatedCore(nnx.Module):
                 return None
         rows, inputs = shape_of(shapes, name, 2)
         return {"input_size": inputs, "hidden_size": rows // cls.gates}
+
+
+def _cast(part: ArrayLike, dtype: DTypeLike) -> Array:
+    return jnp.asarray(part, dtype)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from puffer_jax.nn.cores.core import State
-from puffer_jax.nn.cores.gated import GatedCore
+from puffer_jax.nn.cores.gated import GatedCore, Parts, Weights
 
 
 class GRU(GatedCore):
@@ -35,25 +34,31 @@ class GRU(GatedCore):
 
     name: ClassVar = "gru"
     gates: ClassVar = 3
+    state_names: ClassVar = ("gru_h",)
 
-    def initial_state(self, batch_size: int) -> State:
-        """The zero state of a new episode."""
-        return {"gru_h": self._zeros(batch_size)}
+    @classmethod
+    def layer_step(
+        cls,
+        weights: Weights,
+        x: Float[Array, "batch input"],
+        parts: Parts,
+        dtype: DTypeLike | None,
+    ) -> Parts:
+        """One step of a layer: its new h."""
+        return (gru_step(*weights, x, *parts, dtype),)
 
-    def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
-        """One step: its output and the new state."""
-        h = gru_step(*self._weights(), x, self._cast(state["gru_h"]), self.dtype)
-        return h, {"gru_h": h}
-
-    def scan(
-        self,
+    @classmethod
+    def layer_scan(
+        cls,
+        weights: Weights,
         x: Float[Array, "batch time input"],
-        state: State,
-        done: Bool[Array, "batch time"] | None = None,
-    ) -> tuple[Float[Array, "batch time hidden"], State]:
-        """All steps: their outputs and the last state, see `Core.scan`."""
-        outputs, h = gru_scan(*self._weights(), x, self._cast(state["gru_h"]), done, self.dtype)
-        return outputs, {"gru_h": h}
+        parts: Parts,
+        done: Bool[Array, "batch time"] | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Float[Array, "batch time hidden"], Parts]:
+        """All steps of a layer: the outputs and the last h."""
+        outputs, h = gru_scan(*weights, x, *parts, done, dtype)
+        return outputs, (h,)
 
 
 def gru_step(

@@ -2,11 +2,11 @@
 
 from typing import ClassVar
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from puffer_jax.kernels.lstm import lstm_scan, lstm_step
-from puffer_jax.nn.cores.core import State
-from puffer_jax.nn.cores.gated import GatedCore
+from puffer_jax.nn.cores.gated import GatedCore, Parts, Weights
 
 
 class LSTM(GatedCore):
@@ -26,28 +26,30 @@ class LSTM(GatedCore):
 
     name: ClassVar = "lstm"
     gates: ClassVar = 4
+    state_names: ClassVar = ("lstm_h", "lstm_c")
 
-    def initial_state(self, batch_size: int) -> State:
-        """The zero state of a new episode."""
-        # Two arrays: donating one buffer twice is an error.
-        return {"lstm_c": self._zeros(batch_size), "lstm_h": self._zeros(batch_size)}
+    @classmethod
+    def layer_step(
+        cls,
+        weights: Weights,
+        x: Float[Array, "batch input"],
+        parts: Parts,
+        dtype: DTypeLike | None,
+    ) -> Parts:
+        """One step of a layer: its new h and c."""
+        return lstm_step(*weights, x, *parts, dtype)
 
-    def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
-        """One step: its output and the new state."""
-        h, c = self._cast(state["lstm_h"]), self._cast(state["lstm_c"])
-        h, c = lstm_step(*self._weights(), x, h, c, self.dtype)
-        return h, {"lstm_h": h, "lstm_c": c}
-
-    def scan(
-        self,
+    @classmethod
+    def layer_scan(
+        cls,
+        weights: Weights,
         x: Float[Array, "batch time input"],
-        state: State,
-        done: Bool[Array, "batch time"] | None = None,
-    ) -> tuple[Float[Array, "batch time hidden"], State]:
-        """All steps: their outputs and the last state, see `Core.scan`."""
-        h, c = self._cast(state["lstm_h"]), self._cast(state["lstm_c"])
-        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
-        outputs, h, c = lstm_scan(
-            weight_ih, weight_hh, bias_ih + bias_hh, x, h, c, done, self.dtype
-        )
-        return outputs, {"lstm_h": h, "lstm_c": c}
+        parts: Parts,
+        done: Bool[Array, "batch time"] | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Float[Array, "batch time hidden"], Parts]:
+        """All steps of a layer: the outputs, the last h and c."""
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        bias = bias_ih + bias_hh
+        outputs, *last = lstm_scan(weight_ih, weight_hh, bias, x, *parts, done, dtype)
+        return outputs, tuple(last)

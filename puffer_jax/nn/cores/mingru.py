@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float
 
 from puffer_jax.kernels.recurrence import recurrence_onwards
 from puffer_jax.nn.cores.core import State
+from puffer_jax.nn.cores.stack import Layered, count
 from puffer_jax.nn.initializers import torch_init
 from puffer_jax.nn.params import Shape, shape_of
 
 
-class MinGRU(nnx.Module):
+class MinGRU(Layered):
     """Layers of a gated recurrence whose gates do not read the state, each with a highway.
 
     A state has "mingru_h" (batch, layers, hidden). Each layer has one weight, `layers.{i}.weight`
@@ -56,7 +57,6 @@ class MinGRU(nnx.Module):
     """
 
     name: ClassVar = "mingru"
-    sizes: ClassVar[Mapping[str, type]] = {"hidden_size": int, "num_layers": int}
     cell_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
@@ -68,12 +68,7 @@ class MinGRU(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}; there must be at least one")
-        self.input_size = self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.dtype = dtype
-        self.param_dtype = param_dtype
+        super().__init__(hidden_size, num_layers, dtype, param_dtype)
 
         def layer() -> nnx.Linear:
             linear = nnx.Linear(
@@ -91,8 +86,7 @@ class MinGRU(nnx.Module):
 
     def initial_state(self, batch_size: int) -> State:
         """The zero state of a new episode."""
-        shape = (batch_size, self.num_layers, self.hidden_size)
-        return {"mingru_h": jnp.zeros(shape, self.param_dtype)}
+        return {"mingru_h": self._zeros(batch_size)}
 
     def step(self, x: Float[Array, "batch input"], state: State) -> tuple[Array, State]:
         """One step: its output and the new state."""
@@ -122,11 +116,10 @@ class MinGRU(nnx.Module):
     @classmethod
     def sizes_under(cls, prefix: str, shapes: Mapping[str, Shape]) -> dict[str, int] | None:
         """The sizes of the core whose keys begin with `prefix`; None if there is none."""
-        names = [f"{prefix}layers.{i}.weight" for i in range(len(shapes))]
-        count = next((i for i, name in enumerate(names) if name not in shapes), len(names))
-        if count == 0:
+        layers = count(pattern := f"{prefix}layers.{{}}.weight", shapes)
+        if layers == 0:
             return None
-        return {"hidden_size": shape_of(shapes, names[0], 2)[1], "num_layers": count}
+        return {"hidden_size": shape_of(shapes, pattern.format(0), 2)[1], "num_layers": layers}
 
 
 # Jitted here so that eager calls do not trace and compile the recurrence anew each time.

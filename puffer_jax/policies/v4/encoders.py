@@ -1,7 +1,7 @@
 """From observations to hidden vectors."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -26,11 +26,63 @@ from puffer_jax.policies.convolutional import (
     check_nature_image,
     every_nth_pixel,
     nature_layers,
+    nature_sizes,
 )
-from puffer_jax.policies.procgen import impala_layers
+from puffer_jax.policies.procgen import impala_layers, impala_widths
 
 
-class DefaultEncoder(nnx.Module):
+class FlatEncoder(nnx.Module):
+    """What the encoders of flat observations share.
+
+    Args:
+        obs_size: how many numbers an observation has.
+        hidden_size: width of the encoding.
+        dtype: of the matmul; None: that of the parameters.
+        param_dtype: of the parameters.
+    """
+
+    sizes: ClassVar[Mapping[str, type]] = {"obs_size": int, "hidden_size": int}
+    weight_name: ClassVar[str]
+
+    def __init__(
+        self, obs_size: int, hidden_size: int, dtype: DTypeLike | None, param_dtype: DTypeLike
+    ):
+        self.obs_size = obs_size
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.observation = Observation((obs_size,))
+
+    def _flat(self, observations: Array) -> Float[Array, "batch features"]:
+        flat = observations.reshape(observations.shape[0], -1)
+        if flat.shape[1] != self.obs_size:
+            raise ValueError(
+                f"observations of shape {observations.shape} have {flat.shape[1]} numbers each; "
+                f"obs_size is {self.obs_size}"
+            )
+        return flat.astype(default_dtype(self.dtype, self.param_dtype))
+
+    @classmethod
+    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
+        """Sizes and observations of the encoder with these keys; None if they are not its."""
+        if cls.weight_name not in shapes:
+            return None
+        hidden, features = shape_of(shapes, cls.weight_name, 2)
+        sizes = {"obs_size": features, "hidden_size": hidden}
+        return {"sizes": sizes, "observation": described_array(hints.image_shape or (features,))}
+
+    @classmethod
+    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: Any) -> Any:
+        """An encoder of these sizes."""
+        return cls(**sizes, **options)
+
+    @classmethod
+    def for_env(cls, env: Env, hidden_size: int, **options: Any) -> Any:
+        """An encoder of this width for the environment's observations."""
+        return cls(env_spec(env).single_observation_space.features, hidden_size, **options)
+
+
+class DefaultEncoder(FlatEncoder):
     """One linear layer on the flat observation, without an activation.
 
     Args:
@@ -51,7 +103,7 @@ class DefaultEncoder(nnx.Module):
         (3, 16)
     """
 
-    sizes: ClassVar[Mapping[str, type]] = {"obs_size": int, "hidden_size": int}
+    weight_name: ClassVar = "encoder.weight"
 
     def __init__(
         self,
@@ -62,11 +114,7 @@ class DefaultEncoder(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        self.obs_size = obs_size
-        self.hidden_size = hidden_size
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.observation = Observation((obs_size,))
+        super().__init__(obs_size, hidden_size, dtype, param_dtype)
         dtypes = Dtypes(dtype=dtype, param_dtype=param_dtype)
         layer = nnx.Linear(obs_size, hidden_size, kernel_init=zeros, rngs=rngs, **dtypes)
         self.encoder = torch_init(layer, rngs=rngs)
@@ -77,34 +125,50 @@ class DefaultEncoder(nnx.Module):
         Raises:
             ValueError: an observation has another number of numbers.
         """
-        flat = observations.reshape(observations.shape[0], -1)
-        if flat.shape[1] != self.obs_size:
-            raise ValueError(
-                f"observations of shape {observations.shape} have {flat.shape[1]} numbers each; "
-                f"obs_size is {self.obs_size}"
-            )
-        flat = flat.astype(default_dtype(self.dtype, self.param_dtype))
-        return linear(flat, [self.encoder])[0]
+        return linear(self._flat(observations), [self.encoder])[0]
+
+
+class _ImageEncoder(nnx.Module):
+    """What the encoders of images share.
+
+    Args:
+        env: gives the observation space.
+        hidden_size: width of the encoding.
+        dtype: of convolutions and matmul; None: that of the parameters.
+        param_dtype: of the parameters.
+
+    Raises:
+        ValueError: the environment's observations are no images.
+    """
+
+    sizes: ClassVar[Mapping[str, type]]
+
+    def __init__(self, env: Env, hidden_size: int, dtype: DTypeLike | None, param_dtype: DTypeLike):
+        self.observation = _image_observation(env, type(self).__name__)
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+
+    @property
+    def _dtypes(self) -> Dtypes:
+        return Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def _scaled(self, observations: Array) -> Array:
+        return scaled_images(observations, default_dtype(self.dtype, self.param_dtype))
 
     @classmethod
-    def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
-        """Sizes and observations of the encoder with these keys; None if they are not its."""
-        if "encoder.weight" not in shapes:
-            return None
-        hidden, features = shape_of(shapes, "encoder.weight", 2)
-        sizes = {"obs_size": features, "hidden_size": hidden}
-        return {"sizes": sizes, "observation": described_array(hints.image_shape or (features,))}
-
-    @classmethod
-    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: object) -> "DefaultEncoder":
+    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: Any) -> Any:
         """An encoder of these sizes."""
-        return cls(**sizes, **options)  # type: ignore[arg-type]
+        return cls(env, **sizes, **options)
+
+    @classmethod
+    def for_env(cls, env: Env, hidden_size: int, **options: Any) -> Any:
+        """An encoder of this width for the environment's images."""
+        return cls(env, hidden_size, **options)
 
 
-class NatureEncoder(nnx.Module):
-    """The NatureCNN: three convolutions and a Linear, each with a ReLU.
-
-    Images are valued 0..255.
+class NatureEncoder(_ImageEncoder):
+    """The layers of `Convolutional`, the NatureCNN, for images valued 0..255.
 
     Args:
         env: gives the observation space.
@@ -144,18 +208,15 @@ class NatureEncoder(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        self.observation = _image_observation(env, type(self).__name__)
+        super().__init__(env, hidden_size, dtype, param_dtype)
         if self.observation.shape is not None:
             check_nature_image(
                 self.observation.shape, framestack, flat_size, channels_last, downsample
             )
-        self.hidden_size = hidden_size
         self.framestack = framestack
         self.flat_size = flat_size
         self.channels_last = channels_last
         self.downsample = downsample
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.network = nature_layers(
             framestack,
             flat_size,
@@ -163,12 +224,12 @@ class NatureEncoder(nnx.Module):
             channels_last=channels_last,
             init=torch_init,
             rngs=rngs,
-            dtypes=Dtypes(dtype=dtype, param_dtype=param_dtype),
+            dtypes=self._dtypes,
         )
 
     def __call__(self, observations: Array) -> Float[Array, "batch hidden"]:
         """Hidden vectors for images (batch, C, H, W), or with `channels_last` (batch, H, W, C)."""
-        images = scaled_images(observations, default_dtype(self.dtype, self.param_dtype))
+        images = self._scaled(observations)
         return self.network(every_nth_pixel(images, self.downsample, self.channels_last))
 
     @classmethod
@@ -176,26 +237,12 @@ class NatureEncoder(nnx.Module):
         """See `DefaultEncoder.from_keys`."""
         if not {"network.0.weight", "network.7.weight"} <= shapes.keys():
             return None
-        hidden, flat_size = shape_of(shapes, "network.7.weight", 2)
-        sizes = {
-            "hidden_size": hidden,
-            "framestack": shape_of(shapes, "network.0.weight", 4)[1],
-            "flat_size": flat_size,
-            "channels_last": hints.channels_last,
-            "downsample": hints.downsample,
-        }
+        sizes = nature_sizes(shapes, hints)
         return {"sizes": sizes, "observation": described_array(hints.image_shape)}
 
-    @classmethod
-    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: object) -> "NatureEncoder":
-        """An encoder of these sizes."""
-        return cls(env, **sizes, **options)  # type: ignore[arg-type]
 
-
-class ImpalaEncoder(nnx.Module):
-    """The IMPALA ResNet: three `ConvSequence`s and a Linear.
-
-    Images are (batch, H, W, C), valued 0..255.
+class ImpalaEncoder(_ImageEncoder):
+    """The layers of `ProcgenResnet`, for images (batch, H, W, C) valued 0..255.
 
     Args:
         env: gives the observation space.
@@ -223,26 +270,22 @@ class ImpalaEncoder(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        self.observation = _image_observation(env, type(self).__name__)
+        super().__init__(env, hidden_size, dtype, param_dtype)
         if self.observation.shape is None:
             raise ValueError("ImpalaEncoder needs the image size: an env with an observation space")
         height, width, channels = self.observation.shape
-        self.hidden_size = hidden_size
         self.cnn_width = cnn_width
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.network = impala_layers(
             (height, width, channels),
             cnn_width,
             hidden_size,
             rngs=rngs,
-            dtypes=Dtypes(dtype=dtype, param_dtype=param_dtype),
+            dtypes=self._dtypes,
         )
 
     def __call__(self, observations: Array) -> Float[Array, "batch hidden"]:
         """Hidden vectors for images (batch, H, W, C)."""
-        images = scaled_images(observations, default_dtype(self.dtype, self.param_dtype))
-        return self.network(images)
+        return self.network(self._scaled(observations))
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, Shape], hints: Hints) -> Description | None:
@@ -253,21 +296,9 @@ class ImpalaEncoder(nnx.Module):
         """
         if not {"network.0.conv.weight", "network.5.weight"} <= shapes.keys():
             return None
-        if hints.env is None and hints.image_shape is None:
-            raise ValueError(
-                "these are the keys of an ImpalaEncoder, whose weights do not tell the image size; "
-                "pass env or image_shape=(H, W, C)"
-            )
-        sizes = {
-            "hidden_size": shape_of(shapes, "network.5.weight", 2)[0],
-            "cnn_width": shape_of(shapes, "network.0.conv.weight", 4)[0],
-        }
+        cnn_width, hidden_size = impala_widths(shapes, hints, "an ImpalaEncoder")
+        sizes = {"hidden_size": hidden_size, "cnn_width": cnn_width}
         return {"sizes": sizes, "observation": described_array(hints.image_shape)}
-
-    @classmethod
-    def rebuild(cls, env: Env, sizes: Mapping[str, int], **options: object) -> "ImpalaEncoder":
-        """An encoder of these sizes."""
-        return cls(env, **sizes, **options)  # type: ignore[arg-type]
 
 
 def _image_observation(env: Env, name: str) -> Observation:

@@ -10,18 +10,27 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from puffer_jax.base import spaces
+from puffer_jax.base.text import near
 from puffer_jax.nn.cores import Core
 from puffer_jax.nn.params import Shape
 from puffer_jax.nn.widths import check_widths
 from puffer_jax.policies.base import Description, Hints, read_sizes
 from puffer_jax.policies.protocol import Logits, State
 from puffer_jax.policies.stateful import Stateful
-from puffer_jax.policies.v4.decoder import DefaultDecoder
-from puffer_jax.policies.v4.encoders import DefaultEncoder, ImpalaEncoder, NatureEncoder
+from puffer_jax.policies.v4.decoder import DefaultDecoder, NativeDecoder, nvec_of
+from puffer_jax.policies.v4.encoders import (
+    DefaultEncoder,
+    FlatEncoder,
+    ImpalaEncoder,
+    NatureEncoder,
+)
+from puffer_jax.policies.v4.native import PADDING, NativeEncoder
 from puffer_jax.policies.v4.networks import GRU, LSTM, MLP, MinGRU
 
-_ENCODERS = {cls.__name__: cls for cls in (DefaultEncoder, NatureEncoder, ImpalaEncoder)}
-_DECODERS = {cls.__name__: cls for cls in (DefaultDecoder,)}
+_ENCODERS = {
+    cls.__name__: cls for cls in (DefaultEncoder, NatureEncoder, ImpalaEncoder, NativeEncoder)
+}
+_DECODERS = {cls.__name__: cls for cls in (DefaultDecoder, NativeDecoder)}
 _NETWORKS = {cls.__name__: cls for cls in (MinGRU, MLP, LSTM, GRU)}
 _PARTS: dict[str, Mapping[str, type]] = {
     "encoder": _ENCODERS,
@@ -90,10 +99,70 @@ class Policy(Stateful):
         self.decoder = decoder
         self.network = network
 
+    @classmethod
+    def for_env(
+        cls,
+        env: spaces.Env,
+        hidden_size: int = 128,
+        num_layers: int = 4,
+        *,
+        network: str = "MinGRU",
+        encoder: str = "DefaultEncoder",
+        decoder: str = "DefaultDecoder",
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> "Policy":
+        """The policy that PufferLib 4's configuration asks for: parts by name, of one width.
+
+        With `encoder="NativeEncoder", decoder="NativeDecoder"` it is that of the native trainer,
+        whose `.bin` files `save_weights` and `load_weights` then write and read.
+
+        Args:
+            env: gives the spaces.
+            hidden_size: width of all parts.
+            num_layers: of the network.
+            network: MinGRU, MLP, LSTM or GRU.
+            encoder: DefaultEncoder, NatureEncoder, ImpalaEncoder or NativeEncoder.
+            decoder: DefaultDecoder or NativeDecoder.
+            rngs: stream `params`.
+            dtype: of matmuls and convolutions; None: that of the parameters.
+            param_dtype: of parameters, states, logits and values.
+
+        Raises:
+            ValueError: there is no such part, or it does not fit the environment.
+
+        Example:
+            >>> import puffer_jax
+            >>> from flax import nnx
+            >>> from puffer_jax import v4
+            >>> env = puffer_jax.environments.make("cartpole")
+            >>> policy = v4.Policy.for_env(env, hidden_size=32, num_layers=2, rngs=nnx.Rngs(0))
+            >>> type(policy.network).__name__, policy.network.num_layers
+            ('MinGRU', 2)
+        """
+        for part, name in (("encoder", encoder), ("decoder", decoder), ("network", network)):
+            if name not in _PARTS[part]:
+                known = ", ".join(_PARTS[part])
+                raise ValueError(f"no such {part}: {near([name], _PARTS[part])[0]}; known: {known}")
+        options: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        nvec = nvec_of(spaces.env_spec(env).single_action_space)
+        return cls(
+            _ENCODERS[encoder].for_env(env, hidden_size, **options),
+            _DECODERS[decoder](nvec, hidden_size, **options),
+            _NETWORKS[network](hidden_size, num_layers, **options),
+            env=env,
+        )
+
     @property
     def core(self) -> Core:
         """The network."""
         return self.network
+
+    @property
+    def bin_padding(self) -> int:
+        """To what multiple of floats a `.bin` file moves the start of each of its tensors."""
+        return PADDING if isinstance(self.decoder, NativeDecoder) else 1
 
     def encode_observations(
         self, observations: PyTree, state: State | None = None
@@ -192,7 +261,7 @@ def _spec_of(encoder: Any, decoder: Any, env: spaces.Env) -> spaces.EnvSpec:
             f"{type(encoder).__name__} reads arrays; got a Dict or Tuple of "
             f"{', '.join(layout.structured.names or ())}. Flatten them in the environment"
         )
-    if isinstance(encoder, DefaultEncoder) and layout.features != encoder.obs_size:
+    if isinstance(encoder, FlatEncoder) and layout.features != encoder.obs_size:
         raise ValueError(
             f"obs_size is {encoder.obs_size}, but the observations of shape {layout.shape} have "
             f"{layout.features} numbers"
