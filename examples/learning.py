@@ -32,6 +32,7 @@ TASKS = {
     "Hopper-v5": (1_000_000, 2_000),
     "HalfCheetah-v5": (1_000_000, 2_000),
     "MiniGrid-DoorKey-5x5-v0": (200_000, 0.9),
+    "flappy_bird_gymnasium:FlappyBird-v0": (300_000, 10),
     "gymnax:Catch-bsuite": (100_000, 0.9),
     "gymnax:Breakout-MinAtar": (5_000_000, 20),
     "gymnax:Asterix-MinAtar": (5_000_000, 10),

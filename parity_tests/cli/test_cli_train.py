@@ -198,6 +198,7 @@ def test_a_preset_is_used_unless_it_is_refused(options):
     for name in ("CartPole-v1", "gymnax:CartPole-v1", "cartpole"):
         assert options("--env", name).env == name
         assert options("--env", name).train.total_timesteps == preset.total_timesteps == 100_000
+    assert options("--env", "flappy_bird_gymnasium:FlappyBird-v0").env_arg == ("use_lidar=False",)
     assert options("--env", "CartPole-v1", "--no-preset").train.total_timesteps == 10_000_000
     assert options("--env", "CartPole-v1", "--train.seed", "3").train.seed == 3
     plain = options("--env", "CartPole-v1", "--no-recommended").train
