@@ -6,6 +6,10 @@ An operation is declared once, with all its implementations:
     y = _pool(x)
 
 Callers know nothing of devices. `use` and `replace` are for tests and measurements.
+
+By default, kernels for CPUs and for JAX's default backend are considered, the others not even
+traced, which takes seconds. A process that compiles or exports for devices that it does not have
+names them: `use("xla", "gpu", "tpu")`.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +43,7 @@ class Kernel(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    allowed: frozenset[str] = frozenset(IMPLEMENTATIONS)
+    allowed: frozenset[str] | None = None
     replaced: tuple[tuple[str, str, Function], ...] = ()
 
 
@@ -110,6 +114,8 @@ class Operation:
     def kernels(self, *arrays: PyTree, **options: object) -> tuple[str, ...]:
         """The platforms that have a kernel for these arguments: "cpu", "gpu", "tpu"."""
         allowed = _choice.value.allowed
+        if allowed is None:
+            allowed = ("cpu", jax.default_backend())
         return tuple(
             where
             for where, kernel in self._kernels.items()

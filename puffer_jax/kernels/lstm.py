@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from puffer_jax.kernels import cpu
+from puffer_jax.kernels import cpu, gpu, tpu
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import native
+from puffer_jax.kernels.over_time import Loops, lstm_over_time
 
 
 def _gates(
@@ -257,4 +258,19 @@ _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
 
 _scan_kernel = cpu.differentiable(cpu.lstm, cpu.lstm_gradient, partial(_scan_xla, dtype=None))
 
-_scan = Operation("lstm_scan", xla=_scan_xla, cpu=Kernel(_scan_cpu, takes=_scan_cpu_takes))
+
+_scan_plain = partial(_scan_xla, dtype=None)
+
+
+def scan_by(loops: Loops, *arrays: PyTree, dtype: DTypeLike | None) -> tuple[Array, Array, Array]:
+    """`lstm_scan` by these loops, a GPU's or a TPU's."""
+    return lstm_over_time(loops, _scan_plain, *arrays, dtype=dtype)
+
+
+_scan = Operation(
+    "lstm_scan",
+    xla=_scan_xla,
+    cpu=Kernel(_scan_cpu, takes=_scan_cpu_takes),
+    gpu=Kernel(partial(scan_by, gpu.LOOPS), takes=gpu.takes),
+    tpu=Kernel(partial(scan_by, tpu.LOOPS), takes=tpu.takes),
+)
