@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
@@ -37,7 +38,7 @@ class Loops(NamedTuple):
     forward: Function
     backward: Function
     time_first: bool
-    sizes: Callable[[int, int, DTypeLike], tuple[int, int]]
+    sizes: Callable[[int, int, np.dtype], tuple[int, int]]
 
 
 def lstm_over_time(
@@ -55,13 +56,13 @@ def lstm_over_time(
     x, h, c = floats[3:]
     dtype = jnp.dtype(floats[0].dtype if dtype is None else dtype)
     done = jnp.zeros(x.shape[:2], bool) if done is None else done
-    batch, hidden = loops.sizes(*h.shape, dtype)
-    gates = [_widen(array, h.shape[1], hidden) for array in floats[:3]]
+    rows, columns = h.shape
+    batch, hidden = loops.sizes(rows, columns, dtype)
+    gates = [_widen(array, columns, hidden) for array in floats[:3]]
     gates[1] = _fill(gates[1], 1, hidden)
     x, done = _fill(x, 0, batch), _fill(done, 0, batch)
     h_0, c_0 = (_fill(_fill(part, 0, batch), 1, hidden) for part in (h, c))
     outputs, *last = _function(loops, plain)(*gates, x, h_0, c_0, done, dtype=dtype)
-    rows, columns = h.shape
     return outputs[:rows, :, :columns], *(part[:rows, :columns] for part in last)
 
 

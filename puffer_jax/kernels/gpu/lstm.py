@@ -22,13 +22,14 @@ from puffer_jax.kernels.over_time import Loops, activate, d_activate
 # The most bytes of weights that a step may stream: with more, XLA's products win, since they
 # divide the weights among all multiprocessors. On paper; see kernels/README.md.
 _WEIGHTS = 1 << 20
+_PRECISION = "jax_default_matmul_precision"
 
 
 def takes(*arrays: PyTree, dtype: DTypeLike | None) -> bool:
     """Whether the kernels compute with these arguments of `lstm_scan`, and win on paper."""
     weight_ih, _, bias, x, h, c, _ = arrays
     dtype = jnp.dtype(weight_ih.dtype if dtype is None else dtype)
-    batch, hidden = _sizes(*h.shape, dtype)
+    batch, hidden = _sizes(h.shape[0], h.shape[1], dtype)
     known = {"float32", "bfloat16"}
     return (
         {dtype.name, weight_ih.dtype.name, bias.dtype.name, h.dtype.name, c.dtype.name} <= known
@@ -54,11 +55,13 @@ class _Tile(NamedTuple):
     warps: int
 
 
-def _tile(batch: int, hidden: int, dtype: DTypeLike, backward: bool = False) -> _Tile:
-    full = dtype == jnp.float32 and _in_full_precision()
+def _tile(batch: int, hidden: int, dtype: np.dtype, backward: bool = False) -> _Tile:
+    full = dtype == np.float32 and _in_full_precision()
     # The L2 cache feeds about fifty multiprocessors at their full rate: with more blocks than that,
     # it is better to read the weights half as often.
-    rows = 16 if batch <= 16 * 48 or hidden < 128 or (full and hidden > 128) else 32
+    # (Not by the precision asked for, which may be another one when the gradient is traced.)
+    wide = hidden >= 128 if dtype.itemsize == 2 else hidden == 128
+    rows = 32 if wide and batch > 16 * 48 else 16
     warps = 8 if hidden >= 128 else 4
     if backward:
         inner = 16 if full else 256 // dtype.itemsize
@@ -69,10 +72,11 @@ def _tile(batch: int, hidden: int, dtype: DTypeLike, backward: bool = False) -> 
 
 def _in_full_precision() -> bool:
     """Whether float32 is multiplied as it is, not as TF32."""
-    return str(jax.config.jax_default_matmul_precision) in ("highest", "float32")
+    asked = getattr(jax.config, _PRECISION)  # which type checkers do not know
+    return str(asked) in ("highest", "float32", "F32_F32_F32")
 
 
-def _sizes(batch: int, hidden: int, dtype: DTypeLike) -> tuple[int, int]:
+def _sizes(batch: int, hidden: int, dtype: np.dtype) -> tuple[int, int]:
     """The next power of two from 32 on, from 128 on the next multiple of that; whole blocks."""
     hidden = max(32, 1 << (hidden - 1).bit_length()) if hidden <= 128 else -hidden // 128 * -128
     rows = _tile(batch, hidden, dtype).rows
@@ -99,7 +103,7 @@ def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTre
 
 def _backward(interpret: bool, *arrays: Array) -> tuple[Array, ...]:
     weight, c, _, gates, *_ = arrays
-    tile = _tile(*c.shape, weight.dtype, backward=True)
+    tile = _tile(c.shape[0], c.shape[1], weight.dtype, backward=True)
     state = jax.ShapeDtypeStruct(c.shape, jnp.promote_types(c.dtype, jnp.float32))
     results = (jax.ShapeDtypeStruct(gates.shape, gates.dtype), state, state)
     kernel = partial(_backward_kernel, tile, interpret)

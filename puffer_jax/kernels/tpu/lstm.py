@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
@@ -28,15 +29,16 @@ def takes(*arrays: PyTree, dtype: DTypeLike | None) -> bool:
     """Whether the kernels compute with these arguments of `lstm_scan`."""
     weight_ih, _, bias, x, h, c, _ = arrays
     dtype = jnp.dtype(weight_ih.dtype if dtype is None else dtype)
+    batch, hidden = _sizes(h.shape[0], h.shape[1], dtype)
     known = {"float32", "bfloat16"}
     return (
         {dtype.name, weight_ih.dtype.name, bias.dtype.name, h.dtype.name, c.dtype.name} <= known
         and x.size > 0
-        and _bytes(*_sizes(*h.shape, dtype), x.shape[1]) <= _MEMORY
+        and _bytes(batch, hidden, x.shape[1]) <= _MEMORY
     )
 
 
-def _sizes(batch: int, hidden: int, dtype: DTypeLike) -> tuple[int, int]:
+def _sizes(batch: int, hidden: int, dtype: np.dtype) -> tuple[int, int]:
     """Whole tiles: of 16 rows, as bfloat16 has them, and 128 columns; whole blocks of rows."""
     rows = -batch // 16 * -16
     if rows > _ROWS:
