@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.bars import BARS, relative_error
 
-from puffer_jax.kernels import gpu, stepped, tpu, use
+from puffer_jax.kernels import OPERATIONS, gpu, stepped, tpu, use
 from puffer_jax.kernels.lstm import lstm_scan, scan_by
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -66,19 +66,16 @@ def weights(results):
     return [np.cos(np.arange(np.prod(r.shape), dtype=np.float64)).reshape(r.shape) for r in results]
 
 
+@partial(jax.jit, static_argnames=("loops", "dtype"))
 def everything(loops, arrays, done, dtype=None):
     """As `judged`, by our kernels; and the results without gradients, by another program."""
 
     def function(*arrays):
         return scan_by(loops, *arrays, done, dtype=dtype)
 
-    @jax.jit
-    def run(arrays):
-        results, backward = jax.vjp(function, *arrays)
-        d = tuple(jnp.asarray(w, r.dtype) for w, r in zip(weights(results), results, strict=True))
-        return results, backward(d), function(*arrays)
-
-    return run(arrays)
+    results, backward = jax.vjp(function, *arrays)
+    d = tuple(jnp.asarray(w, r.dtype) for w, r in zip(weights(results), results, strict=True))
+    return results, backward(d), function(*arrays)
 
 
 def assert_close(found, exact, bar):
@@ -155,3 +152,13 @@ def test_who_runs_the_loop():
     # Nothing of them is even traced where nobody asks for them.
     arrays, done = drawn(16, 2, 4, 32, "float32")
     assert "pallas" not in str(jax.make_jaxpr(lstm_scan)(*arrays, done))
+
+
+@pytest.mark.parametrize(
+    "backend, native, expected", [("gpu", "1", ("gpu",)), ("tpu", "1", ("tpu",)), ("gpu", "0", ())]
+)
+def test_kernels_of_the_default_backend_are_considered(monkeypatch, backend, native, expected):
+    monkeypatch.setenv("PUFFER_JAX_NATIVE", native)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    arrays, done = drawn(16, 2, 4, 32, "float32")
+    assert OPERATIONS["lstm_scan"].kernels(*arrays, done, dtype=None) == expected

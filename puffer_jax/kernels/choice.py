@@ -8,10 +8,11 @@ An operation is declared once, with all its implementations:
 Callers know nothing of devices. `use` and `replace` are for tests and measurements.
 
 By default, kernels for CPUs and for JAX's default backend are considered, the others not even
-traced, which takes seconds. A process that compiles or exports for devices that it does not have
-names them: `use("xla", "gpu", "tpu")`.
+traced, which takes seconds; with PUFFER_JAX_NATIVE=0 in the environment none are. A process that
+compiles for devices that it does not have names them: `use("xla", "gpu", "tpu")`.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,6 +54,12 @@ _choice = jax.make_user_context(_Choice())
 
 OPERATIONS: dict[str, "Operation"] = {}
 """All operations that imported modules have declared, by name."""
+
+
+def _default() -> tuple[str, ...]:
+    if os.environ.get("PUFFER_JAX_NATIVE") == "0":
+        return ("cpu",)  # where it is the kernels' library that is not loaded
+    return ("cpu", jax.default_backend())
 
 
 class Operation:
@@ -115,7 +122,7 @@ class Operation:
         """The platforms that have a kernel for these arguments: "cpu", "gpu", "tpu"."""
         allowed = _choice.value.allowed
         if allowed is None:
-            allowed = ("cpu", jax.default_backend())
+            allowed = _default()
         return tuple(
             where
             for where, kernel in self._kernels.items()
