@@ -6,8 +6,13 @@ An operation is declared once, with all its implementations:
     y = _pool(x)
 
 Callers know nothing of devices. `use` and `replace` are for tests and measurements.
+
+By default, kernels for CPUs and for JAX's default backend are considered, the others not even
+traced, which takes seconds; with PUFFER_JAX_NATIVE=0 in the environment none are. A process that
+compiles for devices that it does not have names them: `use("xla", "gpu", "tpu")`.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    allowed: frozenset[str] = frozenset(IMPLEMENTATIONS)
+    allowed: frozenset[str] | None = None
     replaced: tuple[tuple[str, str, Function], ...] = ()
 
 
@@ -49,6 +54,12 @@ _choice = jax.make_user_context(_Choice())
 
 OPERATIONS: dict[str, "Operation"] = {}
 """All operations that imported modules have declared, by name."""
+
+
+def _default() -> tuple[str, ...]:
+    if os.environ.get("PUFFER_JAX_NATIVE") == "0":
+        return ("cpu",)  # where it is the kernels' library that is not loaded
+    return ("cpu", jax.default_backend())
 
 
 class Operation:
@@ -110,6 +121,8 @@ class Operation:
     def kernels(self, *arrays: PyTree, **options: object) -> tuple[str, ...]:
         """The platforms that have a kernel for these arguments: "cpu", "gpu", "tpu"."""
         allowed = _choice.value.allowed
+        if allowed is None:
+            allowed = _default()
         return tuple(
             where
             for where, kernel in self._kernels.items()

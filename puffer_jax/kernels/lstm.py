@@ -1,15 +1,18 @@
 """The LSTM over one step and over time."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from puffer_jax.kernels import cpu
+from puffer_jax.kernels import cpu, gpu, stepped, tpu
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import native
+from puffer_jax.kernels.over_time import Loops, lstm_over_time
+from puffer_jax.kernels.stepped import at, put
 
 
 def _gates(
@@ -141,16 +144,6 @@ def _scan_cpu_takes(*arrays: PyTree, dtype: DTypeLike | None) -> bool:
     return _kernels_compute_in(dtype, x, *weights, h, c)
 
 
-def _at(t: Array, sequences: PyTree) -> PyTree:
-    # Reading and writing rows of (batch, time, ...) saves two transposed copies of the sequence.
-    pick = partial(jax.lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
-    return jax.tree.map(pick, sequences)
-
-
-def _put(sequence: Array, t: Array, value: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(sequence, value, t, axis=1)
-
-
 def _keep(state: tuple[Array, ...], done: Array | None) -> tuple[Array, ...]:
     """The state, zero in the rows of `done`."""
     if done is None:
@@ -175,10 +168,10 @@ def _lstm_scan(
 
     def step(carry: tuple[Array, ...], t: Array):
         *state, outputs = carry
-        x_t, done_t = _at(t, (outputs if in_place else x, done))
+        x_t, done_t = at(t, (outputs if in_place else x, done))
         h, c = _keep(tuple(state), done_t)
         h, c = lstm_cell(weight, bias, x_t, h, c, dtype)
-        return (h, c, _put(outputs, t, h)), None
+        return (h, c, put(outputs, t, h)), None
 
     start = x if in_place else jax.lax.empty(shape, h.dtype)
     (h, c, outputs), _ = jax.lax.scan(step, (h, c, start), jnp.arange(x.shape[1]))
@@ -196,13 +189,13 @@ def _lstm_scan_forward(
 ) -> tuple[tuple[Array, Array, Array], PyTree]:
     def step(carry: tuple[Array, ...], t: Array):
         *state, outputs = carry
-        x_t, done_t = _at(t, (x, done))
+        x_t, done_t = at(t, (x, done))
         h, c = _keep(tuple(state), done_t)
         i, f, g, o = _gates(weight, bias, _join(x_t, h), dtype)
         c = f * c + i * g
         # XLA:CPU uses only one core for what it fuses into a write to one of the loop's buffers.
         h, *kept = jax.lax.optimization_barrier((o * jnp.tanh(c), c, i, f, g, o))
-        return (h, kept[0], _put(outputs, t, h)), kept
+        return (h, kept[0], put(outputs, t, h)), kept
 
     time = x.shape[1]
     outputs = jax.lax.empty((h.shape[0], time, h.shape[1]), h.dtype)
@@ -221,7 +214,7 @@ def _lstm_scan_backward(
     def step(carry: tuple[Array, ...], row: PyTree):
         dh, dc, c_t, d_gates = carry
         t, (i, f, g, o) = row
-        d_h, done_t = _at(t, (d_outputs, done))
+        d_h, done_t = at(t, (d_outputs, done))
         c_before = jnp.where(t > 0, cs[jnp.maximum(t - 1, 0)], c)
         (c_kept,) = _keep((c_before,), done_t)
         tanh_c = jnp.tanh(c_t)
@@ -235,7 +228,7 @@ def _lstm_scan_backward(
         ]
         now = jax.lax.optimization_barrier(jnp.concatenate(parts, axis=1).astype(dtype))
         dh, dc = _keep(((now @ of_h).astype(h.dtype), dc * f), done_t)
-        return (dh, dc, c_before, _put(d_gates, t, now)), None
+        return (dh, dc, c_before, put(d_gates, t, now)), None
 
     d_gates = jax.lax.empty((*x.shape[:2], weight.shape[0]), dtype)
     steps = jnp.arange(x.shape[1]), gates
@@ -257,4 +250,28 @@ _lstm_scan.defvjp(_lstm_scan_forward, _lstm_scan_backward)
 
 _scan_kernel = cpu.differentiable(cpu.lstm, cpu.lstm_gradient, partial(_scan_xla, dtype=None))
 
-_scan = Operation("lstm_scan", xla=_scan_xla, cpu=Kernel(_scan_cpu, takes=_scan_cpu_takes))
+
+_scan_plain = partial(_scan_xla, dtype=None)
+
+
+def scan_by(loops: Loops, *arrays: PyTree, dtype: DTypeLike | None) -> tuple[Array, Array, Array]:
+    """`lstm_scan` by these loops over time."""
+    return lstm_over_time(loops, _scan_plain, *arrays, dtype=dtype)
+
+
+def _scan_device(device: Any, *arrays: PyTree, dtype: DTypeLike | None) -> tuple[Array, ...]:
+    loops = device.LOOPS if device.takes(*arrays, dtype=dtype) else stepped.LOOPS
+    return scan_by(loops, *arrays, dtype=dtype)
+
+
+def _has_steps(*arrays: PyTree, dtype: DTypeLike | None) -> bool:
+    return arrays[3].size > 0
+
+
+_scan = Operation(
+    "lstm_scan",
+    xla=_scan_xla,
+    cpu=Kernel(_scan_cpu, takes=_scan_cpu_takes),
+    gpu=Kernel(partial(_scan_device, gpu), takes=_has_steps),
+    tpu=Kernel(partial(_scan_device, tpu), takes=_has_steps),
+)
