@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import puffer_jax
-from puffer_jax import ppo, vector
+from puffer_jax import ppo, v4, vector
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
@@ -66,6 +66,8 @@ def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
         case "lstm":
             policy = puffer_jax.Default(env, hidden, rngs=rngs)
             policy = puffer_jax.LSTMWrapper(env, policy, hidden, hidden, rngs=rngs)
+        case "mingru":
+            policy = v4.Policy.for_env(env, hidden, rows.MINGRU_LAYERS, rngs=rngs)
         case "naturecnn":
             policy = puffer_jax.Convolutional(env, framestack=4, flat_size=3136, rngs=rngs)
         case _:
