@@ -330,7 +330,7 @@ def _purejaxrl_network(weights: rows.Arrays, envs: int) -> _Network:
         obs, start = x
         hidden = nnx.gelu(_apply(params["encoder"], obs), approximate=False)
         if recurrent:
-            state = jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
+            state = puffer_jax.reset_where(start, state)
             state, hidden = nnx.merge(graphdef, params["cell"])(state, hidden)
         logprobs = jax.nn.log_softmax(_apply(params["decoder"], hidden))
         return state, (logprobs, _apply(params["value"], hidden)[..., 0])
