@@ -3,16 +3,14 @@
 Trains every task with several seeds, prints a table of final returns and writes learning.png.
 """
 
-import functools
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, run
 from time import perf_counter
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter
 
-# name as in `puffer-jax train --env` -> (steps, the return to reach)
+# what follows `puffer-jax train --env`: a name, perhaps flags -> (steps, the return to reach)
 TASKS = {
     "CartPole-v1": (100_000, 475),
     "gymnax:CartPole-v1": (100_000, 475),
@@ -37,7 +35,10 @@ TASKS = {
     "gymnax:Breakout-MinAtar": (5_000_000, 20),
     "gymnax:Asterix-MinAtar": (5_000_000, 10),
     "memory": (150_000, 2.5),
+    "memory --policy.core mingru": (150_000, 2.5),
 }
+for name in ("CartPole-v1", "gymnax:Breakout-MinAtar"):  # PufferLib 4's core beside the LSTM
+    TASKS |= {f"{name} {core}": TASKS[name] for core in ("--rnn", "--policy.core mingru")}
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,15 @@ class Curve(NamedTuple):
     seconds: float
 
 
-def train(env: str, steps: int, seed: int, runs: Path, cores: Iterable[int]) -> Curve:
-    name = env.replace("/", "-").replace(":", "-")
+def train(task: str, steps: int, seed: int, runs: Path, cores: list[int]) -> Curve:
+    name = task.replace("/", "-").replace(":", "-").replace(" --", "-").replace(" ", "-")
     folder, timed = runs / f"{name}_seed{seed}", runs / f"{name}_seed{seed}.seconds"
     if not timed.exists():
-        flags = ["--train.total-timesteps", str(steps), "--train.seed", str(seed)]
-        flags += ["--train.data-dir", str(runs), "--name", name]
-        command = [sys.executable, "-m", "puffer_jax", "train", "--env", env, *flags]
-        share = functools.partial(os.sched_setaffinity, 0, cores)
+        words = f"-m puffer_jax train --env {task} --name {name} --train.seed {seed}".split()
+        words += ["--train.total-timesteps", str(steps), "--train.data-dir", str(runs)]
+        share = lambda: os.sched_setaffinity(0, cores)  # noqa: E731
         start = perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=share)
+        run([sys.executable, *words], check=True, stdout=DEVNULL, preexec_fn=share)
         timed.write_text(str(perf_counter() - start))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     key = "environment/episode_return"

@@ -46,7 +46,7 @@ def train(config: Config, report=lambda step, value: print(f"step {step:7d}  ret
     @jax.jit
     def act(params, obs, state, done, key):
         policy = puffer_jax.merge(graphdef, params)
-        state = jax.tree.map(lambda s: jnp.where(done[:, None], 0, s), state)
+        state = puffer_jax.reset_where(done, state)  # whatever the core: any axes behind the batch
         logits, values, state = (*policy.forward_eval(obs, state), state)[:3]  # Default: None
         action, logprob, _ = puffer_jax.sample_logits(logits, key=key)
         return action, logprob, values[:, 0], state

@@ -7,6 +7,9 @@ them does not. A file holds, in torch's layout and under torch's names:
                     precision, and a quarter of the size of float32
     inputs/NAME     observations and states
     outputs/NAME    the reference's logits, values and states in float64
+
+golden/v4 has a `.pt` file of PufferLib 4's Python policies, a `.bin` file of its native trainer,
+and what they compute.
 """
 
 import json
@@ -167,6 +170,78 @@ def policy_observation(name: str) -> Box:
     return build(name, Inner())
 
 
+# --- PufferLib 4, of which there is no wheel: what a twin of torch's operations computes ----------
+
+V4 = FOLDER / "v4"
+V4_OBS, V4_ACTIONS, V4_LAYERS = 5, 3, 2
+
+
+def v4_env() -> Any:
+    return stub_env(Box(-1, 1, (V4_OBS,)), Discrete(V4_ACTIONS))
+
+
+def v4_weights(native: bool) -> Arrays:
+    """Multiples of 1/64, by the names of PufferLib 4's Python policies, or in the native order."""
+    random = np.random.default_rng(4 + native)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if native:
+        shapes["encoder.weight"] = HIDDEN, V4_OBS
+        shapes["decoder.weight"] = V4_ACTIONS + 1, HIDDEN
+    else:
+        layers = {"encoder.encoder": V4_OBS, "decoder.decoder": HIDDEN}
+        rows = {"encoder.encoder": HIDDEN, "decoder.decoder": V4_ACTIONS}
+        for name, inputs in (layers | {"decoder.value_function": HIDDEN}).items():
+            shapes[f"{name}.weight"] = rows.get(name, 1), inputs
+            shapes[f"{name}.bias"] = (rows.get(name, 1),)
+    for i in range(V4_LAYERS):
+        shapes[f"network.layers.{i}.weight"] = 3 * HIDDEN, HIDDEN
+    return {n: random.integers(-40, 41, s).astype(np.float32) / 64 for n, s in shapes.items()}
+
+
+def v4_outputs(weights: Arrays, observations: np.ndarray) -> Arrays:
+    """Logits and values (batch * time, ...) in float64, step by step from the zero state."""
+    import torch
+
+    w = {name: torch.from_numpy(tensor).double() for name, tensor in weights.items()}
+    native, rows = "decoder.weight" in w, []
+    states = [torch.zeros(len(observations), HIDDEN).double() for _ in range(V4_LAYERS)]
+    for x in torch.from_numpy(observations).double().unbind(1):
+        name = "encoder" if native else "encoder.encoder"
+        y = torch.nn.functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+        for i, h in enumerate(states):
+            u, g, p = (y @ w[f"network.layers.{i}.weight"].T).chunk(3, -1)
+            candidate = torch.where(u >= 0, u + 0.5, u.sigmoid())
+            states[i] = h + g.sigmoid() * (candidate - h)
+            y = p.sigmoid() * states[i] + (1 - p.sigmoid()) * y
+        names = ("decoder",) if native else ("decoder.decoder", "decoder.value_function")
+        heads = [torch.nn.functional.linear(y, w[f"{n}.weight"], w.get(f"{n}.bias")) for n in names]
+        rows.append(torch.cat(heads, 1))
+    outputs = torch.stack(rows, 1).flatten(0, 1).numpy()
+    return {"logits": outputs[:, :-1].copy(), "values": outputs[:, -1].reshape(-1, TIME).copy()}
+
+
+def write_v4() -> None:
+    """`python.pt` as torch writes it, `native.bin` as the native trainer, what both compute."""
+    import torch
+
+    V4.mkdir(exist_ok=True)
+    random = np.random.default_rng(3)
+    tensors = {"observations": random.standard_normal((BATCH, TIME, V4_OBS)).astype(np.float32)}
+    for name in ("python", "native"):
+        weights = v4_weights(name == "native")
+        outputs = v4_outputs(weights, tensors["observations"])
+        tensors |= {f"{name}/{key}": array for key, array in outputs.items()}
+        if name == "python":
+            state = {key: torch.from_numpy(tensor) for key, tensor in weights.items()}
+            torch.save(state, V4 / "python.pt")
+            continue
+        data = np.zeros(0, np.float32)
+        for tensor in weights.values():  # each begins at a multiple of 8 floats
+            data = np.concatenate([data, np.zeros(-len(data) % 8, np.float32), tensor.ravel()])
+        data.astype("<f4").tofile(V4 / "native.bin")
+    save_file(tensors, V4 / "outputs.safetensors", {"versions": json.dumps(versions())})
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -179,6 +254,7 @@ def main() -> None:
         tensors, metadata = generate(name)
         save_file(tensors, path_of(name), metadata)
         print(f"{path_of(name)}: {path_of(name).stat().st_size / 1024:.1f} KiB")
+    write_v4()
 
 
 if __name__ == "__main__":

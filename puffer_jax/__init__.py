@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.procgen import ResidualBlock as ResidualBlock
     from puffer_jax.policies.recurrent import LSTMWrapper as LSTMWrapper
     from puffer_jax.policies.recurrent import Recurrent as Recurrent
+    from puffer_jax.policies.stateful import reset_where as reset_where
     from puffer_jax.ppo.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.ppo.training import make_train as make_train
     from puffer_jax.run.loggers import JSONLLogger as JSONLLogger
@@ -113,6 +114,7 @@ _EXPORTS = {
         "LSTMWrapper",
         "Recurrent",
     ),
+    "policies.stateful": ("reset_where",),
     "ppo.config": ("PuffeRLConfig",),
     "ppo.training": ("make_train",),
     "run.loggers": (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from puffer_jax.bench import command, report, torch_side
+from puffer_jax.bench import command, jax_side, report, torch_side
 from puffer_jax.bench.rows import Row, network_flops, observations, rows
 from puffer_jax.bench.worker import Failed, Worker, difference
 from puffer_jax.cli.command import main
@@ -186,6 +186,7 @@ def test_ratios():
     [
         ("default", (4,), 128, 2),
         ("lstm", (64,), 128, 2),
+        ("mingru", (64,), 128, 2),
         ("naturecnn", (4, 84, 84), 0, 6),
         ("resnet", (64, 64, 3), 0, 6),
     ],
@@ -196,6 +197,8 @@ def test_operations_are_those_that_torch_counts(net, shape, hidden, actions):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if net == "lstm":
             policy.forward_eval(obs, {"lstm_h": torch.zeros(8, 128), "lstm_c": torch.zeros(8, 128)})
+        elif net == "mingru":
+            policy(obs[:, None])
         else:
             policy(obs)
     assert 8 * network_flops(net, shape[0], hidden, actions) == counter.get_total_flops()
@@ -215,3 +218,16 @@ def test_a_process_that_dies_is_an_error():
 def test_a_process_loads_no_framework_but_its_own():
     code = "import sys, puffer_jax.bench.worker; print({'jax', 'torch', 'tyro'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_the_mingru_rows_compare_one_function():
+    """Ours and the original's log space, which a row would refuse to time if they differed."""
+    sizes = {"net": "mingru", "lead": (2, 5), "shape": (3,), "hidden": 8, "backward": True}
+    found, expected = (
+        case.outputs(case.call())
+        for case in (jax_side.train(**sizes), torch_side.train(**sizes))
+        if case.outputs
+    )
+    assert set(found) == set(expected)
+    worst, name = difference(found, expected)
+    assert worst < 1e-5, name  # float32's rounding, a hundred times; log space has a few of them

@@ -1,9 +1,11 @@
 """`puffer-jax train`, `eval` and `plot`: what they write, print and return."""
 
 import dataclasses
+import importlib
 import json
 import signal
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -797,3 +799,16 @@ def test_a_file_of_pufferlib_4(tmp_path, options, capsys):
         path.write_text(V4_INI.replace(old, new))
         with pytest.raises(ValueError, match=message):
             train.train_defaults(["--config", str(path)])
+
+
+def test_tasks_of_the_learning_table_are_command_lines(options, monkeypatch):
+    monkeypatch.syspath_prepend(Path(puffer_jax.__file__).parent.parent / "examples")
+    learning = importlib.import_module("learning")
+    cores = {}
+    for task in learning.TASKS:
+        read = options("--env", *task.split())
+        cores.setdefault(read.env, []).append(read.policy.core or ("lstm" if read.rnn else None))
+    # Where a recurrent core is tried, MinGRU stands beside the LSTM.
+    assert cores["memory"] == ["lstm", "mingru"]
+    assert cores["CartPole-v1"] == [None, "lstm", "mingru"]
+    assert cores["gymnax:Breakout-MinAtar"] == [None, "lstm", "mingru"]

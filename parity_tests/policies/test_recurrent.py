@@ -301,3 +301,17 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     assert bits(second.policy) == bits(whole.policy)
     moments = zip(*(jax.tree.leaves(t.state.opt_state) for t in (second, whole)), strict=True)
     assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in moments)
+
+
+def test_a_state_of_any_shape_is_reset_where_an_episode_starts():
+    state = {"h": jnp.ones((2, 3)), "layers": jnp.ones((2, 4, 3)), "count": jnp.ones(2)}
+    reset = jax.jit(puffer_jax.reset_where)(jnp.array([False, True]), state)
+    for name, part in reset.items():
+        np.testing.assert_array_equal(part[0], state[name][0])
+        np.testing.assert_array_equal(part[1], np.zeros(state[name].shape[1:]))
+    assert puffer_jax.reset_where(np.zeros(2, bool), None) is None
+    # As many layers as agents: the wrong axis would not be noticed by broadcasting.
+    square = puffer_jax.reset_where(np.array([True, False]), jnp.ones((2, 2)))
+    np.testing.assert_array_equal(square, [[0, 0], [1, 1]])
+    with pytest.raises(ValueError, match=r"done has shape \(3,\), a part of the state \(2, 3\)"):
+        puffer_jax.reset_where(np.zeros(3, bool), state["h"])

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import puffer_jax
-from puffer_jax import ppo, vector
+from puffer_jax import ppo, v4, vector
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
 from puffer_jax.bench.rows import Case
@@ -66,6 +66,8 @@ def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
         case "lstm":
             policy = puffer_jax.Default(env, hidden, rngs=rngs)
             policy = puffer_jax.LSTMWrapper(env, policy, hidden, hidden, rngs=rngs)
+        case "mingru":
+            policy = v4.Policy.for_env(env, hidden, rows.MINGRU_LAYERS, rngs=rngs)
         case "naturecnn":
             policy = puffer_jax.Convolutional(env, framestack=4, flat_size=3136, rngs=rngs)
         case _:
@@ -328,7 +330,7 @@ def _purejaxrl_network(weights: rows.Arrays, envs: int) -> _Network:
         obs, start = x
         hidden = nnx.gelu(_apply(params["encoder"], obs), approximate=False)
         if recurrent:
-            state = jax.tree.map(lambda s: jnp.where(start[:, None], 0, s), state)
+            state = puffer_jax.reset_where(start, state)
             state, hidden = nnx.merge(graphdef, params["cell"])(state, hidden)
         logprobs = jax.nn.log_softmax(_apply(params["decoder"], hidden))
         return state, (logprobs, _apply(params["value"], hidden)[..., 0])

@@ -96,6 +96,7 @@ class Row:
 # Contestants that run in torch's process; all others run in ours.
 TORCH = ("torch", "torch.compile", "pufferlib")
 _THREE: dict[str, Arguments] = {"ours": {}, "torch": {}, "torch.compile": {"compiled": True}}
+MINGRU_LAYERS = 4  # PufferLib 4's default
 _SHAPES = {"naturecnn": (4, 84, 84), "resnet": (64, 64, 3)}
 
 
@@ -130,6 +131,10 @@ def _training() -> Iterator[Row]:
             yield from _directions(
                 f"{batch}x{time}-{hidden}", "B x T = {}, H {}", sizes, flops, more
             )
+    sizes = {"net": "mingru", "lead": (512, 64), "shape": (64,), "hidden": 128}
+    flops = 512 * 64 * network_flops("mingru", 64, 128, 2)
+    more = {"ours, done": {"done": True}}
+    yield from _directions("512x64-128", "4 layers, B x T = {}, H {}", sizes, flops, more)
     for net, shape in _SHAPES.items():
         for batch in (64, 256):
             sizes = {"net": net, "lead": (batch,), "shape": shape, "hidden": 0}
@@ -257,6 +262,8 @@ def network_flops(net: str, inputs: int, hidden: int, actions: int) -> float:
             return 2.0 * hidden * (inputs + actions + 1)
         case "lstm":
             return 2.0 * hidden * (inputs + actions + 1) + 2.0 * 4 * hidden * 2 * hidden
+        case "mingru":
+            return 2.0 * hidden * (inputs + actions + 1) + MINGRU_LAYERS * 2.0 * 3 * hidden * hidden
         case "naturecnn":
             convolutions = 20 * 20 * 32 * 4 * 64 + 9 * 9 * 64 * 32 * 16 + 7 * 7 * 64 * 64 * 9
             return 2.0 * (convolutions + 3136 * 512 + 512 * (actions + 1))

@@ -85,6 +85,43 @@ def matmul(size: int) -> Case:
     return Case(call)
 
 
+class _MinGRU(torch.nn.Module):
+    """PufferLib 4's MinGRU as it trains: in log space, from the zero state. There is no wheel."""
+
+    def __init__(self, hidden: int, layers: int):
+        super().__init__()
+        weights = (torch.nn.Linear(hidden, 3 * hidden, bias=False) for _ in range(layers))
+        self.layers = torch.nn.ModuleList(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        softplus = torch.nn.functional.softplus
+        for layer in self.layers:
+            u, gate, p = layer(x).chunk(3, dim=-1)
+            candidate = torch.where(u >= 0, torch.log(u.relu() + 0.5), -softplus(-u))
+            kept = -softplus(gate).cumsum(dim=1)
+            added = candidate - softplus(-gate)
+            states = (kept + torch.logcumsumexp(added - kept, dim=1)).exp()
+            p = p.sigmoid()
+            x = p * states + (1 - p) * x
+        return x
+
+
+class _MinGRUPolicy(torch.nn.Module):
+    """PufferLib 4's Policy around it, under its names."""
+
+    def __init__(self, inputs: int, hidden: int, actions: int):
+        super().__init__()
+        nn = torch.nn
+        self.encoder = nn.ModuleDict({"encoder": nn.Linear(inputs, hidden)})
+        heads = {"decoder": nn.Linear(hidden, actions), "value_function": nn.Linear(hidden, 1)}
+        self.decoder = nn.ModuleDict(heads)
+        self.network = _MinGRU(hidden, rows.MINGRU_LAYERS)
+
+    def forward(self, obs: torch.Tensor, state: object = None) -> tuple[torch.Tensor, ...]:
+        hidden = self.network(self.encoder["encoder"](obs)).flatten(0, 1)
+        return self.decoder["decoder"](hidden), self.decoder["value_function"](hidden)
+
+
 def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
     """The reference's policy, with the weights that all sides use."""
     kind = (0, 255, shape, np.uint8) if len(shape) == 3 else (-np.inf, np.inf, shape, np.float32)
@@ -97,6 +134,8 @@ def _policy(net: str, shape: tuple[int, ...], hidden: int, actions: int) -> Any:
             policy = models.Default(env, hidden)
         case "lstm":
             policy = models.LSTMWrapper(env, models.Default(env, hidden), hidden, hidden)
+        case "mingru":
+            policy = _MinGRUPolicy(shape[0], hidden, actions)
         case "naturecnn":
             policy = models.Convolutional(env, framestack=4, flat_size=3136)
         case _:

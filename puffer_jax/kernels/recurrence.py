@@ -39,37 +39,45 @@ _FEW = 8
 
 
 def recurrence_onwards(
-    a: Float[Array, "time *rest"], b: Float[Array, "time *rest"], first: Float[Array, "*rest"]
+    a: Float[Array, "time *rest"],
+    b: Float[Array, "time *rest"],
+    first: Float[Array, "*rest"],
+    reverse: bool = False,
 ) -> Float[Array, "time *rest"]:
     """The y with y[t] = a[t] * y[t - 1] + b[t], from the first step to the last.
 
-    Before the first step y is `first`; where a[t] is zero, y starts anew.
+    Before the first step y is `first`; where a[t] is zero, y starts anew. With `reverse` it runs
+    from the last step to the first, and `first` is what comes after the last.
     """
-    return _recurrence_onwards(a, b, first)
+    return _recurrence_onwards(a, b, first, reverse=reverse)
 
 
-def _step_by_step(a: Array, b: Array, first: Array) -> Array:
+def _step_by_step(a: Array, b: Array, first: Array, *, reverse: bool) -> Array:
     def step(y_before: Array, a_and_b: tuple[Array, Array]) -> tuple[Array, Array]:
         a_t, b_t = a_and_b
         y_t = a_t * y_before + b_t
         return y_t, y_t
 
-    return jax.lax.scan(step, first, (a, b), unroll=min(a.shape[0], _FEW) or 1)[1]
+    if a.shape[0] == 1:  # acting: no loop at all
+        return a * first + b
+    return jax.lax.scan(step, first, (a, b), reverse=reverse)[1]
 
 
-def _pair_by_pair(a: Array, b: Array, first: Array) -> Array:
+def _pair_by_pair(a: Array, b: Array, first: Array, *, reverse: bool) -> Array:
     if a.shape[0] <= _FEW:
-        return _step_by_step(a, b, first)
+        return _step_by_step(a, b, first, reverse=reverse)
 
     def joined(before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
         (a_1, b_1), (a_2, b_2) = before, after
         return a_2 * a_1, a_2 * b_1 + b_2
 
-    factors, sums = jax.lax.associative_scan(joined, (a, b))
+    factors, sums = jax.lax.associative_scan(joined, (a, b), reverse=reverse)
     return factors * first + sums
 
 
 # A CPU gains nothing from a short chain of large operations: it computes each of them in turn.
 _recurrence_onwards = Operation(
-    "recurrence_onwards", xla=_pair_by_pair, cpu=Kernel(_step_by_step, takes=lambda *_: True)
+    "recurrence_onwards",
+    xla=_pair_by_pair,
+    cpu=Kernel(_step_by_step, takes=lambda *_, **__: True),
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.nn.cores import Core
@@ -137,6 +137,37 @@ class Stateful(nnx.Module):
         batch, time = (*np.shape(leaf), 1)[:2] if extra == 2 else (np.shape(leaf)[0], 1)
         fold = lambda x: jnp.reshape(x, (batch * time, *np.shape(x)[extra:]))  # noqa: E731
         return batch, time, jax.tree.map(fold, observations)
+
+
+def reset_where(done: Bool[Array, "batch"] | np.ndarray, state: PyTree) -> PyTree:
+    """The state, zero where an episode starts.
+
+    For a loop of your own that acts; `forward` takes `done`. A core's state may have any number of
+    axes behind the batch's: (batch, hidden), or (batch, layers, hidden).
+
+    Args:
+        done: where the next observation starts an episode.
+        state: a tree of arrays (batch, ...); None has nothing to reset.
+
+    Raises:
+        ValueError: an array of the state is for another number of agents.
+
+    Example:
+        >>> import jax.numpy as jnp, puffer_jax
+        >>> state = {"mingru_h": jnp.ones((2, 4, 16))}
+        >>> puffer_jax.reset_where(jnp.array([True, False]), state)["mingru_h"].sum((1, 2))
+        Array([ 0., 64.], dtype=float32)
+    """
+
+    def reset(part: Array) -> Array:
+        if np.shape(part)[:1] != np.shape(done):
+            raise ValueError(
+                f"done has shape {np.shape(done)}, a part of the state {np.shape(part)}; both "
+                "begin with the batch"
+            )
+        return jnp.where(jnp.reshape(done, (-1, *[1] * (np.ndim(part) - 1))), 0, part)
+
+    return jax.tree.map(reset, state)
 
 
 def _first_leaf(tree: PyTree, structured: np.dtype | None) -> tuple[PyTree, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import merge, split
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.policies.protocol import forward_of, is_recurrent
+from puffer_jax.policies.stateful import reset_where
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Last, Params, RecurrentState
 
@@ -95,9 +96,7 @@ class Player:
         """The state to act in: with `reset_on_done`, zero where an episode starts."""
         if not self._config.reset_on_done:
             return state
-        return jax.tree.map(
-            lambda s: jnp.where(start.reshape(-1, *[1] * (s.ndim - 1)), 0, s), state
-        )
+        return reset_where(start, state)
 
     def playable(self, action: PyTree) -> PyTree:
         """The environments' actions for sampled ones, see `puffer_jax.playable`."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from puffer_jax.kernels.recurrence import recurrence_onwards
+from puffer_jax.kernels.mingru import mingru_layer
 from puffer_jax.nn.cores.core import State
 from puffer_jax.nn.cores.stack import Layered, count
 from puffer_jax.nn.initializers import torch_init
@@ -28,7 +28,8 @@ class MinGRU(Layered):
 
     y is the next layer's x. As no gate reads h, a segment is one linear recurrence in h. The
     original trains it in log space, from the zero state only; here it is computed as it stands,
-    which cannot overflow, from any state.
+    which cannot overflow, from any state. Its gradient is written out; there are no forward-mode
+    derivatives (`jax.jvp`).
 
     Deviation: where `done` is set, the state is zeroed before that very step. The original's
     trainer does so one step late.
@@ -101,10 +102,13 @@ class MinGRU(Layered):
     ) -> tuple[Float[Array, "batch time hidden"], State]:
         """All steps: their outputs and the last state, see `Core.scan`."""
         first = jnp.asarray(state["mingru_h"], self.param_dtype)
-        starts = None if done is None else done.T[:, :, None]
+        starts = None if done is None else done.T
         y, last = jnp.swapaxes(jnp.asarray(x, self.param_dtype), 0, 1), []
+        time, batch, hidden = y.shape
         for i, layer in enumerate(self.layers):
-            y, h = _layer(y, layer(y).astype(self.param_dtype), first[:, i], starts)
+            # Of two axes in front, XLA:CPU makes a slow product for the weight's gradient.
+            projected = layer(y.reshape(time * batch, hidden)).astype(self.param_dtype)
+            y, h = mingru_layer(y, projected.reshape(time, batch, -1), first[:, i], starts)
             last.append(h)
         return jnp.swapaxes(y, 0, 1), {"mingru_h": jnp.stack(last, axis=1)}
 
@@ -120,23 +124,3 @@ class MinGRU(Layered):
         if layers == 0:
             return None
         return {"hidden_size": shape_of(shapes, pattern.format(0), 2)[1], "num_layers": layers}
-
-
-# Jitted here so that eager calls do not trace and compile the recurrence anew each time.
-@jax.jit
-def _layer(
-    x: Float[Array, "time batch hidden"],
-    projected: Float[Array, "time batch gates"],
-    h: Float[Array, "batch hidden"],
-    starts: Bool[Array, "time batch 1"] | None,
-) -> tuple[Float[Array, "time batch hidden"], Float[Array, "batch hidden"]]:
-    """The outputs of a layer, and its state after the last step."""
-    u, g, p = jnp.split(projected, 3, axis=-1)
-    candidate = jnp.where(u >= 0, u + 0.5, jax.nn.sigmoid(u))
-    # 1 - z as it stands would round to zero, or to few digits, where the gate is wide open.
-    kept = jax.nn.sigmoid(-g)
-    if starts is not None:
-        kept = jnp.where(starts, 0, kept)
-    states = recurrence_onwards(kept, jax.nn.sigmoid(g) * candidate, h)
-    passed = jax.nn.sigmoid(p)
-    return passed * states + (1 - passed) * x, states[-1]
