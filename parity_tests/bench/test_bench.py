@@ -231,3 +231,10 @@ def test_the_mingru_rows_compare_one_function():
     assert set(found) == set(expected)
     worst, name = difference(found, expected)
     assert worst < 1e-5, name  # float32's rounding, a hundred times; log space has a few of them
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    with pytest.raises(Failed, match=r"JAX finds no gpu here.*cuda12"):
+        Worker("jax", 1, "gpu", "float32")
