@@ -1,5 +1,7 @@
 """One session tests both precisions: x64 is on, so float64 and float32 arrays live side by side."""
 
+import functools
+import gc
 import os
 import re
 from pathlib import Path
@@ -14,8 +16,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
+gc.disable()  # while all is imported, which stays
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -57,6 +61,12 @@ if not GOLDEN_ONLY:
 
     torch.set_num_threads(1)
 install_import_hook("puffer_jax", "beartype.beartype")
+# JAX makes an MLIR context for every program, which takes a third of lowering and compiling a small
+# one. They may share one; `forget` makes another for each file, as a context keeps what was in it.
+if hasattr(mlir, "make_ir_context"):  # in JAX 0.10
+    mlir.make_ir_context = shared_context = functools.cache(mlir.make_ir_context)
+else:
+    shared_context = functools.cache(lambda: None)
 
 
 def pytest_configure(config):
@@ -91,6 +101,13 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(map(item.get_closest_marker, LEFT_OUT))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """The garbage collector need not look through what was imported, again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20)
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -132,3 +149,4 @@ def forget():
     """No file needs the programs of another, and thousands of them fill gigabytes."""
     yield
     jax.clear_caches()
+    shared_context.cache_clear()

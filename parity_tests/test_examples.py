@@ -1,35 +1,45 @@
-"""The training examples run from a user's shell, at a tiny size."""
+"""The training examples run as from a user's shell, at a tiny size."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import puffer_jax
 
+# What only warns a user is not an error here.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(folder, *command):
-    environment = os.environ | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg"}
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / command[0], *command[1:]],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, unoptimised):
+    """Runs a script as `python examples/SCRIPT` does and returns what it printed.
+
+    In this process, since most of a short run are imports; the demo has a process of its own.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(script, *options):
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        with jax.enable_x64(False):
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.parametrize("flag", ["--recurrent", "--no-recurrent"])
-def test_ppo(tmp_path, flag):
-    out = run(tmp_path, "ppo.py", flag, "--steps", "512", "--num-envs", "4", "--horizon", "32")
+def test_ppo(run, tmp_path, flag):
+    out = run("ppo.py", flag, "--steps", "512", "--num-envs", "4", "--horizon", "32")
     assert out.count("return") == 4
     policy = puffer_jax.policy_from_checkpoint(tmp_path / "runs" / "ppo.safetensors")
     assert isinstance(policy, puffer_jax.LSTMWrapper) == (flag == "--recurrent")
@@ -37,7 +47,16 @@ def test_ppo(tmp_path, flag):
 
 @pytest.mark.needs_reference
 def test_demo(tmp_path):
-    out = run(tmp_path, "demo.py", "--steps", "4096", "--episodes", "10")
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "demo.py", "--steps", "4096", "--episodes", "10"],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_ENABLE_X64": "0", "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {
         "learning_curve.png",
         "policy.bin",
@@ -74,14 +93,14 @@ def test_demo(tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_training(tmp_path, command, expected):
-    assert expected in run(tmp_path, *command)
+def test_training(run, command, expected):
+    assert expected in run(*command)
 
 
 @pytest.mark.needs_gymnax
-def test_learning_table(tmp_path):
+def test_learning_table(run, tmp_path):
     tasks = ("CartPole-v1",)
-    out = run(tmp_path, "learning.py", "--tasks", *tasks, "--seeds", "1", "--scale", "0.05")
+    out = run("learning.py", "--tasks", *tasks, "--seeds", "1", "--scale", "0.05")
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == [f"| {task}" for task in tasks]
     assert all(10 < float(row[3]) <= 500 for row in rows)

@@ -17,6 +17,8 @@ from puffer_jax.nn.distributions import (
 )
 from puffer_jax.nn.sampling import sample_logits
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 INF, NAN = np.inf, np.nan
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
 GRADIENT_TOLERANCE = {"float64": 1e-13, "float32": 2e-5}

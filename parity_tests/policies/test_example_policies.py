@@ -464,6 +464,7 @@ def test_keeps_the_rules_of_a_policy(name):
         assert report.ok, report
 
 
+@pytest.mark.usefixtures("quick")
 def test_multi_input_takes_a_dict_as_well_as_bytes():
     env, packed, fields = emulated(example("multi_input"))
     policy = unbuilt("multi_input", env)
@@ -480,6 +481,7 @@ def test_efficient_cnn_finds_its_flat_size():
         assert policy["project"]["kernel"].shape == (32 * height * width, 128)
 
 
+@pytest.mark.usefixtures("quick")
 def test_squashed_log_prob():
     """Of given actions, near the edges too, and its gradient, through the policy."""
     x = numbers(ROWS, 3)
@@ -504,6 +506,7 @@ def test_squashed_log_prob():
     assert max(errors) <= 1e-13
 
 
+@pytest.mark.usefixtures("quick")
 def test_bare_tanh_has_a_wrong_log_prob():
     right, bare = example("continuous").integrals(0.3, 0.8)
     u = 0.3 + 0.8 * np.linspace(-9, 9, 1001)
@@ -514,6 +517,7 @@ def test_bare_tanh_has_a_wrong_log_prob():
     assert lost > 0.3
 
 
+@pytest.mark.usefixtures("quick")
 def test_independent_agents_keep_the_order_of_the_batch():
     x = rows_of_agents()
     module = example("independent_multi_agent")
@@ -536,6 +540,7 @@ def test_independent_agents_keep_the_order_of_the_batch():
     assert abs(grouped - logits).max() > 0.1
 
 
+@pytest.mark.usefixtures("quick")
 def test_independent_agents_share_nothing():
     policy = unbuilt("independent_multi_agent", example("independent_multi_agent").ENV)
     graphdef, params = puffer_jax.split(policy)
@@ -549,6 +554,7 @@ def test_independent_agents_share_nothing():
     assert sizes[0] == sizes[2] == 0 < sizes[1]
 
 
+@pytest.mark.usefixtures("quick")
 def test_absent_entities_do_not_matter():
     policy = unbuilt("attention", example("attention").ENV)
     x = some_entities()
@@ -561,6 +567,7 @@ def test_absent_entities_do_not_matter():
     assert worst(forward(policy, shuffled), forward(policy, x)) <= 1e-13
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("cuts", [[], [1], [5, 6, 300, 301], range(50, 1000, 50)])
 def test_normalization_is_exact_under_batching(cuts):
     module = example("normalization")
@@ -580,6 +587,7 @@ def test_normalization_is_exact_under_batching(cuts):
         np.testing.assert_allclose(found["var"], x.var(0), rtol=1e-12, equal_nan=False)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_normalization_is_saved_with_the_weights(tmp_path, suffix):
     module, x = example("normalization"), 5 + numbers(64, 2).astype(np.float32)
@@ -597,6 +605,7 @@ def test_normalization_is_saved_with_the_weights(tmp_path, suffix):
     np.testing.assert_allclose(normal.std(0), 1, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_optimizer_leaves_the_statistics_alone():
     module, x = example("normalization"), 5 + numbers(64, 2)
     graphdef, params = puffer_jax.split(unbuilt("normalization", module.ENV))
