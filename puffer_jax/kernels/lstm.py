@@ -26,6 +26,10 @@ def _gates(
         gates = inputs @ weight.T + bias
     else:
         gates = (inputs.astype(dtype) @ weight.astype(dtype).T).astype(bias.dtype) + bias
+    return _activated(gates)
+
+
+def _activated(gates: Float[Array, "batch gates"]) -> tuple[Array, Array, Array, Array]:
     i, f, g, o = jnp.split(gates, 4, axis=1)
     return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
 
@@ -68,6 +72,25 @@ def _step_xla(*arrays: Array, dtype: DTypeLike | None) -> tuple[Array, Array]:
     return lstm_cell(weight, bias_ih + bias_hh, x, h, c, dtype)
 
 
+def _step_apart(*arrays: Array, dtype: DTypeLike | None) -> tuple[Array, Array]:
+    """Two products, since to join the weights costs a GPU or a TPU more than one of them."""
+    weight_ih, weight_hh, bias_ih, bias_hh, x, h, c = arrays
+
+    def product(x: Array, weight: Array) -> Array:
+        x, weight = (v.astype(dtype or h.dtype) for v in (x, weight))
+        return jnp.matmul(x, weight.T, preferred_element_type=h.dtype)
+
+    gates = product(x, weight_ih) + product(h, weight_hh) + (bias_ih + bias_hh)
+    i, f, g, o = _activated(gates)
+    c = f * c + i * g
+    return o * jnp.tanh(c), c
+
+
+def _step_apart_takes(*arrays: Array, dtype: DTypeLike | None) -> bool:
+    weight_ih, *_, h, c = arrays
+    return weight_ih.dtype == h.dtype == c.dtype
+
+
 def _step_cpu(*arrays: Array, dtype: DTypeLike | None) -> tuple[Array, Array]:
     return _step_kernel(*arrays)
 
@@ -95,7 +118,13 @@ def _kernels_compute_in(dtype: DTypeLike | None, x: Array, *others: Array) -> bo
     return dtype in (None, others[0].dtype) and x.size > 0 and native.takes(*others)
 
 
-_step = Operation("lstm_step", xla=_step_xla, cpu=Kernel(_step_cpu, takes=_step_cpu_takes))
+_step = Operation(
+    "lstm_step",
+    xla=_step_xla,
+    cpu=Kernel(_step_cpu, takes=_step_cpu_takes),
+    gpu=Kernel(_step_apart, takes=_step_apart_takes),
+    tpu=Kernel(_step_apart, takes=_step_apart_takes),
+)
 
 
 def _join(x: Array, h: Array) -> Array:

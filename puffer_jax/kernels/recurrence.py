@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import native
+from puffer_jax.kernels.gpu import recurrence as gpu
 
 
 def recurrence(
@@ -30,7 +31,10 @@ def _recurrence_xla(a: Array, b: Array) -> Array:
 
 
 _recurrence = Operation(
-    "recurrence", xla=_recurrence_xla, cpu=Kernel(cpu.recurrence, takes=native.takes)
+    "recurrence",
+    xla=_recurrence_xla,
+    cpu=Kernel(cpu.recurrence, takes=native.takes),
+    gpu=Kernel(gpu.recurrence, takes=gpu.takes),
 )
 
 

@@ -1,7 +1,7 @@
 """Actions drawn from a policy's logits, with their log-probability and entropy."""
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -114,11 +114,62 @@ def _normalised(logits: Array) -> tuple[Array, Array]:
 
 def _score(logits: ArrayLike, action: Array | None, label: str = "") -> tuple[Array, Array, Array]:
     """(action, logprob, entropy) of a given action, or of the most likely one."""
-    normalised, bad = _normalised(at_least_float32(logits))
+    logits = at_least_float32(logits)
+    if action is None or not isinstance(logits, jax.core.Tracer):
+        return _score_xla(logits, action, label=label)
+    return action, *_score_given(logits, action)
+
+
+def _score_xla(
+    logits: Array, action: Array | None, *, label: str = ""
+) -> tuple[Array, Array, Array]:
+    normalised, bad = _normalised(logits)
     if action is None:
         action = normalised.argmax(-1).astype(jnp.int32)
     logprob = jnp.where(bad, jnp.nan, pick(normalised, action, label))
     return action, logprob, jnp.where(bad, jnp.nan, entropy(normalised))
+
+
+# A reduction over a row's few actions is a launch of its own on GPUs and TPUs; sums and maxima of
+# that many columns, written out, become one together with all around them.
+_FEW = 32
+
+
+def _few(logits: Array, *others: object) -> bool:
+    return logits.shape[-1] <= _FEW
+
+
+def _columns(logits: Array) -> tuple[list[Array], list[Array], Array]:
+    """Normalised logits and probabilities column by column, and which rows are bad (batch,)."""
+    columns = [logits[:, i] for i in range(logits.shape[1])]
+    masked = [x == -jnp.inf for x in columns]
+    finite = [jnp.isfinite(x) | out for x, out in zip(columns, masked, strict=True)]
+    bad = ~reduce(jnp.logical_and, finite) | reduce(jnp.logical_and, masked)
+    safe = [jnp.where(bad, 0, x) for x in columns]
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, safe))
+    weights = [jnp.exp(x - top) for x in safe]
+    total = reduce(jnp.add, weights)
+    log_total = top + jnp.log(total)
+    return [x - log_total for x in safe], [x / total for x in weights], bad
+
+
+def _score_columns(logits: Array, action: Array) -> tuple[Array, Array]:
+    normalised, probs, bad = _columns(logits)
+    index = action.astype(jnp.promote_types(action.dtype, jnp.int32)).astype(jnp.int32)
+    chosen = [jnp.where(index == i, x, 0) for i, x in enumerate(normalised)]
+    # As in `entropy`, where p = 0 the product is 0 whatever the logit.
+    terms = [jnp.where(p != 0, x, 0) * p for x, p in zip(normalised, probs, strict=True)]
+    valid = (index >= 0) & (index < len(normalised))
+    logprob = jnp.where(valid & ~bad, reduce(jnp.add, chosen), jnp.nan)
+    return logprob, jnp.where(bad, jnp.nan, -reduce(jnp.add, terms))
+
+
+_score_given = Operation(
+    "score",
+    xla=lambda logits, action: _score_xla(logits, action)[1:],
+    gpu=Kernel(_score_columns, takes=_few),
+    tpu=Kernel(_score_columns, takes=_few),
+)
 
 
 def _draw(
@@ -134,7 +185,20 @@ def _sample_xla(
 ) -> tuple[Array, Array, Array]:
     key = random.split(key, components)[component]
     # Noise added to large logits would be rounded off, hence the normalised ones.
-    return _score(logits, random.categorical(key, _normalised(logits)[0]))
+    return _score_xla(logits, random.categorical(key, _normalised(logits)[0]))
+
+
+def _sample_columns(
+    key: Array, logits: Array, *, component: int, components: int
+) -> tuple[Array, Array, Array]:
+    key = random.split(key, components)[component]
+    # The draw of `random.categorical`.
+    noise = jax.random.gumbel(key, logits.shape, logits.dtype, mode="high")
+    columns = [noise[:, i] + x for i, x in enumerate(_columns(jax.lax.stop_gradient(logits))[0])]
+    action, best = jnp.zeros(logits.shape[0], jnp.int32), columns[0]
+    for i, x in enumerate(columns[1:], 1):
+        action, best = jnp.where(x > best, i, action), jnp.maximum(x, best)
+    return action, *_score_columns(logits, action)
 
 
 def _sample_cpu(
@@ -145,6 +209,10 @@ def _sample_cpu(
 
 def _sample_cpu_takes(key: Array, logits: Array, *, component: int, components: int) -> bool:
     return can_draw(key, logits)
+
+
+def _sample_columns_takes(key: Array, logits: Array, *, component: int, components: int) -> bool:
+    return _few(logits)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -162,7 +230,13 @@ def _sample_kernel_jvp(
     return results, (np.zeros(action.shape, jax.dtypes.float0), *d_scores)
 
 
-_sample = Operation("sample", xla=_sample_xla, cpu=Kernel(_sample_cpu, takes=_sample_cpu_takes))
+_sample = Operation(
+    "sample",
+    xla=_sample_xla,
+    cpu=Kernel(_sample_cpu, takes=_sample_cpu_takes),
+    gpu=Kernel(_sample_columns, takes=_sample_columns_takes),
+    tpu=Kernel(_sample_columns, takes=_sample_columns_takes),
+)
 
 
 def _sample_continuous(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from puffer_jax.environments.jax_native import AdaptedEnv, Step
 from puffer_jax.environments.resets import autoreset_all
+from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.nn import random
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
@@ -52,12 +53,6 @@ class Episodes(NamedTuple):
     returns: Array
     lengths: Array
     steps: Array
-
-    @classmethod
-    def none(cls) -> "Episodes":
-        """The sums over no episodes."""
-        none, zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return cls(none, zero, zero, none)
 
     def means(self) -> dict[str, Array]:
         """Mean return and length; NaN if no episode ended."""
@@ -105,16 +100,18 @@ class JaxSource:
         if not config.store_initial_state:
             stream = stream._replace(state=jax.tree.map(jnp.zeros_like, stream.state))
 
-        def segment(carry: tuple[Stream, Episodes], keys: Array) -> tuple[PyTree, PyTree]:
+        def segment(carry: tuple[Stream, PyTree], keys: Array) -> tuple[PyTree, PyTree]:
             state = carry[0].state if config.store_initial_state else None
             carry, rows = jax.lax.scan(lambda c, k: self._step(params, c, k), carry, keys)
             return carry, (rows, state)
 
         keys = random.split(key, (self.sizes.segments // agents, horizon))
-        (stream, episodes), (rows, state) = jax.lax.scan(segment, (stream, Episodes.none()), keys)
+        keys = jax.vmap(jax.vmap(random.split))(keys)
+        none = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.float32)
+        (stream, sums), (rows, state) = jax.lax.scan(segment, (stream, none), keys)
         # (rounds, horizon, agents, ...) -> (rounds * agents, horizon, ...)
         rows = jax.tree.map(
-            lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, horizon, *x.shape[3:]), rows
+            lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, horizon, *x.shape[3:]), _apart(rows)
         )
         state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state)
         experience = Experience(**rows, state=state)
@@ -123,7 +120,7 @@ class JaxSource:
             state = self._player.at_start(stream.state, arrival.start)
             values = self._player.value(params, arrival.obs, state)
             experience = with_following(experience, last_of(config, arrival, values), agents)
-        return stream, experience, episodes
+        return stream, experience, Episodes(sums[0][0], *sums[1], sums[0][1])
 
     def summary(self, outcome: Episodes) -> tuple[int, Stats]:
         """Steps of a batch, and the mean once per episode, so that all episodes weigh the same."""
@@ -142,12 +139,15 @@ class JaxSource:
         """Do nothing."""
 
     def _step(
-        self, params: Params, carry: tuple[Stream, Episodes], key: PRNGKeyArray
-    ) -> tuple[tuple[Stream, Episodes], dict[str, PyTree]]:
-        """One step of all agents; returns a column of the `Experience`."""
-        stream, episodes = carry
+        self, params: Params, carry: tuple[Stream, PyTree], keys: Array
+    ) -> tuple[tuple[Stream, PyTree], dict[str, PyTree]]:
+        """One step of all agents; returns a column of the `Experience`, `_joined`.
+
+        With the stream go the integers of `Episodes`, and its other numbers.
+        """
+        stream, (counts, totals) = carry
         arrival = stream.arrival
-        act_key, env_key = random.split(key)
+        act_key, env_key = keys
         action, logprob, values, state = self._player.act(
             params, arrival.obs, stream.state, arrival.start, act_key
         )
@@ -159,23 +159,19 @@ class JaxSource:
             "waits": ~arrival.mask if several else None,
         }
         out = self._act_on(env_key, stream.env, self._player.playable(action))
-        final_value = self._final_value(params, out, state, values)
+        final_value = self._final_value(params, out, state, arrival.final_value)
         done = out.terminated | out.truncated
         returns, lost = add(stream.returns, stream.lost, out.reward)
         played = arrival.mask & (stream.lengths < jnp.iinfo(jnp.int32).max)
         lengths = stream.lengths + played
-        episodes = Episodes(
-            episodes.episodes + done.sum(dtype=jnp.int32),
-            episodes.returns + jnp.where(done, returns, 0).sum(),
-            episodes.lengths + jnp.where(done, lengths, 0).sum(dtype=jnp.float32),
-            episodes.steps + arrival.mask.sum(dtype=jnp.int32),
-        )
+        count, total = _outcome(done, arrival.mask, returns, lengths)
+        episodes = counts + count, totals + total
         mask = arrival.mask if out.playing is None else out.playing
         arrival = Arrival(
             out.obs, out.reward, out.terminated, out.truncated, out.start, mask, final_value
         )
         returns, lengths, lost = (jnp.where(done, 0, x) for x in (returns, lengths, lost))
-        return (Stream(out.state, arrival, state, returns, lengths, lost), episodes), row
+        return (Stream(out.state, arrival, state, returns, lengths, lost), episodes), _joined(row)
 
     def _act_on(self, key: PRNGKeyArray, env: PyTree, action: PyTree) -> Step:
         """A step of all environments, with a row for each agent (but for their states)."""
@@ -196,18 +192,62 @@ class JaxSource:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
     def _final_value(
-        self, params: Params, out: Step, state: RecurrentState | None, like: Array
+        self, params: Params, out: Step, state: RecurrentState | None, before: Array
     ) -> Array:
         """The value of the last observation where an episode was cut off, else 0."""
         cut = out.truncated & ~out.terminated
-        zeros = jnp.zeros_like(like)
         if not self._config.bootstrap_truncation:
-            return zeros
+            return before  # zeros, which need not be written again
+        zeros = jnp.zeros_like(before)
         return jax.lax.cond(
             cut.any(),
             lambda: jnp.where(cut, self._player.value(params, out.final_obs, state), 0),
             lambda: zeros,
         )
+
+
+def _outcome_xla(done: Array, played: Array, returns: Array, lengths: Array) -> tuple[Array, Array]:
+    """The integers of a step's `Episodes`, and its other numbers."""
+    counts = done.sum(dtype=jnp.int32), played.sum(dtype=jnp.int32)
+    total = jnp.where(done, returns, 0).sum()
+    length = jnp.where(done, lengths, 0).sum(dtype=jnp.float32)
+    return jnp.stack(counts), jnp.stack([total, length])
+
+
+def _outcome_joined(*arrays: Array) -> tuple[Array, Array]:
+    # Computed together with what it reduces, XLA cannot write that over its old values: each of
+    # them is copied, a launch each.
+    done, played, returns, lengths = jax.lax.optimization_barrier(arrays)
+    counts = jnp.stack([done, played]).sum(axis=1, dtype=jnp.int32)
+    ended = jnp.where(done, jnp.stack([returns, lengths.astype(returns.dtype)]), 0)
+    return counts, ended.sum(axis=1)
+
+
+_outcome = Operation(
+    "outcome",
+    xla=_outcome_xla,
+    gpu=Kernel(_outcome_joined, takes=lambda *_: True),
+    tpu=Kernel(_outcome_joined, takes=lambda *_: True),
+)
+
+_TOGETHER = "rewards", "terminals", "logprobs", "values"
+
+
+def _joined(row: dict[str, PyTree]) -> dict[str, PyTree]:
+    """A step's row with its numbers in one array: on a GPU each array is written by a launch."""
+    numbers = [row[name] for name in _TOGETHER]
+    if len({x.dtype for x in numbers}) > 1:
+        return row
+    others = {name: x for name, x in row.items() if name not in _TOGETHER}
+    return others | {"numbers": jnp.stack(numbers)}
+
+
+def _apart(rows: dict[str, PyTree]) -> dict[str, PyTree]:
+    """The rows (rounds, horizon, agents, ...) of what `_joined` returned at each step."""
+    if "numbers" not in rows:
+        return rows
+    numbers = dict(zip(_TOGETHER, jnp.moveaxis(rows["numbers"], 2, 0), strict=True))
+    return {name: x for name, x in rows.items() if name != "numbers"} | numbers
 
 
 def _sizes(config: PuffeRLConfig, agents: int) -> tuple[Sizes, int]:

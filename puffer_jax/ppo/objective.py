@@ -7,10 +7,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from puffer_jax.kernels.reductions import sums
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.policies.protocol import forward_of, is_recurrent
 from puffer_jax.ppo.advantage import advantage_of
 from puffer_jax.ppo.experience import Experience, Hypers, Metrics
+
+METRICS = (
+    *("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"),
+    "importance",
+)
+"""What `loss` returns about a minibatch: scalars by the reference's names."""
 
 
 def evaluate_segments(
@@ -46,6 +53,14 @@ def _mean(x: Array, mask: Array | None) -> Array:
     if mask is None:
         return x.mean()
     return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def _means(arrays: list[Array], mask: Array | None) -> list[Array]:
+    """The mean of each array (rows, time) over the steps that were played."""
+    if mask is None:
+        return [total / arrays[0].size for total in sums(arrays)]
+    count = jnp.maximum(mask.sum(), 1)
+    return [total / count for total in sums([jnp.where(mask, x, 0) for x in arrays])]
 
 
 def _standardise(x: Array, mask: Array | None) -> Array:
@@ -94,15 +109,10 @@ def loss(
     clipped = batch.values + _clamp(values - batch.values, -bound, bound)
     value_loss = jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     entropy = entropy.reshape(ratio.shape)
-    metrics = {
-        "policy_loss": _mean(policy_loss, mask),
-        "value_loss": 0.5 * _mean(value_loss, mask),
-        "entropy": _mean(entropy, mask),
-        "old_approx_kl": _mean(-logratio, mask),
-        "approx_kl": _mean((ratio - 1) - logratio, mask),
-        "clipfrac": _mean((jnp.abs(ratio - 1) > clip).astype(ratio.dtype), mask),
-        "importance": _mean(ratio, mask),
-    }
+    outside = (jnp.abs(ratio - 1) > clip).astype(ratio.dtype)
+    parts = [policy_loss, value_loss, entropy, -logratio, (ratio - 1) - logratio, outside, ratio]
+    metrics = dict(zip(METRICS, _means(parts, mask), strict=True))
+    metrics["value_loss"] = 0.5 * metrics["value_loss"]
     total = (
         metrics["policy_loss"]
         + hypers["vf_coef"] * metrics["value_loss"]

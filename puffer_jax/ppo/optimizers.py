@@ -6,7 +6,7 @@ traced function and continue from the old state. In float32 a Python `beta` is m
 traced one: 1 - 0.999 is rounded once, after the subtraction, as in torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from puffer_jax.base.text import hint
 from puffer_jax.kernels import cpu
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.kernels.cpu import native
+from puffer_jax.kernels.reductions import norm
 from puffer_jax.nn.torch_layout import Conversion
 
 # (params, opt_state, gradients, skip) -> (params, opt_state); where `skip`, they stay as they are.
@@ -176,7 +177,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
 
 
 def _clip_scale(gradients: PyTree, max_norm: ArrayLike) -> Array:
-    return jnp.minimum(1, max_norm / (optax.global_norm(gradients) + 1e-6))
+    return jnp.minimum(1, max_norm / (norm(jax.tree.leaves(gradients)) + 1e-6))
 
 
 def adam(
@@ -259,10 +260,9 @@ def muon(
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         momentum = jax.tree.map(lambda m, g: _average(m, g, beta1), state.momentum, updates)
         tensors = to_torch(jax.tree.map(jnp.add, updates, momentum))
-        directions = {
-            name: _orthogonalize(x, newton_schulz_dtype) if x.ndim >= 2 else x
-            for name, x in tensors.items()
-        }
+        matrices = [name for name, x in tensors.items() if x.ndim >= 2]
+        orthogonal = _orthogonalize(*map(tensors.get, matrices), dtype=newton_schulz_dtype)
+        directions = tensors | dict(zip(matrices, orthogonal, strict=True))
         rate = jnp.negative(learning_rate)
         steps = jax.tree.map(lambda x: rate.astype(x.dtype) * x, from_torch(directions))
         return steps, MuonState(momentum)
@@ -275,20 +275,81 @@ def _average(average: Array, new: Array, decay: ArrayLike) -> Array:
     return old_part * average + new_part * new.astype(average.dtype)
 
 
-def _orthogonalize(
-    tensor: Float[Array, "out *rest"], dtype: DTypeLike | None
-) -> Float[Array, "out *rest"]:
+def _orthogonalize_xla(*tensors: Array, dtype: DTypeLike | None) -> tuple[Array, ...]:
+    return tuple(_oriented(_newton_schulz(_lying(x), dtype), x) for x in tensors)
+
+
+def _orthogonalize_joined(*tensors: Array, dtype: DTypeLike | None) -> tuple[Array, ...]:
+    """As one batch of matrices after another: rows and columns of zeros stay zero, and add none."""
+    matrices = [_lying(x) for x in tensors]
+    results: dict[int, Array] = {}
+    for group, (rows, columns) in _groups([x.shape for x in matrices]):
+        batch = jnp.stack([
+            jnp.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1])))
+            for x in (matrices[i] for i in group)
+        ])  # fmt: skip
+        done = jax.vmap(partial(_newton_schulz, dtype=dtype))(batch)
+        for x, i in zip(done, group, strict=True):
+            height, width = matrices[i].shape
+            results[i] = _oriented(x[:height, :width], tensors[i])
+    return tuple(results[i] for i in range(len(tensors)))
+
+
+# A product with so many multiplications takes an H100 about as long as its launch.
+_LAUNCH = 2**25
+
+
+def _groups(shapes: Sequence[tuple[int, ...]]) -> list[tuple[list[int], tuple[int, int]]]:
+    """Which matrices go together, and the shape that has room for each of them.
+
+    Those of one shape do, and those small enough that a product costs its launch.
+    """
+    groups: list[tuple[list[int], tuple[int, int]]] = []
+    for i in sorted(range(len(shapes)), key=lambda i: shapes[i], reverse=True):
+        rows, columns = shapes[i]
+        for j, (members, (height, width)) in enumerate(groups):
+            joint = max(rows, height), max(columns, width)
+            if joint == (rows, columns) == (height, width) or joint[0] ** 2 * joint[1] <= _LAUNCH:
+                groups[j] = [*members, i], joint
+                break
+        else:
+            groups.append(([i], (rows, columns)))
+    return groups
+
+
+def _orthogonalize_joined_takes(*tensors: Array, dtype: DTypeLike | None) -> bool:
+    return len(tensors) > 1 and len({x.dtype for x in tensors}) == 1
+
+
+_orthogonalize = Operation(
+    "orthogonalize",
+    xla=_orthogonalize_xla,
+    gpu=Kernel(_orthogonalize_joined, takes=_orthogonalize_joined_takes),
+    tpu=Kernel(_orthogonalize_joined, takes=_orthogonalize_joined_takes),
+)
+
+
+def _lying(tensor: Float[Array, "out *rest"]) -> Float[Array, "short long"]:
+    """The tensor as a matrix (out, rest), transposed if it has more rows than columns."""
     matrix = tensor.reshape(tensor.shape[0], -1)
-    rows, columns = matrix.shape
-    x = matrix.T if rows > columns else matrix
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _newton_schulz(x: Float[Array, "short long"], dtype: DTypeLike | None) -> Array:
     # The Frobenius norm bounds the largest singular value, which the steps need below about 1.
     x = (x / jnp.maximum(jnp.linalg.norm(x), 1e-7)).astype(dtype or x.dtype)
     identity = jnp.eye(x.shape[0], dtype=x.dtype)
     for a, b, c in _NEWTON_SCHULZ:
         gram = x @ x.T
         x = ((c * gram + b * identity) @ gram + a * identity) @ x
-    x = (x.T if rows > columns else x).astype(tensor.dtype)
-    return (x * max(1, rows / columns) ** 0.5).reshape(tensor.shape)
+    return x
+
+
+def _oriented(x: Float[Array, "short long"], like: Array) -> Array:
+    """The matrix in the shape and dtype of a tensor, scaled as Muon does."""
+    rows, columns = like.shape[0], like.size // like.shape[0]
+    x = (x.T if rows > columns else x).astype(like.dtype)
+    return (x * max(1, rows / columns) ** 0.5).reshape(like.shape)
 
 
 def cosine_schedule(

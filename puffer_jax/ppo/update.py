@@ -1,15 +1,18 @@
 """One epoch's update."""
 
 import math
+import operator
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from puffer_jax.kernels.reductions import first_nonfinite
 from puffer_jax.nn import random
 from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.torch_layout import Conversion, torch_layout
@@ -27,7 +30,7 @@ from puffer_jax.ppo.experience import (
     TrainState,
 )
 from puffer_jax.ppo.moments import Normalization, add
-from puffer_jax.ppo.objective import loss
+from puffer_jax.ppo.objective import METRICS, loss
 from puffer_jax.ppo.sizes import Sizes
 
 
@@ -132,7 +135,7 @@ class Learner:
             values=details.values.reshape(shape),
             indices=rows.reshape(count, -1),
         )
-        losses = {name: metrics[name].sum() / count for name in metrics}
+        losses = dict(zip(METRICS, metrics.sum(axis=0) / count, strict=True))
         written_back = terms.advantages is None
         losses["explained_variance"] = _explained_variance(
             details.advantages, details.values if written_back else experience.values
@@ -267,16 +270,17 @@ def _optimizer_numbers(hypers: Hypers, learning_rate: Number) -> dict[str, Numbe
 
 def _optimizer_step(
     learner: Learner, terms: _Terms, state: TrainState, details: Details, draws: Array
-) -> tuple[tuple[TrainState, Details], tuple[Metrics, Array]]:
+) -> tuple[tuple[TrainState, Details], tuple[Array, Array]]:
     """The minibatches of one optimizer step, and the step itself."""
     before, gradients = details, None
-    bad, metrics, rows = jnp.zeros((), bool), [], []
+    none = jnp.int32(len(learner.names))
+    culprit, metrics, rows = none, [], []
     for draw in draws:
         current = terms.experience
         if terms.advantages is None:
             current = current._replace(values=details.values)
         part = _minibatch(learner, terms, state, current, details.ratio, draw)
-        bad = bad | _nonfinite(learner, current, part)
+        culprit = jnp.minimum(culprit, _nonfinite(learner, current, part))
         details = details._replace(
             advantages=part.advantages,
             ratio=details.ratio.at[part.rows].set(part.ratio),
@@ -284,25 +288,25 @@ def _optimizer_step(
             priorities=part.priorities,
         )
         gradients = _sum(gradients, part.gradients)
-        metrics.append(part.metrics)
+        # One array: a program writes one into its results, and not each number by itself.
+        metrics.append(jnp.stack([part.metrics[name] for name in METRICS]))
         rows.append(part.rows)
     if learner.config.mean_accumulate:
         gradients = jax.tree.map(lambda g: g / len(rows), gradients)
-    skip = bad.any() & (learner.config.on_nonfinite != "ignore")
+    bad = culprit < none
+    skip = bad & (learner.config.on_nonfinite != "ignore")
     params, opt_state = terms.step(state.params, state.opt_state, gradients, skip)
     details = details._replace(
         values=jnp.where(skip, before.values, details.values),
         ratio=jnp.where(skip, before.ratio, details.ratio),
     )
-    culprit = jnp.where((state.culprit < 0) & bad.any(), bad.argmax(), state.culprit)
     state = state._replace(
         params=params,
         opt_state=opt_state,
-        nonfinite=state.nonfinite + bad.any(),
-        culprit=culprit.astype(jnp.int32),
+        nonfinite=state.nonfinite + bad,
+        culprit=jnp.where((state.culprit < 0) & bad, culprit, state.culprit),
     )
-    sums = jax.tree.map(lambda *x: sum(x), *metrics)
-    return (state, details), (sums, jnp.stack(rows))
+    return (state, details), (reduce(operator.add, metrics), jnp.stack(rows))
 
 
 def _minibatch(
@@ -339,15 +343,12 @@ def _minibatch(
     return Minibatch(rows, probs, advantages, total, metrics, new_ratio, values, gradients)
 
 
-def _nonfinite(learner: Learner, experience: Experience, part: Minibatch) -> Bool[Array, " arrays"]:
-    """Which arrays of a minibatch, the first of `learner.names`, are not finite."""
+def _nonfinite(learner: Learner, experience: Experience, part: Minibatch) -> Int[Array, ""]:
+    """The first of `learner.names` whose array is not finite; if all are, a larger number."""
     values = (experience.rewards, part.advantages, part.ratio, part.values, part.loss)
-    return _not_finite((values, learner.to_torch(part.gradients)))
-
-
-def _not_finite(tree: PyTree) -> Bool[Array, " arrays"]:
-    """Which arrays of a tree are not finite, in the order of its leaves: dicts' by their names."""
-    return jnp.stack([~jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+    arrays = jax.tree.leaves((values, learner.to_torch(part.gradients)))
+    first = first_nonfinite(arrays)
+    return jnp.where(first < len(arrays), first, len(learner.names))
 
 
 def _if_finite(learner: Learner, before: TrainState, after: TrainState) -> TrainState:
@@ -355,15 +356,16 @@ def _if_finite(learner: Learner, before: TrainState, after: TrainState) -> Train
 
     Finite gradients can make such: of a rate that is too high, or with an epsilon of 0.
     """
-    bad = _not_finite(learner.to_torch(after.params))
-    broken = bad.any() & (learner.config.on_nonfinite != "ignore")
+    arrays = jax.tree.leaves(learner.to_torch(after.params))  # as the names, in their order
+    first = first_nonfinite(arrays)
+    broken = (first < len(arrays)) & (learner.config.on_nonfinite != "ignore")
     params, opt_state = jax.tree.map(
         lambda old, new: jnp.where(broken, old, new),
         (before.params, before.opt_state),
         (after.params, after.opt_state),
     )
     # All that was not finite in the minibatches after it came of that.
-    culprit = jnp.where(broken, len(learner.names) - bad.size + bad.argmax(), after.culprit)
+    culprit = jnp.where(broken, len(learner.names) - len(arrays) + first, after.culprit)
     return after._replace(
         params=params,
         opt_state=opt_state,
