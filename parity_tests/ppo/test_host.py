@@ -307,3 +307,44 @@ def test_envpools_are_gymnasiums_or_an_error():
         as_host_env(Pool("gym"))
     with pytest.raises(ValueError, match=r"handed out 1 of 2 environments.*batch_size"):
         as_host_env(Pool("gymnasium", batch=1)).async_reset(0)
+
+
+def test_a_step_is_one_program_and_the_devices_arrays_stay_there(unoptimised):
+    envs = gymnasium.vector.SyncVectorEnv([lambda: Steps(3)] * 2)
+    policy = puffer_jax.Default(envs, 4, rngs=nnx.Rngs(0))
+    config = PuffeRLConfig(num_envs=2, batch_size=16, bptt_horizon=8, minibatch_size=8)
+    source = HostSource(config, as_host_env(envs), policy, Profile())
+    params, step, steps = puffer_jax.split(policy)[1], source.step, []
+
+    def counted(params, state, *inputs):
+        # The only things that go to the device in a step, and at once.
+        steps.append(jax.device_put(inputs))
+        with jax.transfer_guard_host_to_device("disallow"):
+            return step(params, state, *steps[-1])
+
+    source.step = counted
+    stream = source.init(jax.random.key(0))
+    key = jax.random.key(1)
+    source._keys(key)
+    finish = source._finish
+
+    def unguarded(*inputs):
+        with jax.transfer_guard_host_to_device("allow"):
+            return finish(*inputs)
+
+    source._finish = unguarded
+    with jax.transfer_guard_host_to_device("disallow"):
+        source.collect(params, stream, key)
+    assert len(steps) == 8
+    assert step._cache_size() == finish._cache_size() == source._keys._cache_size() == 1
+
+
+def test_nothing_is_transferred_in_an_epoch_of_jax_native_environments(quick):
+    env = puffer_jax.environments.make("cartpole")
+    policy = puffer_jax.Default(env, 4, rngs=nnx.Rngs(0))
+    sizes = {"batch_size": 16, "bptt_horizon": 8, "minibatch_size": 8}
+    config = PuffeRLConfig(num_envs=2, total_timesteps=16, **sizes)
+    train = jax.jit(puffer_jax.make_train(config, env, policy))
+    key = jax.random.key(0)
+    with jax.transfer_guard("disallow"):
+        train(key)
