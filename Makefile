@@ -20,7 +20,8 @@ NEWEST = test_golden environments/test_jaxenv environments/test_environments
 BY_FILE = -n 2 --dist loadfile --no-loadscope-reorder
 PIP = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-matrix test-oldest test-newest lint table docs dist clean
+.PHONY: demo test test-matrix test-oldest test-newest accelerators accelerators-cuda accelerators-tpu \
+	lint table docs dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -40,6 +41,14 @@ test-newest: .venv-newest/installed
 	PUFFER_JAX_GOLDEN_ONLY=1 PUFFER_JAX_NO_GYMNAX=1 \
 	.venv-newest/bin/python -m pytest $(BY_FILE) $(NEWEST:%=parity_tests/%.py)
 	rm .venv-newest/installed  # made anew next time, since what is newest changes
+
+# Compiled for an H100 and a TPU v5e, without either; `make -j2 accelerators` does both at once.
+# EVERY=--every compiles every program in every precision.
+accelerators: accelerators-cuda accelerators-tpu
+
+accelerators-cuda accelerators-tpu: accelerators-%: .venv/installed build/compilers/installed
+	$(BIN)/python -m pytest -p no:cacheprovider --confcutdir parity_tests/accelerators \
+	parity_tests/accelerators --platform $* $(EVERY)
 
 lint: .venv/linters
 	$(BIN)/ruff check .
@@ -81,6 +90,13 @@ dist: .venv/dist
 .venv-newest/installed: pyproject.toml
 	python=$$(.ci/python 3.13) && "$$python" -m venv --clear .venv-newest
 	.venv-newest/bin/$(PIP) -e ".[train,vector,pettingzoo,atari,minigrid,tools]"
+	touch $@
+
+# The compilers' own libraries, about 440 MB, beside any environment.
+build/compilers/installed: .venv/installed .ci/compilers.py
+	rm -rf build/compilers && mkdir -p build/compilers
+	$(BIN)/python .ci/compilers.py > build/compilers/versions.txt
+	$(BIN)/$(PIP) --no-deps --target build/compilers -r build/compilers/versions.txt
 	touch $@
 
 .venv/linters: .venv/installed

@@ -42,6 +42,8 @@ if not OPTIMISED:
     del os.environ["XLA_FLAGS"]
     if flags is not None:
         os.environ["XLA_FLAGS"] = flags
+# `make accelerators` runs these in processes of their own.
+collect_ignore = ["accelerators"]
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"
 # Its releases so far cannot be installed beside jax 0.12, so what tests it may be left out, too.
 NO_GYMNAX = os.environ.get("PUFFER_JAX_NO_GYMNAX") == "1"
