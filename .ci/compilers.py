@@ -1,4 +1,4 @@
-"""Print what compiling for an H100 and a TPU takes, in the versions of the JAX that is installed."""
+"""Print what compiling for an H100 and a TPU takes, in the versions of the installed JAX."""
 
 import re
 from importlib.metadata import requires, version

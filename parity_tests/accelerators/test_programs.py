@@ -2,7 +2,6 @@
 
 import jax
 import programs
-import pytest
 from limits import LIMITS, Limit, faults
 
 # With --every, what is not in the table only has to compile, to call no host and no CPU kernel.

@@ -215,3 +215,10 @@ def test_a_process_that_dies_is_an_error():
 def test_a_process_loads_no_framework_but_its_own():
     code = "import sys, puffer_jax.bench.worker; print({'jax', 'torch', 'tyro'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    with pytest.raises(Failed, match=r"JAX finds no gpu here.*cuda12"):
+        Worker("jax", 1, "gpu", "float32")

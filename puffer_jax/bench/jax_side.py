@@ -25,14 +25,24 @@ from puffer_jax.ppo.config import PuffeRLConfig
 
 
 def start(threads: int, device: str, precision: str) -> dict[str, object]:
-    """Set the precision; returns what runs here."""
+    """Set the precision; returns what runs here.
+
+    Raises:
+        RuntimeError: JAX finds no such device.
+    """
+    try:
+        kind = jax.devices()[0].device_kind
+    except (RuntimeError, AssertionError) as error:  # an assertion if there is no plugin for it
+        raise RuntimeError(
+            f"JAX finds no {device} here; for NVIDIA's GPUs: pip install 'jax[cuda12]'"
+        ) from error
     if precision == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     else:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     kernels = "ours" if native.is_available("float32") else "XLA's"
-    return {**versions, "device": jax.devices()[0].device_kind, "kernels": kernels}
+    return {**versions, "device": kind, "kernels": kernels}
 
 
 def forget() -> None:

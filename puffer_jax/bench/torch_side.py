@@ -45,6 +45,8 @@ except ImportError:
 def start(threads: int, device: str, precision: str) -> dict[str, object]:
     """Set threads, device and precision; returns what runs here."""
     global DEVICE
+    if device == "gpu" and not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} finds no GPU here: is it built for CUDA?")
     torch.set_num_threads(threads)
     DEVICE = torch.device("cpu" if device == "cpu" else "cuda")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

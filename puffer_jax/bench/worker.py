@@ -52,7 +52,11 @@ class Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
-        self.about: dict[str, object] = self.ask("start", side, threads, device, precision)
+        try:
+            self.about: dict[str, object] = self.ask("start", side, threads, device, precision)
+        except Failed:
+            self.close()
+            raise
 
     def ask(self, method: str, *arguments: object) -> Any:
         """Call a method of `_Server` there.
