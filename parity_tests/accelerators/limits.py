@@ -22,7 +22,21 @@ class Limit(NamedTuple):
     transpositions: int = 0
 
 
-LIMITS: dict[tuple[str, str], dict[str, Limit]] = {}
+# Each kind of program and each precision once for each platform, as all of them with all would take
+# an hour. Transposed are filters, observations as they are scaled, and the last features, whose
+# order is torch's; in an epoch also what a rollout has stored step by step. On TPUs transpositions
+# of the gates are the compiler's own.
+LIMITS: dict[tuple[str, str], dict[str, Limit]] = {
+    ("act-default", "float32"): {"cuda": Limit(8, (), 3), "tpu": Limit(15, (), 1)},
+    ("act-lstm", "tf32"): {"tpu": Limit(20, (), 1)},
+    ("act-lstm", "float32"): {"cuda": Limit(13, (), 17)},
+    ("act-nature", "bfloat16"): {"cuda": Limit(19, (), 21, 4)},
+    ("gradient-default", "float32"): {"cuda": Limit(23, (), 98)},
+    ("gradient-lstm", "float32"): {"cuda": Limit(39, (), 323)},
+    ("gradient-lstm", "bfloat16"): {"tpu": Limit(47, (), 231, 14)},
+    ("gradient-nature", "tf32"): {"cuda": Limit(44, (), 74, 9)},
+    ("epoch-lstm", "tf32"): {"cuda": Limit(121, (74, 28), 337, 5)},
+}
 
 
 def faults(program: Program | Callable[[], Program], limit: Limit) -> list[str]:
