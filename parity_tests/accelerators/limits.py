@@ -22,10 +22,9 @@ class Limit(NamedTuple):
     transpositions: int = 0
 
 
-# Each kind of program and each precision once for each platform, as all of them with all would take
-# an hour. Transposed are filters, observations as they are scaled, and the last features, whose
-# order is torch's; in an epoch also what a rollout has stored step by step. On TPUs transpositions
-# of the gates are the compiler's own.
+# Each kind of program and each precision once or twice; `--every` compiles all with all. Transposed
+# are filters, observations as they are scaled, and the last features, whose order is torch's; in an
+# epoch also what a rollout has stored step by step, and on TPUs the gates, by the compiler.
 LIMITS: dict[tuple[str, str], dict[str, Limit]] = {
     ("act-default", "float32"): {"cuda": Limit(8, (), 3), "tpu": Limit(15, (), 1)},
     ("act-lstm", "tf32"): {"tpu": Limit(20, (), 1)},
