@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 
@@ -115,7 +116,7 @@ def _normalised(logits: Array) -> tuple[Array, Array]:
 def _score(logits: ArrayLike, action: Array | None, label: str = "") -> tuple[Array, Array, Array]:
     """(action, logprob, entropy) of a given action, or of the most likely one."""
     logits = at_least_float32(logits)
-    if action is None or not isinstance(logits, jax.core.Tracer):
+    if action is None or not isinstance(logits, Tracer):
         return _score_xla(logits, action, label=label)
     return action, *_score_given(logits, action)
 

@@ -120,7 +120,8 @@ class JaxSource:
             state = self._player.at_start(stream.state, arrival.start)
             values = self._player.value(params, arrival.obs, state)
             experience = with_following(experience, last_of(config, arrival, values), agents)
-        return stream, experience, Episodes(sums[0][0], *sums[1], sums[0][1])
+        (ended, steps), (returns, lengths) = sums
+        return stream, experience, Episodes(ended, returns, lengths, steps)
 
     def summary(self, outcome: Episodes) -> tuple[int, Stats]:
         """Steps of a batch, and the mean once per episode, so that all episodes weigh the same."""

@@ -1,6 +1,7 @@
 """The recurrence of advantages for NVIDIA's GPUs: one launch, a thread for each row."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def _kernel(a, b, y) -> None:
 
 
 def _forward(interpret: bool, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    y = _recurrence(interpret, a, b)
+    y: Any = _recurrence(interpret, a, b)
     return y, (b, y)
 
 
@@ -74,7 +75,8 @@ def _backward(interpret: bool, residuals: tuple[Array, Array], dy: Array) -> tup
     b, y = residuals
     # The same recurrence forward in time: what reaches a step comes from the one before.
     before = jnp.pad(b[:, :-1], ((0, 0), (1, 0)))
-    da = _recurrence(interpret, dy[:, ::-1], before[:, ::-1])[:, ::-1]
+    reversed_da: Any = _recurrence(interpret, dy[:, ::-1], before[:, ::-1])
+    da = reversed_da[:, ::-1]
     return da, da * jnp.pad(y[:, 1:], ((0, 0), (0, 1)))
 
 
