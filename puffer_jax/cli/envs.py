@@ -172,8 +172,9 @@ def _make_v4(env: Any, chosen: dict[str, Any], core: str | None, **options: Any)
 def settled(options: PolicyOptions, policy: Any) -> PolicyOptions:
     """The options that make a policy like this one again, whatever other versions' defaults are."""
     if isinstance(policy, v4.Policy):
+        network: Any = policy.network
         parts = {n: type(getattr(policy, n)).__name__ for n in ("network", "encoder", "decoder")}
-        sizes = {"hidden_size": policy.hidden_size, "num_layers": policy.network.num_layers}
+        sizes = {"hidden_size": policy.hidden_size, "num_layers": network.num_layers}
         return dataclasses.replace(options, name=V4, **sizes, **parts)
     inner = policy.policy if is_recurrent(policy) else policy
     known = {field.name for field in dataclasses.fields(PolicyOptions)}

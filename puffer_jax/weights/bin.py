@@ -40,10 +40,10 @@ def padding_of(policy: nnx.Module, padding: int | None) -> int:
     Raises:
         ValueError: it is below 1.
     """
-    padding = getattr(policy, "bin_padding", 1) if padding is None else padding
-    if padding < 1:
-        raise ValueError(f"padding is {padding}; it must be at least 1")
-    return padding
+    found: int = getattr(policy, "bin_padding", 1) if padding is None else padding
+    if found < 1:
+        raise ValueError(f"padding is {found}; it must be at least 1")
+    return found
 
 
 def _starts(sizes: Sequence[int], padding: int) -> tuple[list[int], int]:

@@ -125,7 +125,8 @@ class GatedCore(nnx.Module):
 
     def _parts(self, state: State) -> Parts:
         # A carried state never changes its dtype.
-        return tuple(_cast(state[name], self.weight_hh_l0.dtype) for name in self.state_names)
+        dtype = weights_of(self, 0)[1].dtype
+        return tuple(_cast(state[name], dtype) for name in self.state_names)
 
     def _named(self, parts: Sequence[Array]) -> State:
         return dict(zip(self.state_names, parts, strict=True))

@@ -45,7 +45,8 @@ class GRU(GatedCore):
         dtype: DTypeLike | None,
     ) -> Parts:
         """One step of a layer: its new h."""
-        return (gru_step(*weights, x, *parts, dtype),)
+        (h,) = parts
+        return (gru_step(*weights, x, h, dtype),)
 
     @classmethod
     def layer_scan(
@@ -57,7 +58,8 @@ class GRU(GatedCore):
         dtype: DTypeLike | None,
     ) -> tuple[Float[Array, "batch time hidden"], Parts]:
         """All steps of a layer: the outputs and the last h."""
-        outputs, h = gru_scan(*weights, x, *parts, done, dtype)
+        (h,) = parts
+        outputs, h = gru_scan(*weights, x, h, done, dtype)
         return outputs, (h,)
 
 

@@ -37,7 +37,8 @@ class LSTM(GatedCore):
         dtype: DTypeLike | None,
     ) -> Parts:
         """One step of a layer: its new h and c."""
-        return lstm_step(*weights, x, *parts, dtype)
+        h, c = parts
+        return lstm_step(*weights, x, h, c, dtype)
 
     @classmethod
     def layer_scan(
@@ -51,5 +52,6 @@ class LSTM(GatedCore):
         """All steps of a layer: the outputs, the last h and c."""
         weight_ih, weight_hh, bias_ih, bias_hh = weights
         bias = bias_ih + bias_hh
-        outputs, *last = lstm_scan(weight_ih, weight_hh, bias, x, *parts, done, dtype)
-        return outputs, tuple(last)
+        h, c = parts
+        outputs, h, c = lstm_scan(weight_ih, weight_hh, bias, x, h, c, done, dtype)
+        return outputs, (h, c)
