@@ -41,19 +41,13 @@ def start(platform: str) -> "Compiler":
         nvcc = FOLDER / "nvidia" / "cuda_nvcc"
         # What spills registers fails to compile. Nothing can be timed to choose between kernels.
         flags += f" --xla_gpu_cuda_data_dir={nvcc} --xla_gpu_autotune_level=0"
-        flags += os.environ.get(
-            "SPILL", " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
-        )
+        flags += " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
     else:
         library = FOLDER / "libtpu" / "libtpu.so"
         os.environ |= {"TPU_LIBRARY_PATH": str(library), "TPU_SKIP_MDS_QUERY": "1"}
         # Two processes may compile at once, as there is no TPU to quarrel about.
         os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("LEVEL", "3"),
-    }
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
     sys.path.append(str(FOLDER))
     import jax
     import numpy as np
