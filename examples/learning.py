@@ -1,7 +1,4 @@
-"""What `puffer-jax train --env X` learns, with no other flag: `python examples/learning.py`.
-
-Trains every task with several seeds, prints a table of final returns and writes learning.png.
-"""
+"""What `puffer-jax train --env X` learns: a table of final returns, and learning.png."""
 
 import json
 import os

@@ -54,7 +54,9 @@ def _forward(x: Array, projected: Array, h: Array, starts: Array | None):
     return results, (x, projected, h, starts, states)
 
 
-def _backward(residuals: tuple[Array, ...], d_results: tuple[Array, Array]):
+def _backward(
+    residuals: tuple[Array, Array, Array, Array | None, Array], d_results: tuple[Array, Array]
+):
     x, projected, h, starts, states = residuals
     d_outputs, d_last = d_results
     z, closed, candidate, slope, passed, kept = _gates(projected, starts)
