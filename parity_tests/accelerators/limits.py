@@ -35,6 +35,7 @@ LIMITS: dict[tuple[str, str], dict[str, Limit]] = {
     ("gradient-lstm", "bfloat16"): {"tpu": Limit(47, (), 231, 14)},
     ("gradient-nature", "tf32"): {"cuda": Limit(44, (), 74, 9)},
     ("population-default", "tf32"): {"cuda": Limit(38, (66, 52, 21), 111, 3)},
+    ("epoch-default", "tf32"): {"cuda": Limit(93, (56, 23), 111, 5)},
     ("epoch-lstm", "tf32"): {"cuda": Limit(121, (74, 28), 337, 5)},
 }
 
