@@ -55,6 +55,8 @@ def policy_of(net: str, dtype: Any) -> Any:
         return puffer_jax.Convolutional(env, framestack=4, flat_size=3136, **more)
     if net == "resnet":
         return puffer_jax.ProcgenResnet(env, **more)
+    if net == "mingru":
+        return puffer_jax.v4.Policy.for_env(env, hidden_size=HIDDEN, num_layers=4, **more)
     policy = puffer_jax.Default(env, HIDDEN, **more)
     if net == "lstm":
         return puffer_jax.LSTMWrapper(env, policy, HIDDEN, HIDDEN, **more)
@@ -82,7 +84,7 @@ def act(net: str, dtype: Any) -> Built:
         logits, values, *rest = puffer_jax.merge(graphdef, params).forward_eval(observations, state)
         return *puffer_jax.sample_logits(logits, key=key), values, rest
 
-    state = policy.initial_state(batch) if net == "lstm" else None
+    state = policy.initial_state(batch) if net in ("lstm", "mingru") else None
     return Built(function, (params, _observations(net, batch), state, jax.random.key(0)))
 
 

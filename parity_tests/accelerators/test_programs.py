@@ -6,7 +6,7 @@ from limits import LIMITS, Limit, faults
 
 # With --every, what is not in the table only has to compile, to call no host and no CPU kernel.
 ANY = Limit(10**6, (10**6,) * 100, 10**6, 10**6)
-NETS = ("default", "lstm", "nature", "resnet")
+NETS = ("default", "lstm", "nature", "resnet", "mingru")
 EVERY = [
     *(f"{kind}-{net}" for kind in ("act", "gradient") for net in NETS),
     *(f"{kind}-{net}" for kind in ("epoch", "train", "population") for net in NETS[:2]),

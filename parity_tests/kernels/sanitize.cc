@@ -467,6 +467,24 @@ Call recurrence(Random& random, const std::string& kernel) {
   return {kernel, {all, all}, {all}};
 }
 
+Call mingru(Random& random, const std::string& kernel) {
+  const Index time = size(random, 9), batch = size(random, 70), hidden = size(random, 300);
+  const Array all = numbers({time, batch, hidden}), gates = numbers({time, batch, 3 * hidden});
+  const Array state = numbers({batch, hidden});
+  const Array starts{XLA_FFI_DataType_PRED, flip(random) ? Dims{time, batch} : Dims{0, 0}};
+  if (kernel == "puffer_jax_mingru_backward") {
+    Call call{kernel, {all, gates, state, starts, all, all, state}, {all, gates, state}};
+    call.results[0].in_place_of = 5;
+    call.results[2].in_place_of = 6;
+    return call;
+  }
+  if (flip(random)) return {kernel, {all, gates, state, starts}, {all, state, all}};
+  Call call{kernel, {all, gates, state, starts}, {all, state, numbers({0})}};
+  call.results[0].in_place_of = 0;
+  call.results[1].in_place_of = 2;
+  return call;
+}
+
 Call drawing(Random& random, const std::string& kernel) {
   const Index keys = size(random, 20), rows = size(random, 60), n = size(random, 300);
   const Array key{XLA_FFI_DataType_U32, {keys, 2}};
@@ -487,6 +505,7 @@ Call draw(Random& random, const std::string& kernel, Index i) {
               : has("max_pool")  ? pooling(random, kernel)
               : has("adam")      ? adam(random, kernel)
               : has("recur")     ? recurrence(random, kernel)
+              : has("mingru")    ? mingru(random, kernel)
               : has("linear") || has("perceptron") ? linear(random, kernel)
                                                    : drawing(random, kernel);
   call.threads = 1 + i % 3;

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from puffer_jax.kernels import OPERATIONS
+from puffer_jax.kernels.gpu import mingru as gpu
 from puffer_jax.kernels.gpu.recurrence import recurrence
 from puffer_jax.nn import sampling
 from puffer_jax.ppo import jax_rollout, optimizers  # noqa: F401  (they declare operations)
@@ -133,3 +134,24 @@ def test_the_recurrence_of_advantages(rows, time):
         np.testing.assert_allclose(x, y, **CLOSE)
     several = jax.vmap(lambda a, b: recurrence(a, b, interpret=True))(a[None], b[None])
     np.testing.assert_allclose(several[0], xla(a, b), **CLOSE)
+
+
+@pytest.mark.parametrize("starting", [False, True])
+@pytest.mark.parametrize("hidden", [1, 130])
+def test_a_layer_of_the_mingru(hidden, starting):
+    arrays = some(5, 3, hidden), some(5, 3, 3 * hidden), some(3, hidden)
+    starts = some(5, 3) > 0.5 if starting else jnp.zeros((0, 0), bool)
+    d_results = some(5, 3, hidden, seed=1), some(3, hidden, seed=1)
+    xla = OPERATIONS["mingru_layer"].implementations["xla"]
+
+    @jax.jit
+    def run(arrays, d_results):
+        results, kept = gpu.mingru(True, *arrays, starts, interpret=True)
+        without, _ = gpu.mingru(False, *arrays, starts, interpret=True)
+        gradients = gpu.mingru_gradient((*arrays, starts), kept, d_results, interpret=True)
+        plain, back = jax.vjp(lambda *some: xla(*some, starts), *arrays)
+        return ((results, gradients), (plain, back(d_results))), (results, without)
+
+    for pair in run(arrays, d_results):
+        for x, y in zip(*map(jax.tree.leaves, pair), strict=True):
+            np.testing.assert_allclose(x, y, **CLOSE)

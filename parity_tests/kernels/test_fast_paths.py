@@ -554,6 +554,7 @@ LENGTHS = """
 import jax, jax.numpy as jnp, numpy as np
 from puffer_jax import layers, random, sample_logits
 from puffer_jax.kernels import use
+from puffer_jax.kernels.mingru import mingru_layer
 from puffer_jax.kernels.perceptron import linear, perceptron
 from puffer_jax.kernels.windows import Windows
 jax.config.update("jax_enable_x64", True)
@@ -570,11 +571,14 @@ lstm = draw(148, 5), draw(148, 37), draw(148), draw(13, 3, 5), draw(13, 37), dra
 pixels = np.arange(2 * 4 * 5 * 70, dtype=np.uint8).reshape(2, 4, 5, 70)
 planes = windows._replace(channels_first=True, out_channels_first=True)
 step = draw(148, 5), draw(148, 37), draw(148), draw(148), draw(13, 5), draw(13, 37), draw(13, 37)
+mingru = draw(3, 13, 37), draw(3, 13, 111), draw(13, 37)
+starts = draw(3, 13) > 1
 calls = [
     (lambda *a: layers.convolution(*a, windows), (images, kernel, b2)),
     (lambda *a: layers.convolution(pixels, *a, planes), (draw(3, 4, 4, 18), b2)),
     (lambda *a: jnp.concatenate(layers.lstm_scan(*a)[1:]), lstm),
     (lambda *a: jnp.concatenate(layers.lstm_step(*a)), step),
+    (lambda *a: jnp.vstack([y.reshape(-1, 37) for y in mingru_layer(*a, starts)]), mingru),
 ]
 for heads in ((), (w2[:, :3], b2[:3]), (w2[:, :2], b2[:2], w2, b2)):
     calls.append((lambda *a: jnp.concatenate(perceptron(*a), 1), (x, w1, b1, *heads)))

@@ -526,10 +526,10 @@ def test_an_exception_says_whose_it_is(side):
 # --- gradients that are wrong, of every implementation ------------------------------------------
 
 # What no policy's forward pass computes: draws, advantages, the optimizer's step. And MinGRU's
-# recurrence, which PufferLib 3 does not have.
+# layers, which PufferLib 3 does not have.
 NOT_IN_POLICIES = {
     *("threefry", "categorical", "sample", "score", "outcome", "recurrence", "recurrence_onwards"),
-    *("sums", "norm", "first_nonfinite", "adam", "orthogonalize"),
+    *("mingru_layer", "sums", "norm", "first_nonfinite", "adam", "orthogonalize"),
 }
 
 

@@ -4,6 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from puffer_jax.kernels import cpu
+from puffer_jax.kernels.choice import Kernel, Operation
+from puffer_jax.kernels.cpu import native
+from puffer_jax.kernels.gates import highway_gates
+from puffer_jax.kernels.gpu import mingru as gpu
 from puffer_jax.kernels.recurrence import recurrence_onwards
 
 
@@ -28,36 +33,32 @@ def mingru_layer(
     and the state's is the same recurrence from the last step to the first. The price: no
     forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
-    return _layer(x, projected, h, starts)
+    none = jnp.zeros((0, 0), bool)  # a kernel's arguments are arrays
+    return _mingru_layer(x, projected, h, none if starts is None else starts)
 
 
 def _gates(projected: Array, starts: Array | None) -> tuple[Array, ...]:
-    """Of all steps: z, 1 - z, c, its slope, the sigmoid of p, and what is kept of the state."""
-    u, g, p = jnp.split(projected, 3, axis=-1)
-    positive, low = u >= 0, jax.nn.sigmoid(u)
-    candidate, slope = jnp.where(positive, u + 0.5, low), jnp.where(positive, 1, low * (1 - low))
-    # 1 - z as it stands would round to zero, or to few digits, where the gate is wide open.
-    closed = jax.nn.sigmoid(-g)
-    kept = closed if starts is None else jnp.where(starts[..., None], 0, closed)
-    return jax.nn.sigmoid(g), closed, candidate, slope, jax.nn.sigmoid(p), kept
+    """Of all steps: see `highway_gates`; and what is kept of the state."""
+    gates = highway_gates(*jnp.split(projected, 3, axis=-1))
+    kept = gates[1] if starts is None else jnp.where(starts[..., None], 0, gates[1])
+    return *gates, kept
 
 
 @jax.custom_vjp
-def _layer(x: Array, projected: Array, h: Array, starts: Array | None) -> tuple[Array, Array]:
+def _layer(x: Array, projected: Array, h: Array, starts: Array) -> tuple[Array, Array]:
     return _forward(x, projected, h, starts)[0]
 
 
-def _forward(x: Array, projected: Array, h: Array, starts: Array | None):
-    z, _, candidate, _, passed, kept = _gates(projected, starts)
+def _forward(x: Array, projected: Array, h: Array, starts: Array):
+    z, _, candidate, _, passed, kept = _gates(projected, starts if starts.size else None)
     states = recurrence_onwards(kept, z * candidate, h)
     results = passed * states + (1 - passed) * x, states[-1]
     return results, (x, projected, h, starts, states)
 
 
-def _backward(
-    residuals: tuple[Array, Array, Array, Array | None, Array], d_results: tuple[Array, Array]
-):
+def _backward(residuals: tuple[Array, ...], d_results: tuple[Array, Array]):
     x, projected, h, starts, states = residuals
+    starts = starts if starts.size else None
     d_outputs, d_last = d_results
     z, closed, candidate, slope, passed, kept = _gates(projected, starts)
     # What reaches a state: from its own output, and from the state after it.
@@ -73,3 +74,15 @@ def _backward(
 
 
 _layer.defvjp(_forward, _backward)
+
+
+def _takes(x: Array, projected: Array, h: Array, starts: Array) -> bool:
+    return native.takes(x, projected, h)
+
+
+_mingru_layer = Operation(
+    "mingru_layer",
+    xla=_layer,
+    cpu=Kernel(cpu.differentiable(cpu.mingru, cpu.mingru_gradient, _layer), takes=_takes),
+    gpu=Kernel(cpu.differentiable(gpu.mingru, gpu.mingru_gradient, _layer), takes=gpu.takes),
+)

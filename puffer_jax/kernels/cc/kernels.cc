@@ -1,4 +1,4 @@
-// The LSTM, convolutions, pooling, perceptrons and random numbers for CPUs, as XLA custom calls.
+// The LSTM, the MinGRU, convolutions, pooling, perceptrons and random numbers for CPUs, as XLA custom calls.
 //
 // Nearly all of it is one small matrix product (`tile`): rows of A read in place, where they lie in
 // an image, a sequence or a matrix; a panel of B; the sums in registers. What XLA:CPU lacks is the
@@ -17,6 +17,7 @@
 #include "lstm_backward.cc"
 #include "lstm_forward.cc"
 #include "lstm_step.cc"
+#include "mingru.cc"
 #include "perceptron.cc"
 #include "pooling.cc"
 #include "random.cc"

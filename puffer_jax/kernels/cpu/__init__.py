@@ -1,4 +1,4 @@
-"""LSTM, convolutions, pooling, perceptrons, random numbers: our own CPU kernels (XLA custom calls).
+"""LSTM, MinGRU, convolutions, pooling, perceptrons, random numbers: our own CPU kernels (XLA custom calls).
 
 They are built once, where they run and for the processor they run on: the library is kept in the
 user's cache. Without a C++ compiler, or with PUFFER_JAX_NATIVE=0 in the environment, everything
@@ -22,6 +22,8 @@ from puffer_jax.kernels.cpu.linear import perceptron_gradient as perceptron_grad
 from puffer_jax.kernels.cpu.lstm import lstm as lstm
 from puffer_jax.kernels.cpu.lstm import lstm_gradient as lstm_gradient
 from puffer_jax.kernels.cpu.lstm import lstm_step as lstm_step
+from puffer_jax.kernels.cpu.mingru import mingru as mingru
+from puffer_jax.kernels.cpu.mingru import mingru_gradient as mingru_gradient
 from puffer_jax.kernels.cpu.random import categorical as categorical
 from puffer_jax.kernels.cpu.random import sample as sample
 from puffer_jax.kernels.cpu.random import threefry as threefry

@@ -26,6 +26,8 @@ _NAMES = (
     "puffer_jax_linear",
     "puffer_jax_linear_gradient",
     "puffer_jax_perceptron_gradient",
+    "puffer_jax_mingru_forward",
+    "puffer_jax_mingru_backward",
     "puffer_jax_recur",
     "puffer_jax_adam",
     "puffer_jax_threefry",
