@@ -1,4 +1,4 @@
-"""LSTM, MinGRU, convolutions, pooling, perceptrons, random numbers: our own CPU kernels (XLA custom calls).
+"""CPU kernels for LSTM, MinGRU, convolutions, pooling, perceptrons, random numbers: custom calls.
 
 They are built once, where they run and for the processor they run on: the library is kept in the
 user's cache. Without a C++ compiler, or with PUFFER_JAX_NATIVE=0 in the environment, everything

@@ -33,4 +33,3 @@ def mingru_gradient(
         *(*arrays, states, *cotangents),
         aliases={5: 0, 6: 2},
     )
-
