@@ -32,7 +32,7 @@ TASKS = {
     "gymnax:Breakout-MinAtar": (5_000_000, 20),
     "gymnax:Asterix-MinAtar": (5_000_000, 10),
     "memory": (150_000, 2.5),
-    "memory --policy.core mingru": (150_000, 2.5),
+    "memory --policy.core mingru --policy.num-layers 3": (150_000, 2.5),
 }
 for name in ("CartPole-v1", "gymnax:Breakout-MinAtar"):  # PufferLib 4's core beside the LSTM
     TASKS |= {f"{name} {core}": TASKS[name] for core in ("--rnn", "--policy.core mingru")}

@@ -241,6 +241,22 @@ def test_convert_is_exact_in_all_directions(source, target, save, tmp_path):
         recurrent(MULTI).load_state_dict(torch.load(end, weights_only=True), strict=True)
 
 
+@pytest.mark.filterwarnings("always:.*has no sidecar")
+def test_convert_changes_the_padding_of_a_native_network(tmp_path, capsys):
+    env = puffer_jax.environments.make("cartpole")
+    native = {"encoder": "NativeEncoder", "decoder": "NativeDecoder"}
+    policy = puffer_jax.v4.Policy.for_env(env, 12, 1, **native, rngs=nnx.Rngs(0))
+    source, target = tmp_path / "source.bin", tmp_path / "target.bin"
+    puffer_jax.save_weights(policy, source, padding=5)
+    (tmp_path / "source.bin.json").unlink()
+    paddings = ["--source-padding", "5", "--padding", "1"]
+    assert main(["convert", str(source), str(target), "--env", "cartpole", *paddings]) == 0
+    assert "source.bin has no sidecar" in capsys.readouterr().err
+    expected = b"".join(tensor.tobytes() for tensor in puffer_jax.state_dict(policy).values())
+    assert target.read_bytes() == expected != source.read_bytes()
+    assert main(["convert", str(target), str(tmp_path / "x.pt"), "--padding", "2"]) == 2
+
+
 # --- the installed command -----------------------------------------------------------------------
 
 

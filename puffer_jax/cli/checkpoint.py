@@ -29,9 +29,10 @@ class CheckpointOptions:
     downsample: int = 1
     """A Convolutional policy sees every n-th pixel."""
 
-    def load(self, path: Path, env: SimpleNamespace | None) -> Any:
+    def load(self, path: Path, env: SimpleNamespace | None, padding: int | None = None) -> Any:
         """The policy in the checkpoint; `env` is `self.make_env()`."""
         options: dict[str, Any] = {
+            "padding": padding,
             "nvec": self.nvec[0] if self.nvec and len(self.nvec) == 1 else self.nvec,
             "channels_last": self.channels_last,
             "downsample": self.downsample,

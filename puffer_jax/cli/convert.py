@@ -20,8 +20,14 @@ class Convert(CheckpointOptions):
     """The checkpoint to read."""
     target: tyro.conf.Positional[Path]
     """The file to write."""
+    padding: int | None = None
+    """Of a `.bin` target: each tensor starts at a multiple of so many floats. By default 8 for
+    PufferLib 4's native network, 1 for others."""
+    source_padding: int | None = None
+    """The same of a `.bin` source that has no sidecar, which takes --env."""
 
     def run(self) -> int:
         """Convert, and return the exit code."""
-        save_weights(self.load(self.source, self.make_env()), self.target)
+        policy = self.load(self.source, self.make_env(), padding=self.source_padding)
+        save_weights(policy, self.target, padding=self.padding)
         return 0

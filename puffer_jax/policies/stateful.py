@@ -31,6 +31,10 @@ class Stateful(nnx.Module):
         """The core."""
         raise NotImplementedError
 
+    def example_shape(self) -> tuple[int, int, int] | None:
+        """See `FeedForward.example_shape`."""
+        return None
+
     def initial_state(self, batch_size: int) -> State:
         """The zero state of a new episode for `batch_size` agents."""
         hidden = jnp.zeros((batch_size, self.hidden_size), self.core.param_dtype)
