@@ -311,6 +311,11 @@ def trainer(
     return Case(lambda: jax.block_until_ready(run(key)), units=epochs * steps)
 
 
+def first_update(**arguments: Any) -> Case:
+    """A process of its own, from its start to the end of the first call of `trainer`."""
+    return rows.in_a_process(__name__, "trainer", arguments)
+
+
 class _Network(NamedTuple):
     """A network as PureJaxRL's users write it.
 

@@ -1,5 +1,7 @@
 """What is measured: the rows of the bench, their sizes and work. Imports no framework."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -221,6 +223,15 @@ def _trainers() -> Iterator[Row]:
                 unit="steps/s",
             )
 
+    for net in ("default", "lstm"):
+        yield Row(
+            f"first-update-{net}",
+            "a fresh process, until CartPole's first update (64 environments in turn) has ended",
+            "first_update",
+            {"ours": {}, "torch": {}, "ours, JAX-native": {"native": True}},
+            {"net": net, "envs": 64},
+        )
+
 
 def _environments() -> Iterator[Row]:
     kinds = {
@@ -312,6 +323,18 @@ def experience(envs: int, horizon: int, seed: int = 2) -> Arrays:
     }
     arrays = {name: array.astype(np.float32) for name, array in floats.items()}
     return arrays | {"actions": random.integers(0, 2, shape)}
+
+
+def in_a_process(module: str, family: str, arguments: Arguments) -> Case:
+    """A Python that starts, builds a case of the module's, calls it once and ends."""
+    code = f"import {module} as side; side.{family}(**{arguments!r}).call()"
+
+    def call() -> None:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the process failed: {done.stderr[-300:]}")
+
+    return Case(call)
 
 
 # The length of one measurement of a vecenv.

@@ -352,6 +352,11 @@ def trainer(net: str, envs: int, processes: bool = False) -> Case:
     return Case(measured, rate=True) if processes else Case(make()[1], units=64 * envs)
 
 
+def first_update(**arguments: Any) -> Case:
+    """A process of its own, from its start to the end of the first call of `trainer`."""
+    return rows.in_a_process(__name__, "trainer", arguments)
+
+
 # --- environments -------------------------------------------------------------------------------
 
 
