@@ -5,7 +5,8 @@
 //
 // Modes: "plain" for libraries built with sanitizers; "end" has a forbidden page right behind every
 // block of memory, "begin" right before it; "starve" fails each allocation in turn, after which the
-// same call must do its work.
+// same call must do its work. "write=FILE" writes all results there, one after another: of each its
+// type and the number of its elements, in 64 bits, then the elements.
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -33,6 +34,7 @@ using Dims = std::vector<Index>;
 
 enum class Mode { kPlain, kEnd, kBegin, kStarve };
 Mode mode = Mode::kPlain;
+std::FILE* written = nullptr;
 std::atomic<int> until_failure{-1};  // allocations of the kernel that succeed before one does not
 thread_local bool in_kernel = false;
 
@@ -563,6 +565,13 @@ void attempt(void* library, const Call& call, const Random& random) {
     Given given(call, random);
     const std::string message = run(library, given.call);
     check(message.empty(), message.c_str());
+    if (written != nullptr) {
+      for (const Array& array : given.call.results) {
+        const Index head[] = {array.type, array.count()};
+        std::fwrite(head, sizeof(head), 1, written);
+        std::fwrite(array.data, array.bytes(), 1, written);
+      }
+    }
   });
 }
 
@@ -574,6 +583,10 @@ int main(int count, char** words) {
          : how == "begin"  ? Mode::kBegin
          : how == "starve" ? Mode::kStarve
                            : Mode::kPlain;
+  if (how.starts_with("write=")) {
+    written = std::fopen(how.substr(6).c_str(), "wb");
+    check(written != nullptr, "the file for results cannot be written");
+  }
   void* library = dlopen(words[1], RTLD_NOW);
   check(library != nullptr, "the library does not load");
   if (mode == Mode::kEnd || mode == Mode::kBegin) forbid(nullptr, kArena);
@@ -587,5 +600,6 @@ int main(int count, char** words) {
       attempt(library, call, random);
     }
   }
+  if (written != nullptr) check(std::fclose(written) == 0, "the results are not all written");
   std::printf("done\n");
 }

@@ -27,6 +27,15 @@ exit 1
 """
 
 
+PARTICULAR = """#!/bin/sh
+case " $* " in *" {refused}"*) exit 1;; esac
+case " $* " in *" -dM "*) exit 0;; esac
+for last; do :; done
+echo "$*" > {folder}/calls
+cp {folder}/made "$last"
+"""
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -37,9 +46,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "puffer_jax"
 
 
-def compile_with(script, folder, monkeypatch):
+def compile_with(script, folder, monkeypatch, **more):
     compiler = folder / "compiler"
-    compiler.write_text(script.format(folder=folder))
+    compiler.write_text(script.format(folder=folder, **more))
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
 
@@ -204,6 +213,15 @@ def test_compilers_with_arguments(cache, monkeypatch, cxx, command, flags):
     found = build.find_compiler()
     assert found.command == (shutil.which(command[0]), *command[1:])
     assert found.flags == (*build._FLAGS, *flags, "-DX=1 2")
+
+
+@pytest.mark.parametrize(
+    "refused, tuned", [("-other", "-march=native"), ("-march", "-mcpu=native"), ("-m", "-O2")]
+)
+def test_a_compiler_is_told_of_the_processor_as_it_takes_it(cache, monkeypatch, refused, tuned):
+    compile_with(PARTICULAR, cache.parent, monkeypatch, refused=refused)
+    library()
+    assert (cache.parent / "calls").read_text().split()[0] == tuned
 
 
 def test_flags_of_the_compiler_come_after_our_own(cache, monkeypatch):

@@ -653,8 +653,7 @@ def driver(tmp_path_factory):
 
 def own_length(compiler):
     """Bytes of a vector in what is built for this machine."""
-    words = [*compiler.command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    _, macros = build.tuning(compiler)
     return 64 if "__AVX512F__" in macros else 32 if "__AVX__" in macros else 16
 
 

@@ -30,9 +30,13 @@ TYPES = {"float32": "float", "float64": "double"}
 """The dtypes that there are kernels for, and what C++ calls them."""
 
 _FLAGS = (
-    *("-O2", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
+    *("-O2", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
     "-falign-loops=64",  # the product's loop ran up to a tenth slower elsewhere
 )
+
+# How compilers are told to use all that the processor has, where they can be: Clang for Apple's
+# processors and for ARM knows one or the other by its version.
+_TUNING = (("-march=native",), ("-mcpu=native",), ())
 
 # Of each dtype, the libraries used last: of several environments or compilers, say.
 _KEPT = 8
@@ -91,6 +95,22 @@ def find_compiler() -> Compiler:
     return Compiler((found, *command[1:]), (*_FLAGS, *flags, *extra))
 
 
+def tuning(compiler: Compiler) -> tuple[tuple[str, ...], str]:
+    """The flags for this processor that the compiler takes, and what it predefines with them.
+
+    Raises:
+        subprocess.CalledProcessError: it fails even without any.
+    """
+    for flags in _TUNING:
+        try:
+            words = (*compiler.command, *flags, "-dM", "-E", "-x", "c++", os.devnull)
+            return flags, _run(words)
+        except subprocess.CalledProcessError:
+            if not flags:
+                raise
+    raise AssertionError("the last flags are none")
+
+
 def _words(variable: str) -> list[str]:
     text = os.environ.get(variable, "")
     try:
@@ -128,9 +148,9 @@ def _line(error: OSError | subprocess.CalledProcessError) -> str:
 
 def _library(compiler: Compiler, dtype: str) -> Path:
     sources = files("puffer_jax.kernels") / "cc"
-    flags = [*compiler.flags, f"-DNUMBER={TYPES[dtype]}"]
     # What the compiler predefines tells its version and the processor's instructions.
-    target = _run([*compiler.command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    tuned, target = tuning(compiler)
+    flags = [*tuned, *compiler.flags, f"-DNUMBER={TYPES[dtype]}"]
     parts = target, " ".join(flags), version("jaxlib")
     name = f"{dtype}-{key(sources, *(part.encode() for part in parts))}"
     folder = cache_folder()
