@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.stateful import reset_where as reset_where
     from puffer_jax.ppo.config import PuffeRLConfig as PuffeRLConfig
     from puffer_jax.ppo.devices import mesh as mesh
+    from puffer_jax.ppo.population import train_population as train_population
     from puffer_jax.ppo.training import make_train as make_train
     from puffer_jax.run.loggers import JSONLLogger as JSONLLogger
     from puffer_jax.run.loggers import MultiLogger as MultiLogger
@@ -118,6 +119,7 @@ _EXPORTS = {
     "policies.stateful": ("reset_where",),
     "ppo.config": ("PuffeRLConfig",),
     "ppo.devices": ("mesh",),
+    "ppo.population": ("train_population",),
     "ppo.training": ("make_train",),
     "run.loggers": (
         "JSONLLogger",
