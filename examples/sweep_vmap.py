@@ -1,13 +1,14 @@
 """64 runs at four learning rates, trained at once in one program: `python examples/sweep_vmap.py`.
 
-A whole training run is a pure function, so `vmap` makes a population of it.
+A whole training run is a pure function, so `vmap` makes a population of it, which is spread over
+all devices there are.
 """
 
 from dataclasses import dataclass
 from time import perf_counter
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import tyro
 
 import puffer_jax
@@ -27,25 +28,28 @@ def main(args: Args):
         num_envs=args.num_envs,
         total_timesteps=args.steps,
     )
-    train = puffer_jax.make_train(
-        config, env, lambda rngs: puffer_jax.Default(env, hidden_size=64, rngs=rngs)
-    )
-    rates = jnp.resize(jnp.asarray(args.learning_rates), args.seeds)
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    rates = np.resize(args.learning_rates, args.seeds)
     keys = jax.random.split(jax.random.key(0), args.seeds)
     start = perf_counter()
-    program = jax.jit(jax.vmap(train)).lower(keys, {"learning_rate": rates}).compile()
-    compiled = perf_counter()
-    params, metrics = jax.block_until_ready(program(keys, {"learning_rate": rates}))
-    seconds = perf_counter() - compiled
+    params, metrics = puffer_jax.train_population(
+        config,
+        env,
+        lambda rngs: puffer_jax.Default(env, hidden_size=64, rngs=rngs),
+        keys,
+        {"learning_rate": rates},
+        mesh,
+    )
+    seconds = perf_counter() - start
 
-    last = jnp.nanmean(metrics["episode_return"][:, -5:], axis=1)
+    last = np.nanmean(metrics["episode_return"][:, -5:], axis=1)
     for rate in args.learning_rates:
         group = last[rates == rate]
         print(f"learning rate {rate:7.0e}: return {group.mean():5.1f} +- {group.std():5.1f}")
     steps = args.seeds * metrics["episodes"].shape[1] * args.num_envs * 64
-    print(f"{args.seeds} runs: compiled in {compiled - start:.0f} s, ran in {seconds:.1f} s")
+    print(f"{args.seeds} runs on {mesh.size} devices, with compilation: {seconds:.1f} s")
     print(f"{steps / seconds:,.0f} steps per second together")
-    best = int(jnp.argmax(last))
+    best = int(last.argmax())
     return jax.tree.map(lambda x: x[best], params)
 
 

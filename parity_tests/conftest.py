@@ -34,18 +34,21 @@ REFERENCE = re.compile(
     re.M,
 )
 OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
+# Eight devices for the tests of many, which cost the others nothing: all else is on the first.
+XLA_FLAGS = ["--xla_force_host_platform_device_count=8"]
 if not OPTIMISED:
     # Most of the session is compilation, of which this saves a third: one process a core, and
     # fusions without MLIR where XLA still can. Other processes that tests start, and `make test`'s
     # second half, compile as users do.
-    flags = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_cpu_parallel_codegen_split_count=1"
+    XLA_FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-    jax.devices()
-    del os.environ["XLA_FLAGS"]
-    if flags is not None:
-        os.environ["XLA_FLAGS"] = flags
+        XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+flags = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = " ".join([flags or "", *XLA_FLAGS])
+jax.devices()
+del os.environ["XLA_FLAGS"]
+if flags is not None:
+    os.environ["XLA_FLAGS"] = flags
 # `make accelerators` runs these in processes of their own.
 collect_ignore = ["accelerators"]
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"

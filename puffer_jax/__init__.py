@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import cleanrl as cleanrl
+    from puffer_jax import distributed as distributed
     from puffer_jax import emulation as emulation
     from puffer_jax import environments as environments
     from puffer_jax import optim as optim
@@ -53,6 +54,8 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax.policies.recurrent import Recurrent as Recurrent
     from puffer_jax.policies.stateful import reset_where as reset_where
     from puffer_jax.ppo.config import PuffeRLConfig as PuffeRLConfig
+    from puffer_jax.ppo.devices import mesh as mesh
+    from puffer_jax.ppo.population import train_population as train_population
     from puffer_jax.ppo.training import make_train as make_train
     from puffer_jax.run.loggers import JSONLLogger as JSONLLogger
     from puffer_jax.run.loggers import MultiLogger as MultiLogger
@@ -116,6 +119,8 @@ _EXPORTS = {
     ),
     "policies.stateful": ("reset_where",),
     "ppo.config": ("PuffeRLConfig",),
+    "ppo.devices": ("mesh",),
+    "ppo.population": ("train_population",),
     "ppo.training": ("make_train",),
     "run.loggers": (
         "JSONLLogger",
@@ -140,8 +145,8 @@ _EXPORTS = {
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
-    *("cleanrl", "emulation", "environments", "optim", "parity", "plot", "ppo", "random"),
-    *("v4", "vector", "weights"),
+    *("cleanrl", "distributed", "emulation", "environments", "optim", "parity", "plot", "ppo"),
+    *("random", "v4", "vector", "weights"),
 )
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"

@@ -90,10 +90,13 @@ class Normal:
         """`value` in the dtype of `loc`."""
         return value.astype(jnp.result_type(self.loc, 0.0))
 
-    def sample(self, key: PRNGKeyArray) -> Float[Array, "..."]:
-        """One draw per element in `loc`'s dtype; differentiable (torch's `rsample`)."""
+    def sample(self, key: PRNGKeyArray, rows: random.Rows | None = None) -> Float[Array, "..."]:
+        """One draw per element in `loc`'s dtype; differentiable (torch's `rsample`).
+
+        With `rows`, these rows of a larger batch are drawn as they are in the whole.
+        """
         loc, scale = self.parameters()
-        return self.narrow(loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype))
+        return self.narrow(loc + scale * random.normal(key, loc, rows))
 
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
         """Log-density of each element of `value`, which broadcasts with `loc`."""
@@ -133,14 +136,16 @@ class TanhNormal(Normal):
     def _log_slope(u: Array) -> Array:
         return 2 * (math.log(2) - u - jax.nn.softplus(-2 * u))
 
-    def sample(self, key: PRNGKeyArray) -> Float[Array, "..."]:
+    def sample(self, key: PRNGKeyArray, rows: random.Rows | None = None) -> Float[Array, "..."]:
         """One draw per element in `loc`'s dtype; differentiable. Rounding may make it +-1."""
-        return self.sample_and_log_prob(key)[0]
+        return self.sample_and_log_prob(key, rows)[0]
 
-    def sample_and_log_prob(self, key: PRNGKeyArray) -> tuple[Float[Array, "..."], ...]:
+    def sample_and_log_prob(
+        self, key: PRNGKeyArray, rows: random.Rows | None = None
+    ) -> tuple[Float[Array, "..."], ...]:
         """A draw and its log-density, from the draw before tanh: exact however near +-1 it is."""
         loc, scale = self.parameters()
-        u = loc + scale * jax.random.normal(random.fast(key), loc.shape, loc.dtype)
+        u = loc + scale * random.normal(key, loc, rows)
         return self.narrow(jnp.tanh(u)), Normal.log_prob(self, u) - self._log_slope(u)
 
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:

@@ -14,14 +14,27 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from puffer_jax.kernels import random as kernels
 from puffer_jax.kernels.random import THREEFRY, is_threefry, is_typed, threefry, words_of
+from puffer_jax.kernels.random import Rows as Rows
+from puffer_jax.kernels.random import gumbel as gumbel
 
 
-def split(key: PRNGKeyArray, num: int | tuple[int, ...] = 2) -> Array:
-    """`jax.random.split`: keys (*num) of the key's own kind, typed or words."""
-    keys = jax.random.split(fast(key), num)
-    if keys.dtype == key.dtype:
-        return keys
-    words = words_of(keys)
+def split(key: PRNGKeyArray, num: int | tuple[int, ...] = 2, rows: Rows | None = None) -> Array:
+    """`jax.random.split`: keys (*num) of the key's own kind, typed or words.
+
+    Args:
+        key: typed or not, of any generator.
+        num: how many.
+        rows: which `num` of more keys; None: all.
+    """
+    if rows is None:
+        keys = jax.random.split(fast(key), num)
+        if keys.dtype == key.dtype:
+            return keys
+        words = words_of(keys)
+    elif is_threefry(key):
+        words = threefry(words_of(key), (num,), rows)
+    else:
+        return rows.of(jax.random.split(key, rows.total), num)
     return _typed(words) if is_typed(key) else words
 
 
@@ -36,13 +49,25 @@ def fast(key: PRNGKeyArray) -> Array:
     return key
 
 
-def categorical(key: PRNGKeyArray, logits: Float[Array, "batch n"]) -> Int32[Array, "batch"]:
+def categorical(
+    key: PRNGKeyArray, logits: Float[Array, "batch n"], rows: Rows | None = None
+) -> Int32[Array, "batch"]:
     """`jax.random.categorical(key, logits, mode="high")`, but for rounding; a constant to `grad`.
 
     The default mode's float32 Gumbel noise ends at 16: it draws an action of probability 1e-7
     half as often as it should and one of 1e-9 never; "high" is right to about 1e-14.
+
+    With `rows`, these rows of a larger batch are drawn as they are in the whole.
     """
-    return kernels.categorical(key, jax.lax.stop_gradient(logits))
+    return kernels.categorical(key, jax.lax.stop_gradient(logits), rows)
+
+
+def normal(key: PRNGKeyArray, like: Array, rows: Rows | None = None) -> Array:
+    """`jax.random.normal` in the shape and dtype of an array; `rows`: see `categorical`."""
+    if rows is None:
+        return jax.random.normal(fast(key), like.shape, like.dtype)
+    whole = jax.random.normal(fast(key), (rows.total, *like.shape[1:]), like.dtype)
+    return rows.of(whole, len(like))
 
 
 def _typed(words: Array) -> Array:

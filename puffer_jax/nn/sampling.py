@@ -24,6 +24,7 @@ def sample_logits(
     *,
     key: PRNGKeyArray | None = None,
     deterministic: bool = False,
+    rows: random.Rows | None = None,
 ) -> tuple[Num[Array, "..."], Float[Array, " batch"], Float[Array, " batch"]]:
     """Sample actions, or score given ones (reference: `pufferlib.pytorch.sample_logits`).
 
@@ -42,6 +43,8 @@ def sample_logits(
             logits of segments * horizon rows; for Discrete k = 1.
         key: a PRNG key to sample with.
         deterministic: take the first most likely action (a Normal's `mode()`).
+        rows: with `key`, which rows of a larger batch these are: their actions are those that they
+            would have in the whole. None: all.
 
     Returns:
         action: sampled: int32 (batch,), int32 (batch, k), or (batch, k) in loc's dtype; given:
@@ -70,7 +73,7 @@ def sample_logits(
         got = " and ".join(chosen) or "none of them"
         raise ValueError(f"give exactly one of action, key and deterministic=True; got {got}")
     if isinstance(logits, Normal):
-        return _sample_continuous(logits, action, key)
+        return _sample_continuous(logits, action, key, rows)
     is_multi = isinstance(logits, tuple | list)
     components: list[Any] = list(logits) if isinstance(logits, tuple | list) else [logits]
     if not all(isinstance(x, jax.Array | np.ndarray) for x in components):
@@ -88,7 +91,7 @@ def sample_logits(
     if key is None:
         parts = map(_score, components, actions, labels)
     else:
-        parts = [_draw(key, i, k, logits) for i, logits in enumerate(components)]
+        parts = [_draw(key, rows, i, k, logits) for i, logits in enumerate(components)]
     columns, logprobs, entropies = zip(*parts, strict=True)
     if not is_multi:
         return columns[0], logprobs[0], entropies[0]
@@ -174,27 +177,31 @@ _score_given = Operation(
 
 
 def _draw(
-    key: PRNGKeyArray, component: int, components: int, logits: ArrayLike
+    key: PRNGKeyArray,
+    rows: random.Rows | None,
+    component: int,
+    components: int,
+    logits: ArrayLike,
 ) -> tuple[Array, Array, Array]:
     """(action, logprob, entropy) of a random action for one of the components."""
     logits = at_least_float32(logits)
-    return _sample(key, logits, component=component, components=components)
+    return _sample(key, logits, rows, component=component, components=components)
 
 
 def _sample_xla(
-    key: Array, logits: Array, *, component: int, components: int
+    key: Array, logits: Array, rows: random.Rows | None, *, component: int, components: int
 ) -> tuple[Array, Array, Array]:
     key = random.split(key, components)[component]
     # Noise added to large logits would be rounded off, hence the normalised ones.
-    return _score_xla(logits, random.categorical(key, _normalised(logits)[0]))
+    return _score_xla(logits, random.categorical(key, _normalised(logits)[0], rows))
 
 
 def _sample_columns(
-    key: Array, logits: Array, *, component: int, components: int
+    key: Array, logits: Array, rows: random.Rows | None, *, component: int, components: int
 ) -> tuple[Array, Array, Array]:
     key = random.split(key, components)[component]
     # The draw of `random.categorical`.
-    noise = jax.random.gumbel(key, logits.shape, logits.dtype, mode="high")
+    noise = random.gumbel(key, logits, rows)
     columns = [noise[:, i] + x for i, x in enumerate(_columns(jax.lax.stop_gradient(logits))[0])]
     action, best = jnp.zeros(logits.shape[0], jnp.int32), columns[0]
     for i, x in enumerate(columns[1:], 1):
@@ -203,16 +210,19 @@ def _sample_columns(
 
 
 def _sample_cpu(
-    key: Array, logits: Array, *, component: int, components: int
+    key: Array, logits: Array, rows: random.Rows | None, *, component: int, components: int
 ) -> tuple[Array, Array, Array]:
-    return _sample_kernel(component, words_of(key), logits)
+    words = words_of(key)
+    return _sample_kernel(component, words if rows is None else rows.after(words), logits)
 
 
-def _sample_cpu_takes(key: Array, logits: Array, *, component: int, components: int) -> bool:
-    return can_draw(key, logits)
+def _sample_cpu_takes(
+    key: Array, logits: Array, rows: random.Rows | None, **components: int
+) -> bool:
+    return can_draw(key, logits, rows)
 
 
-def _sample_columns_takes(key: Array, logits: Array, *, component: int, components: int) -> bool:
+def _sample_columns_takes(key: Array, logits: Array, *_: object, **components: int) -> bool:
     return _few(logits)
 
 
@@ -241,7 +251,10 @@ _sample = Operation(
 
 
 def _sample_continuous(
-    normal: Normal, action: ArrayLike | None, key: PRNGKeyArray | None
+    normal: Normal,
+    action: ArrayLike | None,
+    key: PRNGKeyArray | None,
+    rows: random.Rows | None,
 ) -> tuple[Array, Array, Array]:
     loc, scale = normal.parameters()
     if loc.ndim == 0:
@@ -251,7 +264,8 @@ def _sample_continuous(
     loc = jnp.where(bad, 0, normal.narrow(loc).reshape(batch, k))
     safe = type(normal)(loc, jnp.where(bad, 1, scale.reshape(batch, k)))
     if action is None:
-        action = jax.lax.stop_gradient(safe.mode() if key is None else safe.sample(key))
+        which = () if rows is None else (rows,)  # a user's own distribution may not know them
+        action = jax.lax.stop_gradient(safe.mode() if key is None else safe.sample(key, *which))
     # Drawn or given, an action is scored by its value: a trainer that scores a stored action
     # again starts from a ratio of exactly 1, also where tanh was rounded to +-1.
     logprob = safe.log_prob(_rows(action, batch, k, f"({batch}, {k})"))

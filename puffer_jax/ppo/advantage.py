@@ -1,11 +1,13 @@
 """Advantages, and how often segments are drawn."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from puffer_jax.kernels.recurrence import recurrence
-from puffer_jax.ppo.experience import Experience, Hypers
+from puffer_jax.ppo.experience import Experience, Hypers, Number
 
 
 def puff_advantage(
@@ -72,9 +74,36 @@ def priorities(
     advantages: Float[Array, "segments time"], prio_alpha: ArrayLike
 ) -> Float[Array, " segments"]:
     """Weights for drawing segments, (sum |A|) ** alpha, scaled to sum to 1 up to 1e-6."""
-    weights = jnp.abs(advantages).sum(axis=1) ** prio_alpha
-    weights = jnp.where(jnp.isfinite(weights), weights, 0)
+    weights = unscaled_priorities(advantages, prio_alpha)
     return (weights + 1e-6) / (weights.sum() + 1e-6)
+
+
+def unscaled_priorities(
+    advantages: Float[Array, "segments time"], prio_alpha: ArrayLike
+) -> Float[Array, " segments"]:
+    """(sum |A|) ** alpha; 0 where that is not finite."""
+    weights = jnp.abs(advantages).sum(axis=1) ** prio_alpha
+    return jnp.where(jnp.isfinite(weights), weights, 0)
+
+
+class Importance(NamedTuple):
+    """What corrects for drawing rows by priority, before the sum over all devices is known.
+
+    Attributes:
+        priorities: `unscaled_priorities` of the rows.
+        total: their sum over the segments of this device.
+        segments: the number of segments on all devices.
+        beta: the importance exponent.
+    """
+
+    priorities: Float[Array, "rows 1"]
+    total: Float[Array, ""]
+    segments: int
+    beta: Number
+
+    def weights(self, total: Float[Array, ""]) -> Float[Array, "rows 1"]:
+        """The rows' weights, where the priorities of all segments have this sum."""
+        return (self.segments * (self.priorities + 1e-6) / (total + 1e-6)) ** -self.beta
 
 
 def advantage_of(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from puffer_jax.base.text import hint, near
 from puffer_jax.ppo.fields import checked, option
 from puffer_jax.ppo.presets import preset_path, presets, read_ini
-from puffer_jax.ppo.sizes import Sizes
+from puffer_jax.ppo.sizes import Sizes, multiples
 from puffer_jax.ppo.v4_ini import V4Ini, is_v4, load_ini
 
 Auto = Literal["auto"]
@@ -364,13 +364,17 @@ class PuffeRLConfig:
         traced = [f.name for f in dataclasses.fields(self) if f.metadata.get("traced")]
         return {name: float(getattr(self, name)) for name in traced}
 
-    def sizes(self, agents: int | None, agents_per_batch: int | None = None) -> Sizes:
+    def sizes(
+        self, agents: int | None, agents_per_batch: int | None = None, devices: int = 1
+    ) -> Sizes:
         """Settle the sizes for `agents`, checking that they divide.
 
         Args:
             agents: number of agents over all environments; None for a JAX-native environment,
                 which can be run in any number of copies.
             agents_per_batch: number of agents that act at once; None: all.
+            devices: number of devices, each of which has its share of the agents and of every
+                minibatch.
 
         Raises:
             ValueError: the sizes do not fit together; the message names the nearest that do.
@@ -394,7 +398,7 @@ class PuffeRLConfig:
         if batch % horizon:
             raise ValueError(
                 f"batch_size {batch} is not a multiple of bptt_horizon {horizon}; nearest: "
-                + _multiples(batch, horizon)
+                + multiples(batch, horizon)
             )
         segments = batch // horizon
         unit = agents if agents_per_batch in (None, agents) else agents_per_batch
@@ -403,35 +407,36 @@ class PuffeRLConfig:
                 f"batch_size {batch} = {segments} segments of {horizon} steps, but there are "
                 f"{agents} agents{'' if unit == agents else f' in batches of {unit}'}: segments "
                 f"must be a multiple of {unit} and at least {agents}; nearest batch_size: "
-                + _multiples(max(batch, agents * horizon), unit * horizon)
+                + multiples(max(batch, agents * horizon), unit * horizon)
             )
-        minibatch = self.minibatch_size
+        if unit % devices:
+            raise ValueError(
+                f"{unit} agents that act together cannot be divided among {devices} devices; "
+                f"nearest: {multiples(unit, devices)}"
+            )
+        minibatch, row = self.minibatch_size, horizon * devices
         if isinstance(minibatch, str):
-            minibatch = min(batch, 8192)
-            if self.num_minibatches is not None:
-                minibatch = batch // min(self.num_minibatches, segments)
-            minibatch = max(horizon, minibatch // horizon * horizon)
-            while batch % minibatch:
-                minibatch -= horizon
+            minibatch = self._auto_minibatch(batch, segments // devices, row)
         if minibatch > batch:
             raise ValueError(f"minibatch_size {minibatch} is larger than batch_size {batch}")
         step = min(minibatch, self.max_minibatch_size)
         if minibatch % step:
             raise ValueError(
                 f"minibatch_size {minibatch} is not a multiple of max_minibatch_size {step}; "
-                f"nearest: {_multiples(minibatch, step)}"
+                f"nearest: {multiples(minibatch, step)}"
             )
-        if step % horizon:
+        if step % row:
+            on = f" on {devices} devices" if devices > 1 else ""
             raise ValueError(
-                f"minibatch_size {step} is not a multiple of bptt_horizon {horizon}; nearest: "
-                + _multiples(step, horizon)
+                f"minibatch_size {step} is not a multiple of bptt_horizon {horizon}{on}; nearest: "
+                + multiples(step, row)
             )
         minibatches, accumulate = int(self.update_epochs * batch / step), minibatch // step
         if minibatches == 0 or minibatches % accumulate:
             raise ValueError(
                 f"update_epochs {self.update_epochs} of batch_size {batch} make {minibatches} "
                 f"minibatches of {step}, and {accumulate} make one update: it must be a positive "
-                f"multiple; nearest: {_multiples(max(minibatches, 1), accumulate)}"
+                f"multiple; nearest: {multiples(max(minibatches, 1), accumulate)}"
             )
         return Sizes(
             agents=agents,
@@ -442,6 +447,16 @@ class PuffeRLConfig:
             accumulate=accumulate,
             epochs=max(1, self.total_timesteps // batch),
         )
+
+    def _auto_minibatch(self, batch: int, most: int, row: int) -> int:
+        """A minibatch of whole `row`s that divides the batch into `most` or fewer."""
+        minibatch = min(batch, 8192)
+        if self.num_minibatches is not None:
+            minibatch = batch // min(self.num_minibatches, most)
+        minibatch = max(row, minibatch // row * row)
+        while batch % minibatch:
+            minibatch -= row
+        return minibatch
 
 
 def _from_v4_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,8 +487,3 @@ def near_options(names: Iterable[str], known: Iterable[str] | None = None) -> li
         else near([name], known)[0]
         for name in names
     ]
-
-
-def _multiples(number: int, unit: int) -> str:
-    below = number // unit * unit
-    return " or ".join(str(n) for n in (below, below + unit) if n > 0)

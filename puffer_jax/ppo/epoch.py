@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 from puffer_jax.base.profile import Profile
 from puffer_jax.nn.params import split
 from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.devices import ALIKE, DIVIDED, on_each, place, share_of
 from puffer_jax.ppo.experience import Experience, Hypers, Metrics, Params, TrainState
 from puffer_jax.ppo.source import Source, Stats
 from puffer_jax.ppo.update import make_learner
@@ -46,6 +48,15 @@ def epoch(
     return state, stream, losses, outcome
 
 
+def _specs(state: TrainState) -> PyTree:
+    """How a train state lies on many devices: all alike, but for what belongs to an agent."""
+    specs = jax.tree.map(lambda _: ALIKE, state)
+    known = specs.normalization
+    if known is None or known.discounted is None:
+        return specs
+    return specs._replace(normalization=known._replace(discounted=DIVIDED))
+
+
 class Loop:
     """Training, an epoch at a time: its state, and the programs that advance it.
 
@@ -59,6 +70,8 @@ class Loop:
         policy: its parameters are copied.
         profile: counts the time of the phases "evaluate" and "train", or of "epoch" where both are
             one program; the first pass of each program counts as "compile", which most of it is.
+        mesh: the devices among which the work is divided; None: there is one. A pure source must
+            have been made for one device of these.
 
     Attributes:
         source: where experience comes from.
@@ -69,28 +82,43 @@ class Loop:
         schedule_epoch: see `Learner`.
         programs: the compiled functions: "update" and "acting"; of a pure source also "collect" and
             "epoch".
+        mesh: the devices, or None.
     """
 
-    def __init__(self, config: PuffeRLConfig, source: Source, policy: nnx.Module, profile: Profile):
-        learner = make_learner(config, source.sizes, policy)
+    def __init__(
+        self,
+        config: PuffeRLConfig,
+        source: Source,
+        policy: nnx.Module,
+        profile: Profile,
+        mesh: Mesh | None = None,
+    ):
+        learner = make_learner(config, source.sizes, policy, share_of(mesh))
         self.source, self.names, self._profile = source, learner.names, profile
-        self.schedule_epoch = learner.schedule_epoch
+        self.schedule_epoch, self.mesh = learner.schedule_epoch, mesh
         # Whoever holds the policy may give its arrays away.
-        self.state: TrainState = jax.tree.map(jnp.copy, learner.init(split(policy)[1]))
-        self.key, reset_key = jax.random.split(jax.random.key(config.seed))
+        state: TrainState = jax.tree.map(jnp.copy, learner.init(split(policy)[1]))
+        specs = _specs(state)
+        self.state = place(mesh, state, specs)
+        self.key, reset_key = place(mesh, jax.random.split(jax.random.key(config.seed)), ALIKE)
 
         def update(*args: Any) -> tuple[TrainState, Metrics]:
             return learner.update(*args)[:2]
 
+        on = partial(on_each, mesh)
+        gives = specs, ALIKE
         self.programs = {
-            "update": jax.jit(update),
-            "acting": jax.jit(learner.acting),
+            "update": on(update, (specs, DIVIDED, ALIKE, ALIKE), gives),
+            "acting": on(learner.acting, (specs,), ALIKE),
         }
         if source.pure:
-            self.programs["collect"] = jax.jit(source.collect)
+            takes = ALIKE, DIVIDED, ALIKE
+            self.programs["collect"] = on(source.collect, takes, (DIVIDED, DIVIDED, ALIKE))
             whole = partial(epoch, source.collect, learner.update, learner.acting)
-            self.programs["epoch"] = jax.jit(whole)
-            self.stream = jax.jit(source.init)(reset_key)
+            self.programs["epoch"] = on(
+                whole, (specs, DIVIDED, ALIKE), (specs, DIVIDED, ALIKE, ALIKE)
+            )
+            self.stream = on(source.init, (ALIKE,), DIVIDED)(reset_key)
         else:
             self.stream = source.init(reset_key)
         # The stream and the key after what has been collected since the last update.

@@ -12,10 +12,11 @@ from puffer_jax.environments.resets import autoreset_all
 from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.nn import random
 from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.devices import ALONE, Share
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
 from puffer_jax.ppo.moments import add
 from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
-from puffer_jax.ppo.sizes import Sizes
+from puffer_jax.ppo.sizes import Sizes, multiples
 from puffer_jax.ppo.source import Stats
 
 
@@ -67,13 +68,21 @@ class JaxSource:
         config: how many copies to run, and what to store.
         env: the environment.
         policy: a policy with the structure of those that will act.
+        share: `init` and `collect` are for one device of these, and its agents; they draw the same
+            numbers for an agent on any number of devices.
+
+    Raises:
+        ValueError: the sizes do not fit together, or cannot be divided among the devices.
     """
 
     pure = True
 
-    def __init__(self, config: PuffeRLConfig, env: AdaptedEnv, policy: nnx.Module):
-        self._agents = env.num_agents
-        self.sizes, self._copies = _sizes(config, env.num_agents or 1)
+    def __init__(
+        self, config: PuffeRLConfig, env: AdaptedEnv, policy: nnx.Module, share: Share = ALONE
+    ):
+        self._agents, self._share = env.num_agents, share
+        self.sizes, copies = _sizes(config, env.num_agents or 1, share.count)
+        self._own, self._copies = self.sizes.divided(share.count), copies // share.count
         self._config, self._reset = config, jax.vmap(env.reset)
         self._step_envs = autoreset_all(env, self._copies, config.reset_ratio)
         self._playing = env.playing
@@ -81,8 +90,8 @@ class JaxSource:
 
     def init(self, key: PRNGKeyArray) -> Stream:
         """Start all episodes."""
-        agents = self.sizes.agents
-        obs, env = self._reset(random.split(key, self._copies))
+        agents = self._own.agents
+        obs, env = self._reset(self._keys(key))
         no, yes = jnp.zeros(agents, bool), jnp.ones(agents, bool)
         mask = yes if self._playing is None else self._rows(jax.vmap(self._playing)(env))
         obs = self._rows(obs)
@@ -95,8 +104,8 @@ class JaxSource:
     def collect(
         self, params: Params, stream: Stream, key: PRNGKeyArray
     ) -> tuple[Stream, Experience, Episodes]:
-        """Play a batch."""
-        config, agents, horizon = self._config, self.sizes.agents, self.sizes.horizon
+        """Play a batch; rows are by round and agent, on each device for itself."""
+        config, agents, horizon = self._config, self._own.agents, self._own.horizon
         if not config.store_initial_state:
             stream = stream._replace(state=jax.tree.map(jnp.zeros_like, stream.state))
 
@@ -105,7 +114,7 @@ class JaxSource:
             carry, rows = jax.lax.scan(lambda c, k: self._step(params, c, k), carry, keys)
             return carry, (rows, state)
 
-        keys = random.split(key, (self.sizes.segments // agents, horizon))
+        keys = random.split(key, (self._own.segments // agents, horizon))
         keys = jax.vmap(jax.vmap(random.split))(keys)
         none = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.float32)
         (stream, sums), (rows, state) = jax.lax.scan(segment, (stream, none), keys)
@@ -121,7 +130,7 @@ class JaxSource:
             values = self._player.value(params, arrival.obs, state)
             experience = with_following(experience, last_of(config, arrival, values), agents)
         (ended, steps), (returns, lengths) = sums
-        return stream, experience, Episodes(ended, returns, lengths, steps)
+        return stream, experience, self._share.sum(Episodes(ended, returns, lengths, steps))
 
     def summary(self, outcome: Episodes) -> tuple[int, Stats]:
         """Steps of a batch, and the mean once per episode, so that all episodes weigh the same."""
@@ -150,7 +159,8 @@ class JaxSource:
         arrival = stream.arrival
         act_key, env_key = keys
         action, logprob, values, state = self._player.act(
-            params, arrival.obs, stream.state, arrival.start, act_key
+            *(params, arrival.obs, stream.state, arrival.start, act_key),
+            rows=self._share.rows(self._own.agents),
         )
         several = self._agents is not None
         row = stored(self._config, arrival, masked=several) | {
@@ -176,7 +186,7 @@ class JaxSource:
 
     def _act_on(self, key: PRNGKeyArray, env: PyTree, action: PyTree) -> Step:
         """A step of all environments, with a row for each agent (but for their states)."""
-        keys = random.split(key, self._copies)
+        keys = self._keys(key)
         if self._agents is None:
             return self._step_envs(keys, env, action)
         shape = (self._copies, self._agents)
@@ -185,6 +195,10 @@ class JaxSource:
         start = jnp.broadcast_to(out.start[:, None], shape)
         rows = self._rows(out._replace(state=None, info=None, start=start))
         return rows._replace(state=out.state, info=out.info)
+
+    def _keys(self, key: PRNGKeyArray) -> Array:
+        """A key for each environment."""
+        return random.split(key, self._copies, self._share.rows(self._copies))
 
     def _rows(self, tree: PyTree) -> PyTree:
         """Arrays (copies, agents, ...) as (copies * agents, ...)."""
@@ -251,7 +265,12 @@ def _apart(rows: dict[str, PyTree]) -> dict[str, PyTree]:
     return {name: x for name, x in rows.items() if name != "numbers"} | numbers
 
 
-def _sizes(config: PuffeRLConfig, agents: int) -> tuple[Sizes, int]:
+def _sizes(config: PuffeRLConfig, agents: int, devices: int) -> tuple[Sizes, int]:
     """The sizes for environments of so many agents each, and how many environments to run."""
     copies = config.num_envs or max(1, config.sizes(None).agents // agents)
-    return config.sizes(copies * agents), copies
+    if copies % devices:
+        raise ValueError(
+            f"num_envs {copies} cannot be divided among {devices} devices; nearest: "
+            + multiples(copies, devices)
+        )
+    return config.sizes(copies * agents, devices=devices), copies

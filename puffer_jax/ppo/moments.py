@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from puffer_jax.ppo.devices import ALONE, Share
+
 # A feature that varies less counts as constant, so that its first change does not explode.
 _LEAST_DEVIATION = 1e-3
 
@@ -14,6 +16,33 @@ def add(total: Array, lost: Array | None, x: Array) -> tuple[Array, Array]:
     x = x if lost is None else x + lost
     new = total + x
     return new, x - (new - total)
+
+
+class Samples(NamedTuple):
+    """What is known of samples: arrays of one shape, or a scalar `count` for many features.
+
+    Attributes:
+        count: how many there are.
+        mean: their mean.
+        squares: the sum of their squared deviations from it.
+    """
+
+    count: Array
+    mean: Array
+    squares: Array
+
+
+def joined(samples: Samples, share: Share, *more: Array) -> tuple[Samples, tuple[Array, ...]]:
+    """The samples of all devices together, and the sums of other scalars; in one gathering.
+
+    Reference: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm".
+    """
+    (counts, means, squares), others = share.gather((samples, more))
+    total = counts.sum(0)
+    counts = counts.reshape(len(counts), *[1] * (means.ndim - counts.ndim), *counts.shape[1:])
+    mean = (counts * means).sum(0) / jnp.maximum(total, 1)
+    squares = (squares + counts * (means - mean) ** 2).sum(0)
+    return Samples(total, mean, squares), tuple(x.sum(0) for x in others)
 
 
 class Moments(NamedTuple):
@@ -35,16 +64,22 @@ class Moments(NamedTuple):
         return cls(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.ones(shape, dtype))
 
     def including(
-        self, samples: Float[Array, "samples *features"], weights: Float[Array, " samples"]
+        self,
+        samples: Float[Array, "samples *features"],
+        weights: Float[Array, " samples"],
+        share: Share = ALONE,
     ) -> "Moments":
-        """With more samples, where `weights` is 1 and not 0.
+        """With more samples, where `weights` is 1 and not 0, and those of all other devices.
 
         Reference: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm".
         """
         weights = weights.reshape(-1, *[1] * (samples.ndim - 1))
         new = weights.sum()
         mean = (samples * weights).sum(0) / jnp.maximum(new, 1)
-        variance = ((samples - mean) ** 2 * weights).sum(0) / jnp.maximum(new, 1)
+        squares = ((samples - mean) ** 2 * weights).sum(0)
+        if share.axis is not None:
+            (new, mean, squares), _ = joined(Samples(new, mean, squares), share)
+        variance = squares / jnp.maximum(new, 1)
         total = jnp.maximum(self.seen + new, 1)
         share, gap = new / total, mean - self.mean
         spread = (1 - share) * self.variance + share * variance

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.devices import ALONE, Share
 from puffer_jax.ppo.experience import Experience, Params
 from puffer_jax.ppo.moments import Moments, Normalization
 
@@ -82,11 +83,15 @@ def fold(graphdef: GraphDef, params: Params, normalization: Normalization | None
 
 
 def normalize_rewards(
-    experience: Experience, normalization: Normalization | None, gamma: ArrayLike
+    experience: Experience,
+    normalization: Normalization | None,
+    gamma: ArrayLike,
+    share: Share = ALONE,
 ) -> tuple[Experience, Normalization | None]:
     """Divide rewards by the deviation of the discounted return, as far as it is known with them.
 
-    Episodes end where `terminals` says so.
+    Episodes end where `terminals` says so. The running returns are those of this device's agents,
+    the deviation is that of all devices'.
 
     Returns:
         The batch with its rewards scaled, and what is known after it.
@@ -112,7 +117,7 @@ def normalize_rewards(
         return jnp.where(terminal > 0, 0, later).astype(running.dtype), later.astype(running.dtype)
 
     running, discounted = jax.lax.scan(step, running, steps)
-    returns = normalization.returns.including(discounted.reshape(-1), steps[2].reshape(-1))
+    returns = normalization.returns.including(discounted.reshape(-1), steps[2].reshape(-1), share)
     scale = 1 / returns.deviation
     experience = experience._replace(rewards=experience.rewards * scale)
     if experience.last is not None:
@@ -122,7 +127,10 @@ def normalize_rewards(
 
 
 def observed(
-    policy: nnx.Module, experience: Experience, normalization: Normalization | None
+    policy: nnx.Module,
+    experience: Experience,
+    normalization: Normalization | None,
+    share: Share = ALONE,
 ) -> Normalization | None:
     """What is known about observations after a batch; the policy tells what it reads of them."""
     if normalization is None or normalization.observations is None:
@@ -136,7 +144,7 @@ def observed(
     )
     features = features.astype(before.mean.dtype)
     weights = _played(experience).reshape(-1).astype(before.mean.dtype)
-    return normalization._replace(observations=before.including(features, weights))
+    return normalization._replace(observations=before.including(features, weights, share))
 
 
 def _played(experience: Experience) -> Array:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from puffer_jax.base.actions import way_into
 from puffer_jax.base.spaces import Space
 from puffer_jax.nn.params import merge, split
+from puffer_jax.nn.random import Rows
 from puffer_jax.nn.sampling import sample_logits
 from puffer_jax.policies.protocol import forward_of, is_recurrent
 from puffer_jax.policies.stateful import reset_where
@@ -75,11 +76,15 @@ class Player:
         state: RecurrentState | None,
         start: PyTree,
         key: PRNGKeyArray,
+        rows: Rows | None = None,
     ) -> tuple[Array, Array, Array, RecurrentState | None]:
-        """Sampled actions, their log-probabilities, the values, and the new state."""
+        """Sampled actions, their log-probabilities, the values, and the new state.
+
+        `rows` says which of all agents these are; None: all.
+        """
         state = self.at_start(state, start)
         logits, values, state = self._forward(params, observations, state)
-        action, logprob, _ = sample_logits(logits, key=key)
+        action, logprob, _ = sample_logits(logits, key=key, rows=rows)
         return action, logprob, values, state
 
     def value(

@@ -6,6 +6,12 @@ from typing import NamedTuple
 _FEWEST_EPOCHS, _FEWEST_UPDATES = 10, 200
 
 
+def multiples(number: int, unit: int) -> str:
+    """The multiples of `unit` around a number, in words."""
+    below = number // unit * unit
+    return " or ".join(str(n) for n in (below, below + unit) if n > 0)
+
+
 class Sizes(NamedTuple):
     """The shapes of one epoch, settled for a number of agents.
 
@@ -26,6 +32,14 @@ class Sizes(NamedTuple):
     minibatches: int
     accumulate: int
     epochs: int
+
+    def divided(self, devices: int) -> "Sizes":
+        """What each of so many devices has of it; see `PuffeRLConfig.sizes`."""
+        return self._replace(
+            agents=self.agents // devices,
+            segments=self.segments // devices,
+            minibatch_segments=self.minibatch_segments // devices,
+        )
 
     @property
     def batch(self) -> int:

@@ -18,8 +18,9 @@ from puffer_jax.nn.params import GraphDef, merge, split
 from puffer_jax.nn.torch_layout import Conversion, torch_layout
 from puffer_jax.policies.protocol import is_recurrent
 from puffer_jax.ppo import normalization, optimizers
-from puffer_jax.ppo.advantage import advantage_of, priorities
+from puffer_jax.ppo.advantage import Importance, advantage_of, priorities, unscaled_priorities
 from puffer_jax.ppo.config import PuffeRLConfig, near_options
+from puffer_jax.ppo.devices import ALONE, Share
 from puffer_jax.ppo.experience import (
     Details,
     Experience,
@@ -29,7 +30,7 @@ from puffer_jax.ppo.experience import (
     Params,
     TrainState,
 )
-from puffer_jax.ppo.moments import Normalization, add
+from puffer_jax.ppo.moments import Normalization, Samples, add, joined
 from puffer_jax.ppo.objective import METRICS, loss
 from puffer_jax.ppo.sizes import Sizes
 
@@ -48,6 +49,9 @@ class Learner:
         from_torch: the inverse of `to_torch`.
         names: the names of the arrays that are checked to be finite; see `TrainState.culprit`.
         mixes_steps: whether a shuffled minibatch is of single steps rather than of segments.
+        share: `update` is for one device of these, and its segments. Each draws its part of a
+            minibatch from its own; priorities, the advantages' mean and deviation, losses, metrics
+            and gradients are those of all.
     """
 
     config: PuffeRLConfig
@@ -58,6 +62,7 @@ class Learner:
     from_torch: Conversion
     names: tuple[str, ...]
     mixes_steps: bool
+    share: Share = ALONE
 
     def init(self, params: Params) -> TrainState:
         """The train state before the first update."""
@@ -105,18 +110,21 @@ class Learner:
         """
         if (key is None) == (indices is None):
             raise ValueError("give either a key or the indices of the minibatches")
-        count, accumulate = self.sizes.minibatches, self.sizes.accumulate
+        share, own = self.share, self.sizes.divided(self.share.count)
+        count, accumulate = own.minibatches, own.accumulate
         experience = _finite_where_unplayed(jax.tree.map(jnp.asarray, experience))
         gamma = self.config.gamma if hypers is None else hypers.get("gamma", self.config.gamma)
-        experience, known = normalization.normalize_rewards(experience, state.normalization, gamma)
+        experience, known = normalization.normalize_rewards(
+            experience, state.normalization, gamma, share
+        )
         terms = _terms(self, state, experience, hypers)
         if key is None:
             draws = jnp.asarray(indices)
         elif self.config.sampling == "shuffled":
             terms = _of_steps(terms) if self.mixes_steps else terms
-            draws = _shuffled(key, len(terms.experience.values), self.sizes)
+            draws = _shuffled(share.key(key), len(terms.experience.values), own)
         else:
-            draws = jax.random.split(key, count)
+            draws = jax.random.split(share.key(key), count)
         draws = jnp.reshape(draws, (count // accumulate, accumulate, *draws.shape[1:]))
 
         values = terms.experience.values
@@ -138,20 +146,24 @@ class Learner:
         losses = dict(zip(METRICS, metrics.sum(axis=0) / count, strict=True))
         written_back = terms.advantages is None
         losses["explained_variance"] = _explained_variance(
-            details.advantages, details.values if written_back else experience.values
+            details.advantages, details.values if written_back else experience.values, share
         )
         # The update itself normalises as the rollout did, or else its ratios would not begin at 1.
         policy = merge(self.graphdef, state.params)
-        known = normalization.observed(policy, experience, known)
+        known = normalization.observed(policy, experience, known, share)
         if state.unplayed is not None and experience.mask is not None:
-            share = 1 - experience.mask.mean(dtype=state.unplayed.dtype)
-            unplayed, lost = add(state.unplayed, state.lost, share)
+            played = experience.mask.mean(dtype=state.unplayed.dtype)
+            if share.axis is not None:
+                played = share.sum(played) / share.count
+            unplayed, lost = add(state.unplayed, state.lost, 1 - played)
             state = state._replace(unplayed=unplayed, lost=lost)
         state = state._replace(epoch=state.epoch + 1, normalization=known)
         return state, losses, details
 
 
-def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Learner:
+def make_learner(
+    config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module, share: Share = ALONE
+) -> Learner:
     """The update of `pufferlib.pufferl.PuffeRL.train` for policies like `policy`.
 
     Quirks kept by default, each with an option in `PuffeRLConfig`: the advantage of a minibatch is
@@ -173,7 +185,7 @@ def make_learner(config: PuffeRLConfig, sizes: Sizes, policy: nnx.Module) -> Lea
     known = normalization.initial(config, policy, sizes.agents)
     original = config.sampling == "shuffled" and config.advantage == "gae"
     mixes_steps = original and not is_recurrent(policy)
-    return Learner(config, sizes, graphdef, known, to_torch, from_torch, names, mixes_steps)
+    return Learner(config, sizes, graphdef, known, to_torch, from_torch, names, mixes_steps, share)
 
 
 def _finite_where_unplayed(experience: Experience) -> Experience:
@@ -200,6 +212,8 @@ class Minibatch(NamedTuple):
         ratio: the ratio of the new policy to the acting one, at the minibatch's steps.
         values: the new policy's values, at the same steps.
         gradients: the gradients of the loss.
+        checked: the rewards, the advantages, the ratio and the values, to be checked to be finite;
+            on many devices a NaN for each of them that is not on one of these.
     """
 
     rows: Int[Array, " rows"]
@@ -210,6 +224,7 @@ class Minibatch(NamedTuple):
     ratio: Float[Array, "rows time"]
     values: Float[Array, "rows time"]
     gradients: Params
+    checked: tuple[Array, ...]
 
 
 class _Terms(NamedTuple):
@@ -280,7 +295,7 @@ def _optimizer_step(
         if terms.advantages is None:
             current = current._replace(values=details.values)
         part = _minibatch(learner, terms, state, current, details.ratio, draw)
-        culprit = jnp.minimum(culprit, _nonfinite(learner, current, part))
+        culprit = jnp.minimum(culprit, _nonfinite(learner, part))
         details = details._replace(
             advantages=part.advantages,
             ratio=details.ratio.at[part.rows].set(part.ratio),
@@ -318,7 +333,7 @@ def _minibatch(
     draw: Array,
 ) -> Minibatch:
     """Loss and gradients of the rows `draw`, or of rows drawn with the key `draw`."""
-    hypers, advantages = terms.hypers, terms.advantages
+    hypers, advantages, share = terms.hypers, terms.advantages, learner.share
     count = len(experience.values)
     if advantages is None:
         advantages = advantage_of(experience, ratio, hypers)
@@ -327,26 +342,40 @@ def _minibatch(
     else:
         probs = priorities(advantages, hypers["prio_alpha"])
     if jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
-        rows = _drawn(draw, learner.sizes.minibatch_segments, probs, learner.config.sampling)
+        drawn = learner.sizes.divided(share.count).minibatch_segments
+        rows = _drawn(draw, drawn, probs, learner.config.sampling)
     else:
         rows = draw
-    weights = (count * probs[rows, None]) ** -terms.beta
+    if share.axis is not None and learner.config.sampling != "shuffled":
+        own = unscaled_priorities(advantages, hypers["prio_alpha"])
+        weights = Importance(own[rows, None], own.sum(), count * share.count, terms.beta)
+    else:
+        weights = (count * probs[rows, None]) ** -terms.beta
     batch = jax.tree.map(lambda x: x[rows], experience)
 
     def objective(params: Params) -> tuple[Array, Metrics]:
         policy = merge(learner.graphdef, learner.acting(state._replace(params=params)))
         recompute = learner.config.recompute_advantage
-        return loss(policy, batch, advantages[rows], weights, hypers, recompute)
+        return loss(policy, batch, advantages[rows], weights, hypers, recompute, share)
 
     (total, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     new_ratio, values = metrics.pop("ratio"), metrics.pop("values")
-    return Minibatch(rows, probs, advantages, total, metrics, new_ratio, values, gradients)
+    checked = experience.rewards, advantages, new_ratio, values
+    if share.axis is not None:
+        numbers = [total, *metrics.values(), *(_nan_unless_finite(x) for x in checked)]
+        gradients, joint = share.sum((gradients, jnp.stack(numbers)))
+        total, *means = joint[: 1 + len(metrics)]
+        metrics, checked = dict(zip(metrics, means, strict=True)), tuple(joint[-len(checked) :])
+    return Minibatch(rows, probs, advantages, total, metrics, new_ratio, values, gradients, checked)
 
 
-def _nonfinite(learner: Learner, experience: Experience, part: Minibatch) -> Int[Array, ""]:
+def _nan_unless_finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x).all(), 0, jnp.nan).astype(x.dtype)
+
+
+def _nonfinite(learner: Learner, part: Minibatch) -> Int[Array, ""]:
     """The first of `learner.names` whose array is not finite; if all are, a larger number."""
-    values = (experience.rewards, part.advantages, part.ratio, part.values, part.loss)
-    arrays = jax.tree.leaves((values, learner.to_torch(part.gradients)))
+    arrays = jax.tree.leaves((part.checked, part.loss, learner.to_torch(part.gradients)))
     first = first_nonfinite(arrays)
     return jnp.where(first < len(arrays), first, len(learner.names))
 
@@ -405,8 +434,16 @@ def _drawn(
     return jax.random.choice(random.fast(key), probs.size, (count,), replace=again, p=probs)
 
 
-def _explained_variance(advantages: Array, values: Array) -> Array:
+def _explained_variance(advantages: Array, values: Array, share: Share) -> Array:
     returns = advantages + values
-    variance = jnp.var(returns, ddof=1)
-    explained = 1 - jnp.var(returns - values, ddof=1) / variance
+    if share.axis is None:
+        variance = jnp.var(returns, ddof=1)
+        rest = jnp.var(returns - values, ddof=1)
+    else:
+        both = jnp.stack([returns, returns - values]).reshape(2, -1)
+        squares = both.var(axis=1) * both.shape[1]
+        own = Samples(jnp.asarray(both.shape[1], both.dtype), both.mean(axis=1), squares)
+        (count, _, (variance, rest)), _ = joined(own, share)
+        variance, rest = variance / (count - 1), rest / (count - 1)
+    explained = 1 - rest / variance
     return jnp.where(variance == 0, jnp.nan, explained)

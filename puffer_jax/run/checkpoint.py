@@ -8,6 +8,10 @@ A run's folder holds, for each of its last epochs,
 The state is written last and appears whole, by a rename, so a process killed at any moment leaves
 only complete checkpoints and hidden litter, which the next `save` removes. The JSON has checksums
 of every leaf and of itself, so that damage is an error.
+
+Several processes (see `puffer_jax.run.processes`) write one checkpoint together, to a folder that
+all of them see: process 0 writes everything but the leaves that are spread over processes, of which
+each writes what it holds. It is restored on any number of devices and processes.
 """
 
 import json
@@ -15,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +35,7 @@ from puffer_jax.base.files import sync, sync_tree
 from puffer_jax.base.locks import claimed
 from puffer_jax.base.packages import require
 from puffer_jax.base.text import from_json
+from puffer_jax.run import processes
 from puffer_jax.run.loggers import PathLike
 from puffer_jax.weights.files import save_weights
 
@@ -57,6 +62,9 @@ Metadata = dict[str, Any]
 # Dtype and shape of a leaf, as the index holds them.
 Description = list[str | list[int]]
 
+# NumPy's where one process holds all of it, else JAX's, spread over several.
+_Saved = np.ndarray | jax.Array
+
 
 class _Damaged(ValueError):
     """What was written is not there."""
@@ -82,7 +90,7 @@ def save(
         epoch: the checkpoint's epoch, at least 0.
         policy: the policy that goes into the model file.
         state: a pytree of NumPy and JAX arrays of numbers or booleans, typed PRNG keys, and
-            Python numbers. Sharded arrays are gathered, so all shards must be addressable.
+            Python numbers. Of an array that is spread over processes each writes its part.
         metadata: anything that `json.dumps` takes; tuples come back as lists.
         keep: how many checkpoints to keep.
 
@@ -108,16 +116,18 @@ def save(
         "format": _FORMAT,
         "leaves": {name: description for name, _, description in leaves},
         "metadata": metadata,
-        "sha256": {name: checksums.of_array(array) for name, array in arrays.items()},
+        "sha256": _checksums(arrays),
     }
     index["index_sha256"] = checksums.of_json(from_json(json.dumps(index)))
     # orbax refuses arrays without elements, in which there is nothing to save.
     data = {str(i): array for i, array in enumerate(arrays.values()) if array.size}
-    with claimed(run):
-        model = _save_model(run, epoch, policy)
+    first = processes.index() == 0
+    with claimed(run) if first else nullcontext():
+        model = _save_model(run, epoch, policy) if first else None
         _save_state(run, epoch, index, data)
-        _prune(run, epoch, keep)
-    return model
+        if first:
+            _prune(run, epoch, keep)
+        return Path(processes.exchange(str(model))[0])
 
 
 def _save_model(run: Path, epoch: int, policy: nnx.Module) -> Path:
@@ -133,7 +143,7 @@ def _save_model(run: Path, epoch: int, policy: nnx.Module) -> Path:
     return model
 
 
-def _save_state(run: Path, epoch: int, index: Metadata, data: dict[str, np.ndarray]) -> None:
+def _save_state(run: Path, epoch: int, index: Metadata, data: dict[str, _Saved]) -> None:
     ocp = _orbax()
     final, new = _folder(run, epoch), run / f".state_{epoch:06d}"
     items = {"index": ocp.args.JsonSave(index)}
@@ -141,6 +151,8 @@ def _save_state(run: Path, epoch: int, index: Metadata, data: dict[str, np.ndarr
         items["arrays"] = ocp.args.PyTreeSave(data)
     with _checkpointer(ocp) as checkpointer:
         checkpointer.save(new, args=ocp.args.Composite(**items))
+    if processes.index() > 0:
+        return
     sync_tree(new)
     if final.exists():
         os.replace(final, new.with_suffix(".old"))
@@ -349,8 +361,32 @@ def _describe(name: str, leaf: Any) -> Description:
     return [str(dtype), list(shape)]
 
 
-def _data(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+def _data(leaf: Any) -> _Saved:
+    data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    whole = not isinstance(data, jax.Array) or data.is_fully_addressable
+    return np.asarray(data) if whole or data.is_fully_replicated else data
+
+
+def _checksums(arrays: dict[str, _Saved]) -> dict[str, Any]:
+    """Of each array, or of its parts, see `checksums.check`."""
+    parts = {
+        name: [
+            [_bounds(shard.index, array.shape), checksums.of_array(np.asarray(shard.data))]
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ]
+        for name, array in arrays.items()
+        if isinstance(array, jax.Array)
+    }
+    found = {n: checksums.of_array(x) for n, x in arrays.items() if isinstance(x, np.ndarray)}
+    if parts:
+        everywhere = processes.exchange(parts)
+        found |= {name: [part for some in everywhere for part in some[name]] for name in parts}
+    return {name: found[name] for name in arrays}
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[list[int]]:
+    return [list(part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)]
 
 
 def _blank(leaf: Any) -> np.ndarray:
@@ -369,13 +405,20 @@ def _like(array: np.ndarray, leaf: Any) -> Any:
         return array
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return type(leaf)(array.item())
-    # A copy that JAX owns, so that it can be donated.
-    value = jnp.array(array, copy=True)
-    if _is_key(leaf):
-        value = jax.random.wrap_key_data(value, impl=_implementation(leaf))
     committed = not isinstance(leaf, jax.Array) or leaf.committed
     sharding = leaf.sharding if committed else None
+    if sharding is not None and not sharding.is_fully_addressable:
+        value = jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+        return _wrapped(value, leaf)
+    # A copy that JAX owns, so that it can be donated.
+    value = _wrapped(jnp.array(array, copy=True), leaf)
     return value if sharding is None else jax.device_put(value, sharding)
+
+
+def _wrapped(data: jax.Array, leaf: Any) -> jax.Array:
+    if not _is_key(leaf):
+        return data
+    return jax.random.wrap_key_data(data, impl=_implementation(leaf))
 
 
 def _implementation(key: Any) -> Any:

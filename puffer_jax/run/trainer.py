@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from puffer_jax.base.profile import Profile
 from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.nn.params import merge, split
-from puffer_jax.ppo import optimizers
+from puffer_jax.ppo import devices, optimizers
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.epoch import Loop
 from puffer_jax.ppo.experience import Experience, Metrics, TrainState
@@ -61,6 +62,7 @@ class PuffeRL:
             (see `puffer_jax.as_jax_env`), which is run in `config.num_envs` copies.
         policy: its parameters are copied; `trainer.policy` has the trained ones.
         logger: see `puffer_jax.loggers`; its `run_id` names the run's folder.
+        mesh: the devices to train on, see `puffer_jax.mesh`; None: JAX's default one.
 
     Attributes:
         config: the `PuffeRLConfig`.
@@ -106,6 +108,7 @@ class PuffeRL:
         vecenv: Any,
         policy: nnx.Module,
         logger: Logger | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config = config = PuffeRLConfig.from_dict(config)
         self.vecenv = vecenv
@@ -116,8 +119,9 @@ class PuffeRL:
         )
         self._graphdef, _ = split(policy)
         check_fits(config, policy)
-        source = _source(config, vecenv, policy, self.profile)
-        self.loop = Loop(config, source, policy, self.profile)
+        mesh = None if mesh is None else devices.checked(mesh)
+        source = _source(config, vecenv, policy, self.profile, mesh)
+        self.loop = Loop(config, source, policy, self.profile, mesh)
         self.sizes = sizes = source.sizes
         self.total_agents, self.segments = sizes.agents, sizes.segments
         self.total_epochs = sizes.epochs
@@ -166,7 +170,8 @@ class PuffeRL:
     @property
     def policy(self) -> Any:
         """The policy with its current parameters; it takes observations as they come."""
-        return merge(self._graphdef, jax.tree.map(jnp.copy, self.loop.acting()))
+        params = devices.here(self.loop.mesh, self.loop.acting())
+        return merge(self._graphdef, jax.tree.map(jnp.copy, params))
 
     @property
     def uptime(self) -> float:
@@ -403,8 +408,10 @@ class PuffeRL:
         self.close()
 
 
-def _source(config: PuffeRLConfig, vecenv: Any, policy: nnx.Module, profile: Profile) -> Source:
+def _source(
+    config: PuffeRLConfig, vecenv: Any, policy: nnx.Module, profile: Profile, mesh: Mesh | None
+) -> Source:
     host = as_host_env(vecenv)
     if host is None:
-        return JaxSource(config, as_jax_env(vecenv), policy)
+        return JaxSource(config, as_jax_env(vecenv), policy, devices.share_of(mesh))
     return HostSource(config, host, policy, profile)

@@ -36,10 +36,26 @@ inline void threefry(const std::uint32_t* key, std::uint32_t first, Words& a, Wo
   }
 }
 
-// For each key, (count, 2): both words of the counters 0 ... count - 1.
+// Keys, each of two words; with two more, the first of the rows that are drawn, and how many rows
+// they are among.
+struct Keys {
+  explicit Keys(const In& keys)
+      : words(keys.dimensions().back()),
+        count(keys.element_count() / words),
+        data(in<std::uint32_t>(keys)) {}
+
+  const std::uint32_t* operator[](Index number) const { return data + number * words; }
+  Index first(Index number) const { return words == 4 ? (*this)[number][2] : 0; }
+  Index total(Index number, Index rows) const { return words == 4 ? (*this)[number][3] : rows; }
+
+  Index words, count;
+  const std::uint32_t* data;
+};
+
+// For each key, (count, 2): both words of the counters 0 ... count - 1, or of those from its first.
 ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
-  const std::uint32_t* key = in<std::uint32_t>(keys);
-  const Index n = keys.element_count() / 2, count = words->element_count() / 2 / n;
+  const Keys all(keys);
+  const Index n = all.count, count = words->element_count() / 2 / n;
   std::uint32_t* result = out<std::uint32_t>(words);
   constexpr Index piece = 1 << 12;  // what one task does
   const Index pieces = (count + piece - 1) / piece, group = std::max<Index>(1, piece / count);
@@ -49,7 +65,7 @@ ffi::Error Threefry(ffi::ThreadPool pool, In keys, Out words) {
     for (Index k = from; k < std::min(n, from + group); ++k) {
       for (Index i = begin; i < end; i += kWords) {
         Words a, b;
-        threefry(key + 2 * k, std::uint32_t(i), a, b);
+        threefry(all[k], std::uint32_t(all.first(k) + i), a, b);
         std::uint32_t* to = result + 2 * (k * count + i);
         for (Index j = 0; j < std::min(kWords, end - i); ++j) {
           to[2 * j] = a[j];
@@ -77,7 +93,8 @@ inline void uniform(const std::uint32_t* key, Index first, T* to) {
   }
 }
 
-// The rows [first, last) of logits (rows, n), to be drawn from with one key.
+// The rows [first, last) of logits (rows, n), to be drawn from with one key. Where some rows of a
+// larger draw are, `rows` is how many that has, and they are numbered as there.
 struct Draw {
   const std::uint32_t* key;
   Index rows, n, first, last;
@@ -127,14 +144,16 @@ void categorical(const Draw& draw, const T* logits, std::int32_t* result) {
 // the actions of a whole array of logits.
 template <class F>
 ffi::Error each_draw(ffi::ThreadPool pool, In keys, In logits, F draw) {
-  const Index n = logits.dimensions().back(), draws = keys.element_count() / 2;
+  const Keys all(keys);
+  const Index n = logits.dimensions().back(), draws = all.count;
   const Index rows = logits.element_count() / n / draws;
   const Index each = std::max<Index>(1, 2048 / n), pieces = (rows + each - 1) / each;
   return with_type(logits.element_type(), [&](auto zero) {
     parallel(pool, draws * pieces, [&](Index task) {
       const Index number = task / pieces, first = task % pieces * each;
-      const std::uint32_t* key = in<std::uint32_t>(keys) + 2 * number;
-      draw(zero, Draw{key, rows, n, first, std::min(rows, first + each)}, number * rows + first);
+      const Index before = all.first(number), last = std::min(rows, first + each);
+      draw(zero, Draw{all[number], all.total(number, rows), n, before + first, before + last},
+           number * rows + first);
     });
   });
 }

@@ -1,4 +1,8 @@
-"""Kernels of random numbers."""
+"""Kernels of random numbers.
+
+A key is two words of threefry. With two more, `first` and `total`, the rows are those from `first`
+on of `total` ones that are drawn together.
+"""
 
 import jax
 import numpy as np
@@ -7,7 +11,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from puffer_jax.kernels.cpu.native import call
 
 
-def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*batch count 2"]:
+def threefry(keys: UInt32[Array, "*batch words"], count: int) -> UInt32[Array, "*batch count 2"]:
     """Threefry-2x32 of the counters 0 to `count` - 1: what `jax.random` makes its numbers from."""
     result = jax.ShapeDtypeStruct((*keys.shape[:-1], count, 2), np.uint32)
     call = jax.ffi.ffi_call("puffer_jax_threefry_float32", result, vmap_method="broadcast_all")
@@ -15,7 +19,7 @@ def threefry(keys: UInt32[Array, "*batch 2"], count: int) -> UInt32[Array, "*bat
 
 
 def categorical(
-    keys: UInt32[Array, "*batch 2"], logits: Float[Array, "*batch rows n"]
+    keys: UInt32[Array, "*batch words"], logits: Float[Array, "*batch rows n"]
 ) -> Int32[Array, "*batch rows"]:
     """`jax.random.categorical(key, logits, mode="high")` for threefry keys."""
     result = jax.ShapeDtypeStruct(logits.shape[:-1], np.int32)
@@ -23,7 +27,7 @@ def categorical(
 
 
 def sample(
-    key: UInt32[Array, "*batch 2"], logits: Float[Array, "*batch rows n"], component: int
+    key: UInt32[Array, "*batch words"], logits: Float[Array, "*batch rows n"], component: int
 ) -> tuple[Int32[Array, "*batch rows"], Float[Array, "*batch rows"], Float[Array, "*batch rows"]]:
     """Actions, log-probabilities and entropies of `puffer_jax.sample_logits`; no derivatives.
 
