@@ -21,7 +21,7 @@ BY_FILE = -n 2 --dist loadfile --no-loadscope-reorder
 PIP = pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-matrix test-oldest test-newest accelerators accelerators-cuda accelerators-tpu \
-	lint table docs dist clean
+	onnx lint table docs dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,10 @@ accelerators: accelerators-cuda accelerators-tpu
 accelerators-cuda accelerators-tpu: accelerators-%: .venv/installed build/compilers/installed
 	$(BIN)/python -m pytest -p no:cacheprovider --confcutdir parity_tests/accelerators \
 	parity_tests/accelerators --platform $* $(EVERY)
+
+# Every policy as ONNX, where jax2onnx is installed: it pins an older orbax-checkpoint than the tests'.
+onnx: .venv-onnx/installed
+	PUFFER_JAX_GOLDEN_ONLY=1 .venv-onnx/bin/python -m pytest parity_tests/export/check_onnx.py
 
 lint: .venv/linters
 	$(BIN)/ruff check .
@@ -92,6 +96,11 @@ dist: .venv/dist
 	.venv-newest/bin/$(PIP) -e ".[train,vector,pettingzoo,atari,minigrid,tools]"
 	touch $@
 
+.venv-onnx/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-onnx
+	.venv-onnx/bin/$(PIP) -e ".[train,onnx,tools]"
+	touch $@
+
 # The compilers' own libraries, about 440 MB, beside any environment.
 build/compilers/installed: .venv/installed .ci/compilers.py
 	rm -rf build/compilers && mkdir -p build/compilers
@@ -108,4 +117,4 @@ build/compilers/installed: .venv/installed .ci/compilers.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-onnx build dist

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import distributed as distributed
     from puffer_jax import emulation as emulation
     from puffer_jax import environments as environments
+    from puffer_jax import export as export
     from puffer_jax import optim as optim
     from puffer_jax import parity as parity
     from puffer_jax import plot as plot
@@ -145,8 +146,8 @@ _EXPORTS = {
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = (
-    *("cleanrl", "distributed", "emulation", "environments", "optim", "parity", "plot", "ppo"),
-    *("random", "v4", "vector", "weights"),
+    *("cleanrl", "distributed", "emulation", "environments", "export", "optim", "parity", "plot"),
+    *("ppo", "random", "v4", "vector", "weights"),
 )
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"

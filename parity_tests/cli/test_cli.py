@@ -19,6 +19,7 @@ from support.bars import stub_env
 import puffer_jax
 from puffer_jax import environments
 from puffer_jax.cli.command import main
+from puffer_jax.export import load_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -255,6 +256,28 @@ def test_convert_changes_the_padding_of_a_native_network(tmp_path, capsys):
     expected = b"".join(tensor.tobytes() for tensor in puffer_jax.state_dict(policy).values())
     assert target.read_bytes() == expected != source.read_bytes()
     assert main(["convert", str(target), str(tmp_path / "x.pt"), "--padding", "2"]) == 2
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+def test_export_takes_observations_as_the_environment_gives_them(save, tmp_path, capsys):
+    packed = pufferlib.emulation.GymnasiumPufferEnv(Packed())
+    model, out = save(default(packed)), tmp_path / "policy"
+    flags = ["--env", "PuffPacked-v0", "--batch", "2", "--platforms", "cpu"]
+    assert main(["export", model, *flags, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"Default: {out}\n"
+    step = load_step(out)
+    shapes = {name: x.shape for name, x in step.observations.items()}
+    assert shapes == {"a": (2, 3), "b": (2,), "c": (2, 2, 2)}
+    x = {"a": np.ones((2, 3), np.float32), "b": np.array([1, 4], np.int32)}
+    x["c"] = np.full((2, 2, 2), 9, np.uint8)
+    logits, _, _ = step(x)
+    expected, _ = puffer_jax.policy_from_checkpoint(model, Packed()).forward(x)
+    # Sums of eight float32 numbers up to 9.
+    np.testing.assert_allclose(logits["loc"], expected.loc, rtol=0, atol=2e-5)
+    assert main(["export", model, "--platforms", "gpu"]) == 2
+    assert "expected some of cpu, cuda" in capsys.readouterr().err
 
 
 # --- the installed command -----------------------------------------------------------------------

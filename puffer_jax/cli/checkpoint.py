@@ -11,6 +11,7 @@ from puffer_jax.base.spaces import Box, Space, kind_of, row_dtypes
 from puffer_jax.cli.envs import naming_the_flag
 from puffer_jax.environments import registry
 from puffer_jax.environments.emulation.spaces import gymnasium_space
+from puffer_jax.environments.families import Arguments
 from puffer_jax.weights.files import policy_from_checkpoint
 
 
@@ -31,23 +32,34 @@ class CheckpointOptions:
 
     def load(self, path: Path, env: SimpleNamespace | None, padding: int | None = None) -> Any:
         """The policy in the checkpoint; `env` is `self.make_env()`."""
-        options: dict[str, Any] = {
-            "padding": padding,
-            "nvec": self.nvec[0] if self.nvec and len(self.nvec) == 1 else self.nvec,
-            "channels_last": self.channels_last,
-            "downsample": self.downsample,
-        }
+        options = self.hints(env) | {"padding": padding}
         policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
         shape = None if env is not None or self.image_shape else policy.example_shape()
         return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy
 
-    def make_env(self) -> SimpleNamespace | None:
-        """The environment's spaces, as PufferLib hands them to a policy; None without --env."""
-        if self.env is None:
+    def hints(self, env: SimpleNamespace | None) -> dict[str, Any]:
+        """What the options say about a policy; see `policy_from_checkpoint`."""
+        return {
+            "nvec": self.nvec[0] if self.nvec and len(self.nvec) == 1 else self.nvec,
+            "channels_last": self.channels_last,
+            "downsample": self.downsample,
+        }
+
+    def make_env(
+        self, name: str | None = None, arguments: Arguments | None = None
+    ) -> SimpleNamespace | None:
+        """An environment's spaces, as PufferLib hands them to a policy; None without a name.
+
+        Args:
+            name: the environment's; None: that of --env.
+            arguments: of its constructor.
+        """
+        name = self.env if name is None else name
+        if name is None:
             return None
         require("gymnasium", "--env")
         with naming_the_flag():
-            space, action_space = _spaces(self.env)
+            space, action_space = _spaces(name, arguments or {})
         observation_space, emulated = space, None
         if kind_of(space) != "box":
             sample, structured = row_dtypes(space)
@@ -63,10 +75,10 @@ class CheckpointOptions:
         )
 
 
-def _spaces(name: str) -> tuple[Space, Space]:
+def _spaces(name: str, arguments: Arguments) -> tuple[Space, Space]:
     """The spaces of an agent's observations, before any emulation, and of its actions."""
     family, _ = registry.find(name)
-    env = environments.make(name)
+    env = environments.make(name, **arguments)
     if family.in_jax:
         return gymnasium_space(env.observation_space), gymnasium_space(env.action_space)
     env.close()

@@ -12,6 +12,7 @@ from puffer_jax.bench.command import Bench
 from puffer_jax.cli.check import Check
 from puffer_jax.cli.convert import Convert
 from puffer_jax.cli.eval import Eval
+from puffer_jax.cli.export import Export
 from puffer_jax.cli.plot import Plot
 from puffer_jax.cli.train import Train, train_defaults
 
@@ -52,6 +53,7 @@ def _commands(train: Train) -> Any:
         | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Check, tyro.conf.subcommand("check"), one_way]
         | Annotated[Convert, tyro.conf.subcommand("convert"), one_way]
+        | Annotated[Export, tyro.conf.subcommand("export"), one_way]
         | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
     )
 

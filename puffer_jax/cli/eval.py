@@ -14,9 +14,9 @@ from puffer_jax.base.files import write_atomically
 from puffer_jax.base.packages import require
 from puffer_jax.cli.envs import make_policy
 from puffer_jax.cli.games import make_game
-from puffer_jax.cli.train import SETTINGS, Train, parse_arguments, read_settings
+from puffer_jax.cli.model import find_model
+from puffer_jax.cli.train import SETTINGS, Train, parse_arguments
 from puffer_jax.policies.masks import mask_of
-from puffer_jax.run import checkpoint
 from puffer_jax.run.evaluation import Game, play
 from puffer_jax.weights.files import load_weights, policy_from_checkpoint
 
@@ -54,7 +54,7 @@ class Eval:
         """Play, print, and return the exit code."""
         if self.episodes < 1 or (self.fps is not None and self.fps <= 0):
             raise ValueError(f"episodes is {self.episodes}, fps {self.fps}; must be positive")
-        path, settings = _find_model(self.model)
+        path, settings = find_model(self.model)
         env = self.env or (settings and settings.env)
         if env is None:
             raise ValueError(f"give --env; {path} has no {SETTINGS} beside it")
@@ -109,20 +109,6 @@ class Eval:
         )
         frames.clear()
         print(f"the first episode: {self.out}")
-
-
-def _find_model(path: Path) -> tuple[Path, Train | None]:
-    """The weights, and the options of the run they belong to, if there is one."""
-    # A run's final model lies beside its folder.
-    beside = path.with_suffix("")
-    folder = path if path.is_dir() else beside if beside.is_dir() else path.parent
-    if path.is_dir():
-        epoch = checkpoint.latest(path)
-        found = [] if epoch is None else list(path.glob(f"model_{epoch:06d}.*"))
-        if not found:
-            raise FileNotFoundError(f"no complete checkpoint in the folder {path}")
-        path = found[0]
-    return path, read_settings(folder) if (folder / SETTINGS).exists() else None
 
 
 def _print_text(text: object, fps: float) -> None:

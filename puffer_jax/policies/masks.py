@@ -110,7 +110,7 @@ def split_mask(
     layout, shape = spec.single_observation_space, without_mask(spec, action_mask).shape
     if not isinstance(observations, Mapping) and is_flat(observations, layout):
         rest, mask = _split_columns(jnp.asarray(observations), _parts(spec), action_mask)
-        return rest if shape is None else rest.reshape(len(rest), *shape), mask != 0
+        return rest if shape is None else rest.reshape(rest.shape[0], *shape), mask != 0
     if not isinstance(observations, Mapping):
         emulated = {
             "observation_dtype": layout.sample_dtype,
@@ -135,8 +135,8 @@ def split_mask(
         )
     if shape is not None:
         (leaf,) = rest.values()
-        rest = jnp.asarray(leaf).reshape(len(leaf), *shape)
-    return rest, mask.reshape(len(mask), -1) != 0
+        rest = jnp.asarray(leaf).reshape(leaf.shape[0], *shape)
+    return rest, mask.reshape(mask.shape[0], sum(sizes)) != 0
 
 
 def legal(logits: PyTree, mask: Bool[ArrayLike, "batch actions"]) -> Array | tuple[Array, ...]:

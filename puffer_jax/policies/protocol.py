@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
+from puffer_jax.nn.cores.core import Rows
 from puffer_jax.nn.distributions import Normal
 
 Logits = Array | tuple[Array, ...] | Normal
@@ -44,7 +45,7 @@ class RecurrentPolicy(Protocol):
 
     is_continuous: bool
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """The zero state of a new episode."""
         ...
 

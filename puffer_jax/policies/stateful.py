@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from puffer_jax.base import spaces
 from puffer_jax.nn.cores import Core
+from puffer_jax.nn.cores.core import Rows
 from puffer_jax.policies.nativize import is_flat
 from puffer_jax.policies.protocol import Logits, State
 
@@ -35,7 +36,7 @@ class Stateful(nnx.Module):
         """See `FeedForward.example_shape`."""
         return None
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """The zero state of a new episode for `batch_size` agents."""
         hidden = jnp.zeros((batch_size, self.hidden_size), self.core.param_dtype)
         return {"hidden": hidden, **self.core.initial_state(batch_size)}
@@ -107,7 +108,7 @@ class Stateful(nnx.Module):
         """Logits and values (batch, 1) for the core's outputs; no time axis."""
         raise NotImplementedError
 
-    def _carried(self, state: State | None, batch: int) -> State:
+    def _carried(self, state: State | None, batch: Rows) -> State:
         """The core's part of a state, checked."""
         zero = self.core.initial_state(batch)
         if state is None:

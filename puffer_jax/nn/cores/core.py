@@ -9,6 +9,9 @@ from puffer_jax.nn.params import Shape
 
 State = dict[str, Array]
 
+Rows = Any
+"""A number of rows: an int, or a symbolic one of `jax.export`."""
+
 
 @runtime_checkable
 class Core(Protocol):
@@ -29,7 +32,7 @@ class Core(Protocol):
     hidden_size: int
     param_dtype: Any
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """The zero state of a new episode."""
         ...
 

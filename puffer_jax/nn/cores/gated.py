@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from puffer_jax.nn.cores.core import State
+from puffer_jax.nn.cores.core import Rows, State
 from puffer_jax.nn.initializers import uniform
 from puffer_jax.nn.params import Shape, shape_of
 
@@ -101,7 +101,7 @@ class GatedCore(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], Parts]:
         """All steps of a layer: the outputs and the last state; see `Core.scan`."""
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """The zero state of a new episode."""
         shape = batch_size, self.hidden_size
         # An array each: donating one buffer twice is an error.

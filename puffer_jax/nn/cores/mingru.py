@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from puffer_jax.kernels.mingru import mingru_layer
-from puffer_jax.nn.cores.core import State
+from puffer_jax.nn.cores.core import Rows, State
 from puffer_jax.nn.cores.stack import Layered, count
 from puffer_jax.nn.initializers import torch_init
 from puffer_jax.nn.params import Shape, shape_of
@@ -85,7 +85,7 @@ class MinGRU(Layered):
 
         self.layers = nnx.List([layer() for _ in range(num_layers)])
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """The zero state of a new episode."""
         return {"mingru_h": self._zeros(batch_size)}
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from puffer_jax.nn.cores.core import State
+from puffer_jax.nn.cores.core import Rows, State
 from puffer_jax.nn.cores.gated import WEIGHTS, GatedCore, Parts, weight_shapes, weights_of
 from puffer_jax.nn.initializers import reset_orthogonal
 from puffer_jax.nn.params import Shape, shape_of
@@ -43,7 +43,7 @@ class Layered(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
 
-    def _zeros(self, batch_size: int) -> Float[Array, "batch layers hidden"]:
+    def _zeros(self, batch_size: Rows) -> Float[Array, "batch layers hidden"]:
         return jnp.zeros((batch_size, self.num_layers, self.hidden_size), self.param_dtype)
 
 
@@ -118,7 +118,7 @@ class Stack(Layered):
             for name in WEIGHTS
         }
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """The zero state of a new episode."""
         # An array each: donating one buffer twice is an error.
         return {name: self._zeros(batch_size) for name in sorted(self.core.state_names)}

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,10 +14,8 @@ from jaxtyping import PyTree
 from puffer_jax.base import spaces
 from puffer_jax.nn.distributions import Normal
 from puffer_jax.nn.params import merge, split
+from puffer_jax.policies.drawing import draw, draw_packed
 from puffer_jax.policies.protocol import is_recurrent, masked_by
-
-# A bound beyond this counts as none: CartPole's are 3e38, where any network overflows.
-_LARGE = 1e6
 
 _RANDOM = ("random", "random 2", "random 3")
 
@@ -49,52 +46,6 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
 
 
-def _draw(space: spaces.Space, kind: str, count: int, rng: np.random.Generator) -> PyTree:
-    """`count` observations of a space, (count, *shape), in the form of the space."""
-    match spaces.kind_of(space):
-        case "dict":
-            return {key: _draw(sub, kind, count, rng) for key, sub in space.spaces.items()}
-        case "tuple":
-            return tuple(_draw(sub, kind, count, rng) for sub in space.spaces)
-        case "discrete" | "multidiscrete":
-            low = np.asarray(getattr(space, "start", 0))
-            high = low + np.asarray(getattr(space, "nvec", getattr(space, "n", None))) - 1
-            shape, dtype = high.shape, np.dtype(np.int32)
-        case "multibinary":
-            low, high, shape, dtype = 0, 1, tuple(space.shape), np.dtype(space.dtype)
-        case "box":
-            low, high, shape = space.low, space.high, tuple(space.shape)
-            dtype = np.dtype(space.dtype)
-    low, high = (np.clip(np.asarray(x, np.float64), -_LARGE, _LARGE) for x in (low, high))
-    # Where there is no bound, a window near zero.
-    width = np.where(high - low < _LARGE, high - low, 2.0)
-    start = np.clip(-1.0, low, high - width)
-    steps = not jnp.issubdtype(dtype, jnp.floating)
-    random = start + rng.random((count, *shape)) * (width + steps)
-    random = np.minimum(np.floor(random), high) if steps else random
-    values = {"lowest": low, "highest": high, "zero": np.clip(0.0, low, high)}.get(kind, random)
-    return np.broadcast_to(values, (count, *shape)).astype(dtype)
-
-
-def _unbounded(dtype: np.dtype) -> SimpleNamespace:
-    """A structured dtype as a space; what its leaves may hold is a guess."""
-    if dtype.names is not None:
-        return SimpleNamespace(spaces={name: _unbounded(dtype[name]) for name in dtype.names})
-    low, high = -np.inf, np.inf
-    if not jnp.issubdtype(dtype.base, jnp.floating):
-        small = dtype.base.itemsize < 4 and dtype.base != np.bool_
-        low, high = (np.iinfo(dtype.base).min, np.iinfo(dtype.base).max) if small else (0, 1)
-    return SimpleNamespace(low=low, high=high, shape=dtype.shape, dtype=dtype.base)
-
-
-def _fill(struct: np.ndarray, tree: Mapping[str, PyTree]) -> None:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            _fill(struct[name], value)
-        else:
-            struct[name] = value
-
-
 class _Run:
     """A policy under test, its observations, and its outputs on them."""
 
@@ -110,11 +61,10 @@ class _Run:
         self.traces = 0
 
     def draw(self, kind: str, count: int) -> PyTree:
-        if self.layout.sample_dtype is None or self.layout.structured is None:
-            return jax.tree.map(jnp.asarray, _draw(self.space, kind, count, self.rng))
-        packed = np.zeros(count, self.layout.structured)
-        _fill(packed, _draw(_unbounded(self.layout.structured), kind, count, self.rng))
-        return jnp.asarray(packed.view(self.layout.sample_dtype).reshape(count, -1))
+        structured, sample = self.layout.structured, self.layout.sample_dtype
+        if sample is None or structured is None:
+            return jax.tree.map(jnp.asarray, draw(self.space, kind, count, self.rng))
+        return jnp.asarray(draw_packed(structured, sample, kind, count, self.rng))
 
     def sequences(self, kind: str) -> PyTree:
         """(batch, time, *obs)."""

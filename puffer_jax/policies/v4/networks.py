@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from puffer_jax.kernels.perceptron import gelu
 from puffer_jax.nn.cores import gru, lstm
-from puffer_jax.nn.cores.core import State
+from puffer_jax.nn.cores.core import Rows, State
 from puffer_jax.nn.cores.mingru import MinGRU as MinGRU
 from puffer_jax.nn.cores.stack import Layered, Stack, count
 from puffer_jax.nn.initializers import torch_init
@@ -62,7 +62,7 @@ class MLP(Layered):
             layers += [torch_init(layer, rngs=rngs), gelu]
         self.net = nnx.Sequential(*layers)
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: Rows) -> State:
         """Nothing."""
         return {}
 
