@@ -13,7 +13,7 @@ MODULES = $(addprefix policies/test_,models check cleanrl) $(addprefix weights/t
 # Python 3.11 with the oldest releases that pyproject.toml allows, and 3.13 with the newest, each in a
 # venv of its own. For 3.13 there is no CPU wheel of torch, and gymnax rules out jax 0.12: the tests
 # that need either are left out there, and named. PettingZoo's oldest release cannot be installed
-# beside the others' oldest.
+# beside the others' oldest. `make -j2 test-matrix` does both at once.
 OLDEST = environments/test_jaxenv run/test_written_files policies/test_cleanrl cli/test_cli
 NEWEST = test_golden environments/test_jaxenv environments/test_environments
 # File by file, in the order of conftest.py.
@@ -35,11 +35,11 @@ test: .venv/installed
 test-matrix: test-oldest test-newest
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(BY_FILE) -k "not pettingzoo" $(OLDEST:%=parity_tests/%.py)
+	.venv-oldest/bin/python -m pytest -k "not pettingzoo" $(OLDEST:%=parity_tests/%.py)
 
 test-newest: .venv-newest/installed
 	PUFFER_JAX_GOLDEN_ONLY=1 PUFFER_JAX_NO_GYMNAX=1 \
-	.venv-newest/bin/python -m pytest $(BY_FILE) $(NEWEST:%=parity_tests/%.py)
+	.venv-newest/bin/python -m pytest $(NEWEST:%=parity_tests/%.py)
 	rm .venv-newest/installed  # made anew next time, since what is newest changes
 
 # Compiled for an H100 and a TPU v5e, without either; `make -j2 accelerators` does both at once.

@@ -13,6 +13,10 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Without LLVM's optimiser, also in processes that tests start; see `optimised`.
+os.environ.setdefault(
+    "JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(os.environ.get("PUFFER_JAX_OPTIMISED") != "1"))
+)
 
 import jax
 import pytest
@@ -38,8 +42,8 @@ OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
 XLA_FLAGS = ["--xla_force_host_platform_device_count=8"]
 if not OPTIMISED:
     # Most of the session is compilation, of which this saves a third: one process a core, and
-    # fusions without MLIR where XLA still can. Other processes that tests start, and `make test`'s
-    # second half, compile as users do.
+    # fusions without MLIR where XLA still can. In other processes that tests start, and in `make
+    # test`'s second half, XLA has its own settings.
     XLA_FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11):
         XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -65,7 +69,7 @@ if not GOLDEN_ONLY:
     torch.set_num_threads(1)
 install_import_hook("puffer_jax", "beartype.beartype")
 # JAX makes an MLIR context for every program, which takes a third of lowering and compiling a small
-# one. They may share one; `forget` makes another for each file, as a context keeps what was in it.
+# one. They may share one; `forget` makes another at times, as a context keeps what was in it.
 if hasattr(mlir, "make_ir_context"):  # in JAX 0.10
     mlir.make_ir_context = shared_context = functools.cache(mlir.make_ir_context)
 else:
@@ -130,26 +134,45 @@ def rbg():
 
 
 @pytest.fixture
-def unoptimised():
-    """Compile without LLVM's optimiser, which is half of a compilation.
+def optimised():
+    """Compile with LLVM's optimiser, for tests that compute for long.
 
-    (Nine tenths of a float64 convolution's.) What XLA makes of a program, its fusions included, is
-    the same without. PUFFER_JAX_OPTIMISED=1, as in `make test`'s second half, leaves it on. Not
-    for tests that compute for long.
+    It would be half of a compilation, and nine tenths of a float64 convolution's. What XLA makes of
+    a program, its fusions included, is the same without. PUFFER_JAX_OPTIMISED=1, as in
+    `make test`'s second half, leaves it on for all.
     """
-    jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
 
 
 @pytest.fixture
-def quick(rbg, unoptimised):
+def unoptimised():
+    """What all tests are unless `optimised`."""
+
+
+@pytest.fixture
+def quick(rbg):
     """Compile as little as possible."""
+
+
+# Bytes of this process from which on programs are forgotten.
+ENOUGH = 3 * 2**29
+
+
+def resident():
+    """Bytes of this process in memory; where Linux does not tell, as many as are enough."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return ENOUGH
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget():
-    """No file needs the programs of another, and thousands of them fill gigabytes."""
+    """Files share small programs, initial weights' above all, but thousands fill gigabytes."""
     yield
-    jax.clear_caches()
-    shared_context.cache_clear()
+    if resident() >= ENOUGH:
+        jax.clear_caches()
+        shared_context.cache_clear()

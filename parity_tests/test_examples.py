@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import puffer_jax
 
@@ -19,7 +20,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys, unoptimised):
+def run(tmp_path, monkeypatch, capsys):
     """Runs a script as `python examples/SCRIPT` does and returns what it printed.
 
     In this process, since most of a short run are imports; the demo has a process of its own.
@@ -97,6 +98,19 @@ def test_training(run, command, expected):
     assert expected in run(*command)
 
 
+@pytest.mark.needs_reference  # of torch: it writes a .pt file
+def test_atari(run, tmp_path):
+    small = "--steps 800 --num-envs 4 --horizon 16 --update-epochs 1 --hidden-size 16 --frames 20"
+    assert "agent: atari/agent.gif, return" in run("train_atari.py", *small.split())
+    env = puffer_jax.environments.make("ALE/Breakout-v5", framestack=1)
+    policy = puffer_jax.policy_from_checkpoint(tmp_path / "atari" / "run_seed0.pt", env)
+    assert isinstance(policy, puffer_jax.LSTMWrapper)
+    assert isinstance(policy.policy, puffer_jax.Convolutional)
+    assert (tmp_path / "atari" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "atari" / "agent.gif") as image:
+        assert (image.format, image.size) == ("GIF", (160, 210))
+
+
 @pytest.mark.needs_gymnax
 def test_learning_table(run, tmp_path):
     tasks = ("CartPole-v1",)
@@ -107,7 +121,7 @@ def test_learning_table(run, tmp_path):
     assert (tmp_path / "learning.png").stat().st_size > 10_000
 
 
-def test_ppo_learns():
+def test_ppo_learns(optimised):
     """The loop is right: CartPole improves far beyond chance (about 22) in a few seconds."""
     sys.path.insert(0, str(EXAMPLES))
     try:

@@ -131,20 +131,15 @@ def pytest_without_reference(*arguments, golden_only):
 
 
 @pytest.mark.needs_reference
-def test_without_the_reference_golden_files_are_tested():
-    run = pytest_without_reference(__file__, "-k", "not wrong_weight", golden_only=True)
+def test_without_the_reference_golden_files_are_tested_and_what_imports_it_is_named():
+    """All that can be collected without it is; of that the golden files' tests are run, and one."""
+    chosen = "test_golden and not wrong_weight or test_jaxenv and is_no_jax_environment"
+    run = pytest_without_reference("parity_tests", "-vv", "-k", chosen, golden_only=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    names = len(golden.NAMES)
-    # Left out: a wrong weight, by name; six that need the reference, and this file's last three.
-    assert f"{2 * names + 1} passed, {2 * names + 5} deselected" in run.stdout
-
-
-@pytest.mark.needs_reference
-def test_without_the_reference_the_files_that_import_it_are_named():
-    run = pytest_without_reference("parity_tests", "--collect-only", golden_only=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    collected, _, left_out = run.stdout.partition("not run, as they import the reference: ")
-    assert "test_jaxenv.py::" in collected and "test_models.py::" not in collected
+    done, _, left_out = run.stdout.partition("not run, as they import the reference: ")
+    # Of the golden files' the ones that need the reference are left out, as are these two.
+    assert f" {2 * len(golden.NAMES) + 2} passed, " in run.stdout
+    assert "test_jaxenv.py::" in done and "test_models.py::" not in done
     assert "test_models.py" in left_out and "test_jaxenv.py" not in left_out
 
 

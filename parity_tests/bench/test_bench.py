@@ -23,7 +23,8 @@ ADVANTAGE = Row("advantage", "a few", "advantage", BOTH, {"segments": 8, "horizo
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Rows in the place of the real ones."""
+    """Rows in the place of the real ones, and a product of matrices that takes no second."""
+    monkeypatch.setattr(command, "_MATMUL", 256)
 
     def replace(*given):
         monkeypatch.setattr(command, "rows", lambda: iter(given))

@@ -1,17 +1,14 @@
 """Environments by name: every family, its default policy, the commands, and the Atari example."""
 
-import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 from flax import nnx
 from gymnasium.spaces import Box, Discrete
-from PIL import Image
 from support.bars import stub_env
 
 import puffer_jax
@@ -283,31 +280,6 @@ def test_train_and_play_from_the_command_line(tmp_path, capsys):
         assert isinstance(policy, puffer_jax.Default)
     assert main(["eval", str(folder / "a_seed42"), "--episodes", "1"]) == 0
     assert "MiniGrid-Empty-5x5-v0" in capsys.readouterr().out
-
-
-@pytest.mark.needs_reference  # of torch: it reads and writes .pt files
-def test_atari_example(tmp_path):
-    small = "--steps 800 --num-envs 4 --horizon 16 --update-epochs 1 --hidden-size 16 --frames 20"
-    result = subprocess.run(
-        [
-            sys.executable,
-            Path(__file__).parents[2] / "examples" / "train_atari.py",
-            *small.split(),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"JAX_ENABLE_X64": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    env = environments.make("ALE/Breakout-v5", framestack=1)
-    policy = puffer_jax.policy_from_checkpoint(tmp_path / "atari" / "run_seed0.pt", env)
-    assert isinstance(policy, puffer_jax.LSTMWrapper)
-    assert isinstance(policy.policy, puffer_jax.Convolutional)
-    assert (tmp_path / "atari" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    with Image.open(tmp_path / "atari" / "agent.gif") as image:
-        assert (image.format, image.size) == ("GIF", (160, 210))
 
 
 def test_what_moved_to_another_package_is_pointed_to(monkeypatch):

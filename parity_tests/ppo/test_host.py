@@ -309,7 +309,7 @@ def test_envpools_are_gymnasiums_or_an_error():
         as_host_env(Pool("gymnasium", batch=1)).async_reset(0)
 
 
-def test_a_step_is_one_program_and_the_devices_arrays_stay_there(unoptimised):
+def test_a_step_is_one_program_and_the_devices_arrays_stay_there():
     envs = gymnasium.vector.SyncVectorEnv([lambda: Steps(3)] * 2)
     policy = puffer_jax.Default(envs, 4, rngs=nnx.Rngs(0))
     config = PuffeRLConfig(num_envs=2, batch_size=16, bptt_horizon=8, minibatch_size=8)

@@ -570,7 +570,6 @@ import sys
 sys.path[:0] = {tests!r}
 import conftest, jax
 jax.config.update("jax_default_prng_impl", "rbg")
-jax.config.update("jax_disable_most_optimizations", True)
 from test_pufferl import build_jax_trainer
 trainer = build_jax_trainer({folder!r}, checkpoint_interval=1)
 while True:

@@ -6,10 +6,12 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
+from puffer_jax.nn.params import Shape
 from puffer_jax.nn.torch_layout import TorchParameter, torch_parameters
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -54,34 +56,34 @@ def layer_init(
     """
     for parameter in _affine(layer, "layer_init"):
         if parameter.name == "weight":
-            _set(parameter, std * _orthogonal(parameter, rngs))
+            _set(parameter, _orthogonal(parameter, rngs, std))
         else:
-            _set(parameter, jnp.full(parameter.shape, bias_const))
+            _set(parameter, np.full(parameter.shape, bias_const))
     return layer
 
 
-@partial(jax.jit, static_argnames=("rows", "columns", "dtype"))
-def _orthogonal_matrix(key: Array, rows: int, columns: int, dtype: jnp.dtype) -> Array:
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _orthogonal_array(key: Array, std: ArrayLike, shape: Shape, dtype: jnp.dtype) -> Array:
+    rows, columns = shape[0], math.prod(shape[1:])
     # JAX's own initialiser decomposes a square matrix of the longer side, 40 times the work
     # for NatureCNN's Linear.
     tall = jax.random.normal(key, (max(rows, columns), min(rows, columns)), dtype)
     q, r = jnp.linalg.qr(tall)
     # Without the signs the distribution would depend on the decomposition's conventions.
     q *= jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
-    return q if rows >= columns else q.T
+    return (std * (q if rows >= columns else q.T)).reshape(shape)
 
 
-def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs) -> Array:
-    rows, *rest = parameter.shape
+def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs, std: float = 1.0) -> Array:
     # There is no QR in half precision.
     dtype = jnp.promote_types(parameter.variables[0].dtype, jnp.float32)
-    matrix = _orthogonal_matrix(rngs.params(), rows, math.prod(rest), dtype)
-    return matrix.reshape(parameter.shape)
+    return _orthogonal_array(rngs.params(), std, parameter.shape, dtype)
 
 
-def _set(parameter: TorchParameter, value: Array) -> None:
+def _set(parameter: TorchParameter, value: Array | np.ndarray) -> None:
     for variable, array in zip(parameter.variables, parameter.from_torch(value), strict=True):
-        variable[...] = array.astype(variable.dtype)
+        # What is NumPy's, all zeros say, takes no program of its own.
+        variable[...] = jnp.asarray(array.astype(variable.dtype))
 
 
 def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
@@ -129,6 +131,6 @@ def reset_orthogonal(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
         if "layer_norm" in parameter.name:
             continue
         if "bias" in parameter.name:
-            _set(parameter, jnp.zeros(parameter.shape))
+            _set(parameter, np.zeros(parameter.shape))
         elif "weight" in parameter.name and len(parameter.shape) >= 2:
             _set(parameter, _orthogonal(parameter, rngs))
