@@ -209,6 +209,12 @@ def test_a_preset_is_used_unless_it_is_refused(options):
         PuffeRLConfig.preset("CartPol-v1")
 
 
+def test_devices(options):
+    assert options("--env", "cartpole")._mesh() is None
+    assert options("--env", "cartpole", "--devices", "all")._mesh().size == 8
+    assert options("--env", "cartpole", "--devices", "2")._mesh().size == 2
+
+
 def test_names_of_other_libraries_are_known(capsys):
     assert main(["train", "--env", "cartpole", "--train.lr", "0.1"]) == 2
     expected = "puffer-jax: no such --train option: lr (did you mean learning_rate?)\n"
@@ -537,6 +543,10 @@ MISTAKES = {
     "sizes": (
         ["train", "--env", "CartPole-v1", *TINY, "--train.batch-size", "36"],
         "nearest: 32 or 40",
+    ),
+    "devices": (
+        ["train", "--env", "cartpole", *TINY, "--devices", "9"],
+        "devices is 9; there are 1 to 8 to choose from",
     ),
     "count": (
         ["train", "--env", "CartPole-v1", *TINY, "--vec.num-envs", "0"],

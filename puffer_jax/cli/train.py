@@ -68,6 +68,8 @@ class Train:
     profile: bool = False
     """With a JAX-native environment, run the rollout and the update as two programs, so that the
     dashboard and the logs have the time of each."""
+    devices: Literal["all"] | int = 1
+    """How many devices to train on: each has its share of the agents and of every minibatch."""
     vec: VecOptions = dataclasses.field(default_factory=VecOptions)
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
@@ -99,7 +101,7 @@ class Train:
             known = {"env": self.env, "num_envs": count, "data_dir": data_dir}
             config = PuffeRLConfig.from_dict(dataclasses.asdict(self.train) | known)
             policy = make_policy(single, self.policy, self.rnn, config.precision, config.seed)
-            trainer = PuffeRL(config, envs, policy, NoLogger(run_id))
+            trainer = PuffeRL(config, envs, policy, NoLogger(run_id), self._mesh())
             if self.resume is not None:
                 trainer.restore()
             evaluation = self._evaluation()
@@ -133,6 +135,14 @@ class Train:
         if not trainer.done:
             print(f"go on with: puffer-jax train --resume {trainer.run_folder}")
         return 0
+
+    def _mesh(self) -> Any:
+        """The devices that --devices asks for; None: JAX's default one."""
+        from puffer_jax.ppo.devices import mesh
+
+        if self.devices == 1:
+            return None
+        return mesh(None if self.devices == "all" else self.devices)
 
     def _start(self) -> str:
         """Where the options come from that no flag gave."""

@@ -373,8 +373,7 @@ class PuffeRLConfig:
             agents: number of agents over all environments; None for a JAX-native environment,
                 which can be run in any number of copies.
             agents_per_batch: number of agents that act at once; None: all.
-            devices: number of devices, each of which has its share of the agents and of every
-                minibatch.
+            devices: number of devices; each has its share of the agents and of every minibatch.
 
         Raises:
             ValueError: the sizes do not fit together; the message names the nearest that do.
@@ -410,10 +409,8 @@ class PuffeRLConfig:
                 + multiples(max(batch, agents * horizon), unit * horizon)
             )
         if unit % devices:
-            raise ValueError(
-                f"{unit} agents that act together cannot be divided among {devices} devices; "
-                f"nearest: {multiples(unit, devices)}"
-            )
+            rule = f"{unit} agents that act together cannot be divided among {devices} devices"
+            raise ValueError(f"{rule}; nearest: {multiples(unit, devices)}")
         minibatch, row = self.minibatch_size, horizon * devices
         if isinstance(minibatch, str):
             minibatch = self._auto_minibatch(batch, segments // devices, row)
@@ -427,10 +424,8 @@ class PuffeRLConfig:
             )
         if step % row:
             on = f" on {devices} devices" if devices > 1 else ""
-            raise ValueError(
-                f"minibatch_size {step} is not a multiple of bptt_horizon {horizon}{on}; nearest: "
-                + multiples(step, row)
-            )
+            rule = f"is not a multiple of bptt_horizon {horizon}{on}"
+            raise ValueError(f"minibatch_size {step} {rule}; nearest: {multiples(step, row)}")
         minibatches, accumulate = int(self.update_epochs * batch / step), minibatch // step
         if minibatches == 0 or minibatches % accumulate:
             raise ValueError(

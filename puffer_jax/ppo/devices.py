@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -71,10 +73,13 @@ class Share(NamedTuple):
     Attributes:
         axis: the name of the axis within `jax.shard_map`; None: there is one device.
         count: the number of devices.
+        before: how many of them come before the first one of the axis, in other processes; then
+            nothing can be known of the others.
     """
 
     axis: str | None = None
     count: int = 1
+    before: int = 0
 
     def key(self, key: PRNGKeyArray) -> PRNGKeyArray:
         """A key of the device's own."""
@@ -86,7 +91,7 @@ class Share(NamedTuple):
         """Which rows its `own` rows are among those of all devices; None: they are all."""
         if self.axis is None:
             return None
-        return Rows(jax.lax.axis_index(self.axis) * own, self.count * own)
+        return Rows((self.before + jax.lax.axis_index(self.axis)) * own, self.count * own)
 
     def sum(self, tree: PyTree) -> PyTree:
         """The sum of each array over all devices, in one all-reduce for arrays of one dtype."""
@@ -123,8 +128,14 @@ def on_each(mesh: Mesh | None, function: Any, takes: PyTree, gives: PyTree) -> A
     if mesh is None:
         return jax.jit(function)
     return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=takes, out_specs=gives, check_vma=False)
+        jax.shard_map(function, mesh=mesh, in_specs=takes, out_specs=gives, check_vma=False),
+        in_shardings=_shardings(mesh, takes),
+        out_shardings=_shardings(mesh, gives),
     )
+
+
+def _shardings(mesh: Mesh, specs: PyTree) -> PyTree:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def place(mesh: Mesh | None, tree: PyTree, specs: PyTree) -> PyTree:
@@ -137,14 +148,96 @@ def place(mesh: Mesh | None, tree: PyTree, specs: PyTree) -> PyTree:
     """
     if mesh is None:
         return tree
-    one = isinstance(specs, PartitionSpec)
-
-    def put(x: Array, spec: PartitionSpec) -> Array:
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(lambda x: put(x, specs), tree) if one else jax.tree.map(put, tree, specs)
+    shardings = _shardings(mesh, specs)
+    if isinstance(specs, PartitionSpec):
+        return jax.tree.map(lambda x: jax.device_put(x, shardings), tree)
+    return jax.tree.map(jax.device_put, tree, shardings)
 
 
 def here(mesh: Mesh | None, tree: PyTree) -> PyTree:
     """Arrays that all devices have alike, on this process's first one."""
     return tree if mesh is None else jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+class Host(NamedTuple):
+    """This process's part of a mesh, for what it does on its own devices alone.
+
+    Attributes:
+        whole: the mesh; None: there is one device.
+        mesh: this process's devices in it.
+        processes: how many processes have devices in it, each as many.
+        number: which of them this is.
+    """
+
+    whole: Mesh | None = None
+    mesh: Mesh | None = None
+    processes: int = 1
+    number: int = 0
+
+    @classmethod
+    def of(cls, mesh: Mesh | None) -> "Host":
+        """This process's part.
+
+        Raises:
+            ValueError: the processes have different numbers of devices in the mesh, or not one
+                after the other, or this one has none.
+        """
+        if mesh is None:
+            return cls()
+        owners = [device.process_index for device in mesh.devices.flat]
+        order = list(dict.fromkeys(owners))
+        each = len(owners) // len(order)
+        if owners != [process for process in order for _ in range(each)]:
+            raise ValueError(f"every process must have as many devices in a row; got {owners}")
+        if jax.process_index() not in order:
+            raise ValueError(
+                f"process {jax.process_index()} has no device in the mesh, which is of {order}"
+            )
+        return cls(mesh, mesh.local_mesh, len(order), order.index(jax.process_index()))
+
+    @property
+    def devices(self) -> int:
+        """How many devices this process has in the mesh."""
+        return 1 if self.mesh is None else self.mesh.devices.size
+
+    @property
+    def share(self) -> Share:
+        """What one of this process's devices does of the whole."""
+        if self.mesh is None:
+            return ALONE
+        return Share(AXIS, self.processes * self.devices, self.number * self.devices)
+
+    def alike(self, tree: PyTree) -> PyTree:
+        """Arrays that all devices have alike, as this process's devices have them."""
+        if self.mesh is None or self.processes == 1:
+            return tree
+        sharding = NamedSharding(self.mesh, ALIKE)
+
+        def local(x: Array) -> Array:
+            parts = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+        return jax.tree.map(local, tree)
+
+    def divide(self, tree: PyTree, agents: int) -> PyTree:
+        """Rows (rounds * agents, ...) of this process's agents, among all devices of the mesh.
+
+        Each device gets those of its agents, (rounds * agents of a device, ...).
+        """
+        if self.whole is None:
+            return tree
+        sharding = NamedSharding(self.whole, DIVIDED)
+
+        def put(x: Any) -> Array:
+            x = np.asarray(x)
+            shape = -1, self.devices, agents // self.devices, *x.shape[1:]
+            by_device = x.reshape(shape).swapaxes(0, 1).reshape(x.shape)
+            return jax.make_array_from_process_local_data(sharding, by_device)
+
+        return jax.tree.map(put, tree)
+
+    def total(self, number: int) -> int:
+        """The sum of a number over all processes."""
+        if self.processes == 1:
+            return number
+        return int(np.sum(multihost_utils.process_allgather(np.asarray(number))))

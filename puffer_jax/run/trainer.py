@@ -414,4 +414,4 @@ def _source(
     host = as_host_env(vecenv)
     if host is None:
         return JaxSource(config, as_jax_env(vecenv), policy, devices.share_of(mesh))
-    return HostSource(config, host, policy, profile)
+    return HostSource(config, host, policy, profile, mesh)

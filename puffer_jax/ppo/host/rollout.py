@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from puffer_jax.base.profile import Profile
 from puffer_jax.nn import random
 from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.devices import ALIKE, ALONE, DIVIDED, Host, Share, here, on_each, place
 from puffer_jax.ppo.experience import Experience, Params, RecurrentState
 from puffer_jax.ppo.host.envs import HostBatch, HostEnv
 from puffer_jax.ppo.rollout import Arrival, Player, last_of, stored, with_following
@@ -52,10 +54,11 @@ class HostStep:
     Args:
         player: the policy.
         sends: whether what it returns is sent as it is, and must be playable.
+        share: it is called by one device of these.
     """
 
-    def __init__(self, player: Player, sends: bool = False):
-        self._player, self._sends = player, sends
+    def __init__(self, player: Player, sends: bool = False, share: Share = ALONE):
+        self._player, self._sends, self._share = player, sends, share
         # As for the trainer's keys, which are made at the same time; the default may change.
         self._impl = jax.random.key_impl(jax.random.key(0))
 
@@ -81,7 +84,8 @@ class HostStep:
             one or if that is still to be made playable.
         """
         act_key = jax.random.wrap_key_data(key, impl=self._impl)
-        action, logprob, values, state = self._player.act(params, obs, state, start, act_key)
+        rows = self._share.rows(len(jax.tree.leaves(obs)[0]))
+        action, logprob, values, state = self._player.act(params, obs, state, start, act_key, rows)
         played = self._player.playable(action) if self._sends else action
         outputs = Outputs(action, jnp.stack([logprob, values], axis=1))
         return state, outputs, None if played is action else played
@@ -196,6 +200,8 @@ class HostSource:
         env: the environments, as `as_host_env` returns them.
         policy: a policy with the structure of those that will act.
         profile: counts the time of the phases "env", "forward" and "copy".
+        mesh: the devices that act, each for its share of every batch; the environments are those of
+            this process, others step their own. None: there is one device.
 
     Attributes:
         step: `HostStep`, compiled.
@@ -207,8 +213,18 @@ class HostSource:
 
     pure = False
 
-    def __init__(self, config: PuffeRLConfig, env: HostEnv, policy: nnx.Module, profile: Profile):
-        self.sizes = config.sizes(env.num_agents, env.agents_per_batch)
+    def __init__(
+        self,
+        config: PuffeRLConfig,
+        env: HostEnv,
+        policy: nnx.Module,
+        profile: Profile,
+        mesh: Mesh | None = None,
+    ):
+        self._host = host = Host.of(mesh)
+        agents, together = (n * host.processes for n in (env.num_agents, env.agents_per_batch))
+        self.sizes = config.sizes(agents, together, host.share.count)
+        self._own = self.sizes.divided(host.processes)
         self._config, self._env, self._profile = config, env, profile
         if config.bootstrap_last and env.agents_per_batch != env.num_agents:
             raise ValueError(
@@ -222,13 +238,16 @@ class HostSource:
             )
         self._masked = env.needs_mask or config.use_mask
         self._unplayed: set[int] = set()
-        self._batches = range(0, self.sizes.agents, env.agents_per_batch)
+        self._batches = range(0, self._own.agents, env.agents_per_batch)
         self._player = Player(config, policy, env.single_action_space)
-        self._zero = self._player.initial_state(env.agents_per_batch)
-        steps = self.sizes.segments // env.agents_per_batch * self.sizes.horizon
+        self._zero = place(host.mesh, self._player.initial_state(env.agents_per_batch), DIVIDED)
+        steps = self._own.segments // env.agents_per_batch * self._own.horizon
         self._keys = jax.jit(lambda key: jax.random.key_data(random.split(key, steps)))
-        self.step = jax.jit(HostStep(self._player, sends=env.overlaps))
-        self._value_where = jax.jit(self._values_where)
+        step = HostStep(self._player, env.overlaps, host.share)
+        takes = ALIKE, DIVIDED, DIVIDED, DIVIDED, ALIKE
+        self.step = on_each(host.mesh, step, takes, DIVIDED)
+        takes = DIVIDED, ALIKE, DIVIDED, DIVIDED
+        self._value_where = on_each(host.mesh, self._values_where, takes, DIVIDED)
         self._finish = jax.jit(self._experience)
         self._playing, self._interruptions = False, 0
 
@@ -237,7 +256,8 @@ class HostSource:
         return self._begin(self._config.seed)
 
     def _begin(self, seed: int) -> HostStream:
-        self._env.async_reset(seed)
+        # As if all processes' environments were in one vecenv.
+        self._env.async_reset(seed + self._host.number * self._own.agents)
         return HostStream(dict.fromkeys(self._batches, self._zero), None)
 
     def collect(
@@ -255,8 +275,9 @@ class HostSource:
         env, states, pending = self._env, dict(stream.states), stream.pending
         if not self._config.store_initial_state:
             states = dict.fromkeys(self._batches, self._zero)
+        params, key = self._host.alike(params), here(self._host.mesh, key)
         keys = iter(np.asarray(self._keys(key)))
-        recording = Recording(self.sizes, self._batches)
+        recording = Recording(self._own, self._batches)
         lap = self._profile.laps()
         while not recording.full:
             batch = pending or env.recv()
@@ -284,19 +305,16 @@ class HostSource:
             state = states[0]
             after = self._arrival(params, state, pending)
         arrivals, outputs = recording.arrivals(), recording.outputs()
-        first_states = recording.first_states()
-        experience = self._finish(
-            params, arrivals._replace(obs=None), outputs, first_states, state, after
-        )
-        # Nothing writes to them any more, so on CPUs they need not be copied.
-        experience = experience._replace(observations=jax.device_put(arrivals.obs))
+        played = arrivals._replace(obs=None), outputs, recording.first_states(), state, after
+        experience = self._whole(params, arrivals.obs, played)
         lap("copy")
         self._playing = False
         return HostStream(states, pending), experience, (recording.steps, recording.stats)
 
     def summary(self, outcome: tuple[int, Stats]) -> tuple[int, Stats]:
-        """The outcome itself."""
-        return outcome
+        """The steps of all processes, and the statistics of this one."""
+        steps, stats = outcome
+        return self._host.total(steps), stats
 
     def advice(self) -> str:
         """Which agents' rows are learned from although they did not play."""
@@ -305,13 +323,27 @@ class HostSource:
         first = ", ".join(map(str, sorted(self._unplayed)[:8]))
         return (
             f"; there were steps that agents did not play ({len(self._unplayed)} of "
-            f"{self.sizes.agents}: {first}{', ...' if len(self._unplayed) > 8 else ''}), and "
+            f"{self._own.agents}: {first}{', ...' if len(self._unplayed) > 8 else ''}), and "
             "use_mask=False learns from them, too: use_mask=True leaves them out"
         )
 
     def close(self) -> None:
         """Close the environments."""
         self._env.close()
+
+    def _whole(
+        self, params: Params, observations: PyTree, played: tuple[PyTree, ...]
+    ) -> Experience:
+        """The experience of a rollout on the devices; see `_experience`."""
+        host = self._host
+        if host.mesh is None:
+            experience = self._finish(params, *played)
+            # Nothing writes to them any more, so on CPUs they need not be copied.
+            return experience._replace(observations=jax.device_put(observations))
+        # All but the observations is little: one device puts it together.
+        played = jax.tree.map(np.asarray, played)
+        experience = self._finish(here(host.mesh, params), *played)
+        return host.divide(experience._replace(observations=observations), self._own.agents)
 
     def _arrival(self, params: Params, state: RecurrentState | None, batch: HostBatch) -> Arrival:
         """The parts of a batch that the options ask for; `state` is the one before it."""
@@ -381,4 +413,4 @@ class HostSource:
             return experience
         values = player.value(params, after.obs, player.at_start(state, after.start))
         last = last_of(config, self._with_final_value(after, values), values)
-        return with_following(experience, last, self.sizes.agents)
+        return with_following(experience, last, self._own.agents)
