@@ -140,6 +140,9 @@ def place(mesh: Mesh | None, tree: PyTree, specs: PyTree) -> PyTree:
     one = isinstance(specs, PartitionSpec)
 
     def put(x: Array, spec: PartitionSpec) -> Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # JAX puts no key on another process
+            data = put(jax.random.key_data(x), spec)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(lambda x: put(x, specs), tree) if one else jax.tree.map(put, tree, specs)

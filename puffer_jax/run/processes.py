@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from puffer_jax.base import checksums
 from puffer_jax.base.text import Json, from_json
@@ -175,6 +176,8 @@ def exchange(value: Json) -> list[Json]:
     """
     if _me is None or _me.count == 1:
         return [value]
+    if _me.ending is not None:
+        raise ProcessLostError(_me.ending)
     number = next(_me.rounds)
     _me.client.key_value_set(f"{_SPACE}/exchange/{number}/{_me.index}", json.dumps(value))
     texts = [_awaited(_me, f"{_SPACE}/exchange/{number}/{i}") for i in range(_me.count)]
@@ -182,6 +185,23 @@ def exchange(value: Json) -> list[Json]:
         # All have come this far, so all have read what was exchanged before.
         _me.client.key_value_delete(f"{_SPACE}/exchange/{number - 1}/{_me.index}")
     return [from_json(text) for text in texts]
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Whether all processes have devices of a mesh; one that JAX connects by itself joins now.
+
+    Raises:
+        ValueError: some have none, and would wait for ever, or train a run of their own.
+    """
+    if jax.distributed.is_initialized():
+        initialize()
+    there = set() if mesh is None else {device.process_index for device in mesh.devices.flat}
+    if count() > 1 and len(there) < count():
+        given = "there is no mesh" if mesh is None else f"the mesh is on {sorted(there)}"
+        raise ValueError(
+            f"{count()} processes train one policy on devices of all of them, so each must be "
+            f"given mesh=puffer_jax.mesh(); {given}"
+        )
 
 
 def check_same(parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -229,13 +249,14 @@ def together() -> Iterator[None]:
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and (reason := _who_is_lost(_me)):
             raise _lost(_me, reason) from error
-        _tell(_me, f"{type(error).__name__}: {error}")
+        fail(error)
         raise
 
 
-def has_ended() -> bool:
-    """Whether this training cannot go on, here or in another process."""
-    return _me is not None and _me.ending is not None
+def fail(error: BaseException) -> None:
+    """Tell the others that this process cannot go on."""
+    if _me is not None and _me.count > 1:
+        _tell(_me, f"{type(error).__name__}: {error}")
 
 
 def _entries(me: _Member, kind: str) -> dict[int, str]:
@@ -291,7 +312,6 @@ def _lost(me: _Member, reason: str) -> ProcessLostError:
 
 
 def _tell(me: _Member, reason: str, whole: bool = False) -> None:
-    """Tell the others that this process cannot go on."""
     if me.ending is None:
         me.ending = reason if whole else f"{me.name(me.index)} failed with {reason[:500]}"
         with suppress(jax.errors.JaxRuntimeError):
@@ -319,8 +339,8 @@ def _live(me: _Member) -> None:
 def _leave(me: _Member) -> None:
     """At the end of this process: if it failed, without waiting for the others as JAX would."""
     error = getattr(sys, "last_value", None)
-    if me.ending is None and error is not None:
-        _tell(me, f"{type(error).__name__}: {error}")
+    if error is not None:
+        fail(error)
     if me.ending is None:
         return
     # With process 0 goes the store, where the others read why.
