@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from puffer_jax.base import checksums
 from puffer_jax.base.text import Json, from_json
 
-# Seconds between two signs of life; how long silence means death, once a collective has failed; and
-# how long a process may take to end by itself when another one has failed.
-_BEAT, _SILENCE, _GRACE = 1.0, 10.0, 10.0
+# Seconds between two signs of life; how long silence means death, once a collective has failed; how
+# long where nothing has, since Python may be busy; and how long a process may take to end by itself
+# when another one has failed.
+_BEAT, _SILENCE, _PATIENCE, _GRACE = 1.0, 10.0, 20.0, 10.0
 
 # After so many seconds without one of JAX's own signs of life, JAX ends the other processes.
 HEARTBEAT_TIMEOUT = 45
@@ -265,15 +266,35 @@ def _entries(me: _Member, kind: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): value for key, value in found}
 
 
+class _Watch:
+    """Which processes give signs of life, since it was made."""
+
+    def __init__(self, me: _Member):
+        self._me = me
+        self._beats: dict[int, str] = {}
+        self._since: dict[int, float] = {}
+
+    def silent(self, seconds: float) -> str | None:
+        """Who has given none for so long, in words."""
+        now, found = time.monotonic(), _entries(self._me, "alive")
+        self._since |= {i: now for i, beat in found.items() if self._beats.get(i) != beat}
+        self._beats = found
+        for i, last in self._since.items():
+            if i != self._me.index and now - last > seconds:
+                return f"{self._me.name(i)} is gone: no sign of life from it for {seconds:.0f} s"
+        return None
+
+
 def _awaited(me: _Member, key: str) -> str:
-    """A value, once it is there; however long that takes, while no process has failed."""
+    """A value, once it is there; however long that takes, while all processes live."""
+    watch = _Watch(me)
     while True:
         try:
             return me.client.blocking_key_value_get(key, round(1000 * _BEAT))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        if reason := _last_words(me):
+        if reason := _last_words(me) or watch.silent(_PATIENCE):
             raise _lost(me, reason)
 
 
@@ -285,21 +306,13 @@ def _last_words(me: _Member) -> str | None:
 
 def _who_is_lost(me: _Member) -> str | None:
     """Who failed or is gone, after a collective failed; None: everybody seems to live."""
-    beats: dict[int, str] = {}
-    since: dict[int, float] = {}
-    end = time.monotonic() + 2 * _SILENCE
-    while (now := time.monotonic()) < end:
+    watch, end = _Watch(me), time.monotonic() + 2 * _SILENCE
+    while time.monotonic() < end:
         try:
-            if reason := _last_words(me):
+            if reason := _last_words(me) or watch.silent(_SILENCE):
                 return reason
-            found = _entries(me, "alive")
         except jax.errors.JaxRuntimeError:
             return f"{me.name(0)} is gone: its coordination service does not answer"
-        since |= {i: now for i, beat in found.items() if beats.get(i) != beat}
-        beats = found
-        for i, last in since.items():
-            if i != me.index and now - last > _SILENCE:
-                return f"{me.name(i)} is gone: no sign of life from it for {_SILENCE:.0f} s"
         time.sleep(_BEAT / 4)
     return None
 
