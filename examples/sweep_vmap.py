@@ -28,7 +28,7 @@ def main(args: Args):
         num_envs=args.num_envs,
         total_timesteps=args.steps,
     )
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    mesh = puffer_jax.mesh()  # all devices
     rates = np.resize(args.learning_rates, args.seeds)
     keys = jax.random.split(jax.random.key(0), args.seeds)
     start = perf_counter()

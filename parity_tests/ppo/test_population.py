@@ -1,12 +1,4 @@
-"""Populations: members are the single runs, on one device and spread over eight.
-
-Run as a script, this is what the test of eight devices runs, since a process cannot change how many
-it has.
-"""
-
-import os
-import subprocess
-import sys
+"""Populations: members are the single runs, spread over eight devices and in turns."""
 
 import jax
 import jax.numpy as jnp
@@ -48,42 +40,34 @@ def compilations():
     return names
 
 
-def on_eight_devices(dtype, bound):
-    """64 members, in two turns, equal 64 single runs; one of them is broken."""
-    assert jax.device_count() == 8
+def test_members_on_eight_devices_in_two_turns_are_the_single_runs(unoptimised):
+    """64 of them, one of which is broken."""
     mesh = jax.make_mesh((4, 2), ("hosts", "devices"))
-    keys = jax.random.split(jax.random.key(0), MEMBERS)
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), MEMBERS)
     rates = np.geomspace(1e-4, 1e-2, MEMBERS)
     rates[BROKEN] = np.nan
     names = compilations()
     ours = puffer_jax.train_population(
-        CONFIG, *problem(dtype), keys, {"learning_rate": rates, "gamma": 0.9}, mesh, at_once=60
+        CONFIG,
+        *problem(jnp.float64),
+        keys,
+        {"learning_rate": rates, "gamma": 0.9},
+        mesh,
+        at_once=60,
     )
     assert sum("member" in name for name in names) == 1, names
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(ours))
     assert {len(x) for x in jax.tree.leaves(ours)} == {MEMBERS}
-    alone = jax.jit(puffer_jax.make_train(CONFIG, *problem(dtype)))
-    worst = 0
+    alone = jax.jit(puffer_jax.make_train(CONFIG, *problem(jnp.float64)))
     for i in range(MEMBERS):
         single = alone(keys[i], {"learning_rate": rates[i], "gamma": 0.9})
-        worst = max(worst, *errors(jax.tree.map(lambda x, i=i: x[i], ours), single))
-    assert worst < bound, worst
+        # Other batches, so sums in another order, and Adam divides by gradients that may be small.
+        # (Measured: 2e-16; 4e-8 in float32.)
+        assert max(errors(jax.tree.map(lambda x, i=i: x[i], ours), single)) < 1e-12
     # What is not finite is in one member, whose updates were not applied.
     params, metrics = ours
     assert list(np.flatnonzero(metrics["nonfinite"][:, -1])) == [BROKEN]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
-    return worst
-
-
-def test_members_on_eight_devices_are_the_single_runs():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"}
-    paths = [p for p in sys.path if p]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -116,10 +100,3 @@ def test_what_is_wrong_with_a_population():
         train(keys, {"learning_rat": 1e-3})
     with pytest.raises(ValueError, match="at_once must be at least 1; got 0"):
         train(keys, at_once=0)
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)
-    # Other batches, so sums in another order, and Adam divides by gradients that may be small.
-    # (Measured: 2e-16; 4e-8 in float32.)
-    print(on_eight_devices(jnp.float64, 1e-12))

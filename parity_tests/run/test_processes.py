@@ -3,6 +3,7 @@
 Run as a script, this is one of the processes.
 """
 
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 import puffer_jax
+from puffer_jax.base import checksums
 from puffer_jax.run import checkpoint, processes
+from puffer_jax.run.fingerprint import fingerprint
 
 PROCESSES = 2
 
@@ -31,6 +34,7 @@ def start(scenario, *arguments):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "4"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     started = [
         subprocess.Popen(
             [sys.executable, __file__, scenario, address, str(i), *map(str, arguments)],
@@ -111,14 +115,17 @@ def agree_and_fail(address, i, folder):
         assert processes.exchange([n, i]) == [[n, 0], [n, 1]]
     assert sum_over_all().tolist() == [0, 1]
 
-    config = {"gamma": 0.99, "learning_rate": 1e-3}
-    processes.check_same({"config": config, "code": {"jax": jax.__version__}})
+    env = puffer_jax.environments.make("cartpole")
+    mesh = puffer_jax.mesh()
+    processes.check_same(fingerprint(puffer_jax.PuffeRLConfig(), env, policy(), mesh))
+    config = puffer_jax.PuffeRLConfig(gamma=(0.9, 0.8)[i])
+    wider = puffer_jax.Default(env, 4 + i, rngs=nnx.Rngs(0))
     expected = r"process 1 of 2 \(.+, process id \d+\) is not the same as process 0 in "
-    expected += r"code: jax \('0.0', not '.+'\); config: learning_rate \(0.01, not 0.001\)$"
+    expected += r"config: gamma \(0.8, not 0.9\); policy: \['decoder'\].+\[5\].+ and \d more"
     with pytest.raises(ValueError, match=expected):
-        other = {"learning_rate": 1e-3 if i == 0 else 1e-2}
-        code = {"jax": "0.0" if i else jax.__version__}
-        processes.check_same({"config": config | other, "code": code})
+        processes.check_same(fingerprint(config, env, wider, mesh))
+    with pytest.raises(ValueError, match="each must be given mesh="):
+        puffer_jax.PuffeRL(config, env, wider)
 
     restore_and_save(folder)
 
@@ -129,13 +136,45 @@ def agree_and_fail(address, i, folder):
         sum_over_all()
 
 
-def killed(address, i):
+def trainer(folder, mesh=None):
+    """An LSTM in CartPole: 16 agents, 5 epochs, a checkpoint every other epoch."""
+    env = puffer_jax.environments.make("cartpole")
+    config = puffer_jax.PuffeRLConfig.recommended(
+        num_envs=16,
+        bptt_horizon=8,
+        total_timesteps=5 * 128,
+        num_minibatches=1,
+        update_epochs=1,
+        checkpoint_interval=2,
+        data_dir=folder,
+    )
+    core = puffer_jax.LSTMWrapper(env, policy(), 4, 4, rngs=nnx.Rngs(0))
+    logger = puffer_jax.JSONLLogger(Path(folder) / "run" / f"log{processes.index()}.jsonl", "run")
+    return puffer_jax.PuffeRL(config, env, core, logger, mesh=mesh)
+
+
+def digests(trainer):
+    """Of the parameters and of the optimizer's state."""
+    state = trainer.state
+    return [
+        checksums.of_array(np.asarray(x)) for x in jax.tree.leaves((state.params, state.opt_state))
+    ]
+
+
+def train(address, i, folder, killed):
+    """Go on from the last checkpoint; process 1 ends in epoch `killed`, or the run with epoch 5."""
     processes.initialize(address, PROCESSES, i)
-    sum_over_all()
-    if i == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    with processes.together():
-        sum_over_all()
+    run = trainer(folder, puffer_jax.mesh())
+    run.log_seconds = 0
+    run.restore()
+    print(run.epoch, *digests(run), flush=True)
+
+    def after_epoch(run):
+        if i == 1 and run.epoch == int(killed):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.run(after_epoch)
+    print(run.epoch, *digests(run), flush=True)
 
 
 # --- what is seen of them -----------------------------------------------------------------------
@@ -158,12 +197,51 @@ def test_processes_agree_and_hear_of_the_one_that_fails(tmp_path):
     same(restored, state())
 
 
-def test_a_killed_process_is_named():
-    (code, _, waiting), (failed, *_) = start("killed")
-    assert (code, failed) == (1, -signal.SIGKILL), waiting
+def told(out):
+    """The epochs and digests that a process printed."""
+    return [line.split() for line in out.splitlines() if line[:1].isdigit()]
+
+
+@pytest.fixture
+def as_users_do():
+    """What the processes compute with."""
+    with jax.enable_x64(False), jax.default_matmul_precision(None):
+        yield
+
+
+@pytest.mark.usefixtures("as_users_do")
+def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path):
+    """From 1 device to 2 processes of 4, one of which dies; on 2 of 4 again, and back to 1."""
+    alone = trainer(tmp_path)
+    alone.save_checkpoint()
+    alone.close()
+    files = {"log0.jsonl", "log1.jsonl"}
+
+    (code, out, waiting), (killed, *_) = start("train", tmp_path, 3)
+    assert (code, killed) == (1, -signal.SIGKILL), waiting
     last = waiting.splitlines()[-1]
     assert "ProcessLostError: process 1 of 2 (" in last
     assert "is gone: no sign of life" in last
+    assert told(out) == [["0", *digests(alone)]]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files | {
+        *("model_000000.pt", "state_000000", "model_000002.pt", "state_000002")
+    }
+
+    (code, out, said), (other, _, others) = start("train", tmp_path, 0)
+    assert (code, other) == (0, 0), (said, others)
+    lines = told(out)
+    assert [line[0] for line in lines] == ["2", "5"]
+    again = trainer(tmp_path)
+    again.restore()
+    assert again.epoch == 5 and digests(again) == lines[-1][1:]
+    assert again.global_step == 640
+    again.close()
+    assert (tmp_path / "run.pt").exists()
+    # The first epochs are logged twice: a run goes on from its checkpoint.
+    logged = [json.loads(line) for line in open(tmp_path / "run" / "log0.jsonl")]
+    assert [entry["epoch"] for entry in logged if "epoch" in entry] == [1, 2, 3, 3, 4, 5]
+    assert all(np.isfinite(entry["losses/loss"]) for entry in logged)
+    assert not (tmp_path / "run" / "log1.jsonl").read_text()
 
 
 def test_alone_there_is_nobody_to_wait_for():
@@ -172,7 +250,6 @@ def test_alone_there_is_nobody_to_wait_for():
     processes.check_same({"config": {"gamma": 1.0}})
     with pytest.raises(KeyError), processes.together():
         raise KeyError
-    assert not processes.has_ended()
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import argparse
 import ast
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -69,18 +71,48 @@ class Train:
     """With a JAX-native environment, run the rollout and the update as two programs, so that the
     dashboard and the logs have the time of each."""
     devices: Literal["all"] | int = 1
-    """How many devices to train on: each has its share of the agents and of every minibatch."""
+    """How many devices to train on: each has its share of the agents and of every minibatch. With
+    --distributed it is all of them."""
+    distributed: bool = False
+    """Train together with the other processes that a launcher has started (SLURM, Open MPI, a TPU
+    pod, Kubernetes), on all devices of all of them, in one --train.data-dir that all of them see.
+    Environments on the host are per process."""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0; with the next two options --distributed needs no launcher."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
     vec: VecOptions = dataclasses.field(default_factory=VecOptions)
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
     def run(self) -> int:
         """Train, and return the exit code."""
-        from puffer_jax.run.loggers import NoLogger, new_run_id
-        from puffer_jax.run.trainer import PuffeRL
+        from puffer_jax.run import processes
 
         if self.env is None:
             raise ValueError("give --env, --config FILE or --resume RUN")
+        address = self.coordinator_address, self.num_processes, self.process_id
+        if self.distributed or address != (None, None, None):
+            if self.vec.mode == "async":
+                raise ValueError(
+                    "--vec.mode async forks, which processes that train together cannot; use "
+                    "--vec.mode puffer_jax --vec.backend Multiprocessing"
+                )
+            processes.initialize(*address)
+        quiet = nullcontext() if processes.index() == 0 else redirect_stdout(io.StringIO())
+        with processes.together(), quiet:
+            return self._train()
+
+    def _train(self) -> int:
+        """What each process does; of several the first one alone prints and writes."""
+        from puffer_jax.run import processes
+        from puffer_jax.run.loggers import NoLogger, new_run_id
+        from puffer_jax.run.trainer import PuffeRL
+
+        assert self.env is not None  # `run` checks that
+        first = processes.index() == 0
         run_id, data_dir = new_run_id(), self.train.data_dir
         if self.resume is not None:
             run = self.resume if self.resume.name not in ("", "..") else self.resume.resolve()
@@ -89,7 +121,7 @@ class Train:
             run_id = f"{self.name}_seed{self.train.seed}"
             if Path(run_id).name != run_id:
                 raise ValueError(f"--name {self.name} cannot name a folder")
-            if (Path(data_dir) / run_id).exists():
+            if first and (Path(data_dir) / run_id).exists():
                 raise ValueError(
                     f"there is a run {Path(data_dir) / run_id}; --resume it or give another --name"
                 )
@@ -104,8 +136,9 @@ class Train:
             trainer = PuffeRL(config, envs, policy, NoLogger(run_id), self._mesh())
             if self.resume is not None:
                 trainer.restore()
-            evaluation = self._evaluation()
-            locks.claim(trainer.run_folder)
+            evaluation = self._evaluation() if first else None
+            if first:
+                locks.claim(trainer.run_folder)
         except BaseException:
             getattr(envs, "close", lambda: None)()
             raise
@@ -116,8 +149,11 @@ class Train:
             return 0
         # Only now, so that bad options leave no files behind.
         made = dataclasses.replace(self, policy=settled(self.policy, policy))
-        write_settings(made, trainer.run_folder)
-        trainer.logger = make_logger(self, trainer.run_folder)
+        if first:
+            write_settings(made, trainer.run_folder)
+            trainer.logger = make_logger(self, trainer.run_folder)
+        else:
+            trainer.logger = NoLogger(trainer.run_folder.name)
         trainer.log_seconds = 0.0
         if self.resume is not None:
             print(trainer.message)
@@ -137,9 +173,12 @@ class Train:
         return 0
 
     def _mesh(self) -> Any:
-        """The devices that --devices asks for; None: JAX's default one."""
+        """The devices that --devices asks for; None: JAX's default one. Of processes, all."""
         from puffer_jax.ppo.devices import mesh
+        from puffer_jax.run import processes
 
+        if processes.count() > 1:
+            return mesh()
         if self.devices == 1:
             return None
         return mesh(None if self.devices == "all" else self.devices)
@@ -181,6 +220,9 @@ def _masked_by(policy: Any) -> str:
 
 
 SETTINGS = "config.json"
+
+# Where the processes are is not the run's.
+_ADDRESS = ("distributed", "coordinator_address", "num_processes", "process_id")
 
 _INI_SECTIONS = ("base", "env", "vec", "policy", "rnn", "train")
 
@@ -321,7 +363,7 @@ def _read_v4(path: Path, sections: Sections, start: PuffeRLConfig) -> Train:
 def write_settings(settings: Train, folder: Path) -> None:
     """Write the options of a run to its folder."""
     values = dataclasses.asdict(settings)
-    for name in ("config", "preset", "recommended", "resume"):
+    for name in ("config", "preset", "recommended", "resume", *_ADDRESS):
         del values[name]
     text = json.dumps(values, indent=1).encode()
     write_atomically(folder / SETTINGS, lambda file: file.write(text))

@@ -150,8 +150,15 @@ def place(mesh: Mesh | None, tree: PyTree, specs: PyTree) -> PyTree:
         return tree
     shardings = _shardings(mesh, specs)
     if isinstance(specs, PartitionSpec):
-        return jax.tree.map(lambda x: jax.device_put(x, shardings), tree)
-    return jax.tree.map(jax.device_put, tree, shardings)
+        return jax.tree.map(lambda x: _put(x, shardings), tree)
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(x: Array, sharding: NamedSharding) -> Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # JAX puts no key on another process
+        data = _put(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(x, sharding)
 
 
 def here(mesh: Mesh | None, tree: PyTree) -> PyTree:

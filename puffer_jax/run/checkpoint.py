@@ -103,6 +103,7 @@ def save(
         TypeError: `metadata` is not JSON, or a layer of the policy has no torch counterpart.
         ImportError: orbax is missing.
         RuntimeError: another process writes to the folder.
+        ProcessLostError: one of the processes that train together has failed.
     """
     if epoch < 0 or keep < 1:
         raise ValueError(
@@ -110,6 +111,7 @@ def save(
         )
     run = Path(run).absolute()
     _orbax()
+    processes.exchange(None)  # together or not at all
     leaves = [(name, leaf, _describe(name, leaf)) for name, leaf in _named(state)]
     arrays = {name: _data(leaf) for name, leaf, _ in leaves}
     index = {

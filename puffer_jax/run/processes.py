@@ -19,13 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from puffer_jax.base import checksums
 from puffer_jax.base.text import Json, from_json
 
-# Seconds between two signs of life; how long silence means death, once a collective has failed; and
-# how long a process may take to end by itself when another one has failed.
-_BEAT, _SILENCE, _GRACE = 1.0, 10.0, 10.0
+# Seconds between two signs of life; how long silence means death, once a collective has failed; how
+# long where nothing has, since Python may be busy; and how long a process may take to end by itself
+# when another one has failed.
+_BEAT, _SILENCE, _PATIENCE, _GRACE = 1.0, 10.0, 20.0, 10.0
 
 # After so many seconds without one of JAX's own signs of life, JAX ends the other processes.
 HEARTBEAT_TIMEOUT = 45
@@ -175,6 +177,8 @@ def exchange(value: Json) -> list[Json]:
     """
     if _me is None or _me.count == 1:
         return [value]
+    if _me.ending is not None:
+        raise ProcessLostError(_me.ending)
     number = next(_me.rounds)
     _me.client.key_value_set(f"{_SPACE}/exchange/{number}/{_me.index}", json.dumps(value))
     texts = [_awaited(_me, f"{_SPACE}/exchange/{number}/{i}") for i in range(_me.count)]
@@ -182,6 +186,23 @@ def exchange(value: Json) -> list[Json]:
         # All have come this far, so all have read what was exchanged before.
         _me.client.key_value_delete(f"{_SPACE}/exchange/{number - 1}/{_me.index}")
     return [from_json(text) for text in texts]
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Whether all processes have devices of a mesh; one that JAX connects by itself joins now.
+
+    Raises:
+        ValueError: some have none, and would wait for ever, or train a run of their own.
+    """
+    if jax.distributed.is_initialized():
+        initialize()
+    there = set() if mesh is None else {device.process_index for device in mesh.devices.flat}
+    if count() > 1 and len(there) < count():
+        given = "there is no mesh" if mesh is None else f"the mesh is on {sorted(there)}"
+        raise ValueError(
+            f"{count()} processes train one policy on devices of all of them, so each must be "
+            f"given mesh=puffer_jax.mesh(); {given}"
+        )
 
 
 def check_same(parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -229,13 +250,14 @@ def together() -> Iterator[None]:
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and (reason := _who_is_lost(_me)):
             raise _lost(_me, reason) from error
-        _tell(_me, f"{type(error).__name__}: {error}")
+        fail(error)
         raise
 
 
-def has_ended() -> bool:
-    """Whether this training cannot go on, here or in another process."""
-    return _me is not None and _me.ending is not None
+def fail(error: BaseException) -> None:
+    """Tell the others that this process cannot go on."""
+    if _me is not None and _me.count > 1:
+        _tell(_me, f"{type(error).__name__}: {error}")
 
 
 def _entries(me: _Member, kind: str) -> dict[int, str]:
@@ -244,15 +266,35 @@ def _entries(me: _Member, kind: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): value for key, value in found}
 
 
+class _Watch:
+    """Which processes give signs of life, since it was made."""
+
+    def __init__(self, me: _Member):
+        self._me = me
+        self._beats: dict[int, str] = {}
+        self._since: dict[int, float] = {}
+
+    def silent(self, seconds: float) -> str | None:
+        """Who has given none for so long, in words."""
+        now, found = time.monotonic(), _entries(self._me, "alive")
+        self._since |= {i: now for i, beat in found.items() if self._beats.get(i) != beat}
+        self._beats = found
+        for i, last in self._since.items():
+            if i != self._me.index and now - last > seconds:
+                return f"{self._me.name(i)} is gone: no sign of life from it for {seconds:.0f} s"
+        return None
+
+
 def _awaited(me: _Member, key: str) -> str:
-    """A value, once it is there; however long that takes, while no process has failed."""
+    """A value, once it is there; however long that takes, while all processes live."""
+    watch = _Watch(me)
     while True:
         try:
             return me.client.blocking_key_value_get(key, round(1000 * _BEAT))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        if reason := _last_words(me):
+        if reason := _last_words(me) or watch.silent(_PATIENCE):
             raise _lost(me, reason)
 
 
@@ -264,21 +306,13 @@ def _last_words(me: _Member) -> str | None:
 
 def _who_is_lost(me: _Member) -> str | None:
     """Who failed or is gone, after a collective failed; None: everybody seems to live."""
-    beats: dict[int, str] = {}
-    since: dict[int, float] = {}
-    end = time.monotonic() + 2 * _SILENCE
-    while (now := time.monotonic()) < end:
+    watch, end = _Watch(me), time.monotonic() + 2 * _SILENCE
+    while time.monotonic() < end:
         try:
-            if reason := _last_words(me):
+            if reason := _last_words(me) or watch.silent(_SILENCE):
                 return reason
-            found = _entries(me, "alive")
         except jax.errors.JaxRuntimeError:
             return f"{me.name(0)} is gone: its coordination service does not answer"
-        since |= {i: now for i, beat in found.items() if beats.get(i) != beat}
-        beats = found
-        for i, last in since.items():
-            if i != me.index and now - last > _SILENCE:
-                return f"{me.name(i)} is gone: no sign of life from it for {_SILENCE:.0f} s"
         time.sleep(_BEAT / 4)
     return None
 
@@ -291,7 +325,6 @@ def _lost(me: _Member, reason: str) -> ProcessLostError:
 
 
 def _tell(me: _Member, reason: str, whole: bool = False) -> None:
-    """Tell the others that this process cannot go on."""
     if me.ending is None:
         me.ending = reason if whole else f"{me.name(me.index)} failed with {reason[:500]}"
         with suppress(jax.errors.JaxRuntimeError):
@@ -319,8 +352,8 @@ def _live(me: _Member) -> None:
 def _leave(me: _Member) -> None:
     """At the end of this process: if it failed, without waiting for the others as JAX would."""
     error = getattr(sys, "last_value", None)
-    if me.ending is None and error is not None:
-        _tell(me, f"{type(error).__name__}: {error}")
+    if error is not None:
+        fail(error)
     if me.ending is None:
         return
     # With process 0 goes the store, where the others read why.

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from puffer_jax.base import locks
 from puffer_jax.base.files import check_writable, write_atomically
-from puffer_jax.run import checkpoint
+from puffer_jax.run import checkpoint, processes
 from puffer_jax.run.loggers import Logger, Logs
 
 
@@ -16,15 +16,13 @@ class Run:
     """The name of a run, and where it writes.
 
     Its folder is claimed by `claim`, the first checkpoint or a resume, until `close`: meanwhile
-    no other process can write to it.
+    no other process can write to it. Of several processes that train together (see
+    `puffer_jax.run.processes`) process 0 claims it, names the run, and alone logs.
 
     Args:
         data_dir: the folder of all runs.
         logger: where the numbers go; its `run_id` is the run's name.
         keep: how many checkpoints to keep.
-
-    Attributes:
-        logger: the logger; it may be replaced, and the run then takes the name of the new one.
 
     Raises:
         OSError: nothing can be written to `data_dir`.
@@ -33,12 +31,23 @@ class Run:
     def __init__(self, data_dir: str | Path, logger: Logger, keep: int):
         self._data_dir, self._keep = Path(data_dir), keep
         check_writable(self._data_dir)
+        self._first = processes.index() == 0
         self.logger = logger
+
+    @property
+    def logger(self) -> Logger:
+        """The logger; setting it renames the run, in all processes at once."""
+        return self._logger
+
+    @logger.setter
+    def logger(self, logger: Logger) -> None:
+        self._logger = logger
+        self._name = None if processes.count() == 1 else processes.exchange(logger.run_id)[0]
 
     @property
     def id(self) -> str:
         """The run's name."""
-        return self.logger.run_id
+        return self._name or self.logger.run_id
 
     @property
     def folder(self) -> Path:
@@ -51,11 +60,13 @@ class Run:
         Raises:
             RuntimeError: another process writes to it.
         """
-        locks.claim(self.folder)
+        if self._first:
+            locks.claim(self.folder)
 
     def log(self, logs: Logs, step: int) -> None:
         """Log numbers at an agent step."""
-        self.logger.log(logs, step)
+        if self._first:
+            self.logger.log(logs, step)
 
     def save(
         self, epoch: int, policy: nnx.Module, state: PyTree, metadata: checkpoint.Metadata
@@ -90,7 +101,8 @@ class Run:
     def publish(self, model: Path) -> Path:
         """Copy a model to `data_dir/run_id.pt`, as the reference does; returns the copy's path."""
         path = self.folder.with_name(self.folder.name + model.suffix)
-        write_atomically(path, lambda file: file.write(model.read_bytes()))
+        if self._first:
+            write_atomically(path, lambda file: file.write(model.read_bytes()))
         return path
 
     def close(self, model: Path | None) -> None:
@@ -102,7 +114,8 @@ class Run:
         try:
             self.logger.close(model)
         finally:
-            locks.release(self.folder)
+            if self._first:
+                locks.release(self.folder)
 
 
 def _check_metadata(folder: Path, metadata: Any) -> None:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from puffer_jax.ppo.epoch import Loop
 from puffer_jax.ppo.experience import Experience, Metrics, TrainState
 from puffer_jax.ppo.host.envs import as_host_env
 from puffer_jax.ppo.host.rollout import HostSource
-from puffer_jax.ppo.host.stats import number
+from puffer_jax.ppo.host.stats import numbers_of
 from puffer_jax.ppo.jax_rollout import JaxSource
 from puffer_jax.ppo.rollout import check_fits
 from puffer_jax.ppo.source import Source, Stats
+from puffer_jax.run import processes
 from puffer_jax.run.dashboard import Dashboard, Snapshot
+from puffer_jax.run.fingerprint import fingerprint
 from puffer_jax.run.loggers import Logger, NoLogger
 from puffer_jax.run.run import Run
 from puffer_jax.run.signals import StopRequest
@@ -62,7 +64,10 @@ class PuffeRL:
             (see `puffer_jax.as_jax_env`), which is run in `config.num_envs` copies.
         policy: its parameters are copied; `trainer.policy` has the trained ones.
         logger: see `puffer_jax.loggers`; its `run_id` names the run's folder.
-        mesh: the devices to train on, see `puffer_jax.mesh`; None: JAX's default one.
+        mesh: the devices to train on, see `puffer_jax.mesh`; None: JAX's default one. Where there
+            are several processes (`puffer_jax.distributed`), all of theirs: each process makes the
+            same trainer and the same calls, checkpoints are written by all of them to one
+            `data_dir`, and everything else by process 0, whose logger counts.
 
     Attributes:
         config: the `PuffeRLConfig`.
@@ -85,6 +90,7 @@ class PuffeRL:
     Raises:
         ValueError: the sizes do not fit together, or the policy does not fit the config.
         TypeError: the environment is of an unknown kind.
+        ProcessLostError: another process failed, or is gone; any method that needs it may say so.
 
     Example:
         >>> import puffer_jax
@@ -114,14 +120,23 @@ class PuffeRL:
         self.vecenv = vecenv
         self.profile = Profile()
         self.dashboard = Dashboard()
-        self._run = Run(
-            config.data_dir, NoLogger() if logger is None else logger, config.checkpoint_keep
-        )
         self._graphdef, _ = split(policy)
-        check_fits(config, policy)
         mesh = None if mesh is None else devices.checked(mesh)
-        source = _source(config, vecenv, policy, self.profile, mesh)
-        self.loop = Loop(config, source, policy, self.profile, mesh)
+        processes.check_mesh(mesh)
+        with processes.together():
+            host = as_host_env(vecenv)
+            if processes.count() > 1:
+                spaces = as_jax_env(vecenv) if host is None else vecenv
+                processes.check_same(fingerprint(config, spaces, policy, mesh))
+            check_fits(config, policy)
+            logger = NoLogger() if logger is None else logger
+            self._run = Run(config.data_dir, logger, config.checkpoint_keep)
+            if host is None:
+                share = devices.share_of(mesh)
+                source: Source = JaxSource(config, as_jax_env(vecenv), policy, share)
+            else:
+                source = HostSource(config, host, policy, self.profile, mesh)
+            self.loop = Loop(config, source, policy, self.profile, mesh)
         self.sizes = sizes = source.sizes
         self.total_agents, self.segments = sizes.agents, sizes.segments
         self.total_epochs = sizes.epochs
@@ -196,12 +211,14 @@ class PuffeRL:
 
     # --- the loop ---------------------------------------------------------------------------
 
+    @processes.together()
     def evaluate(self) -> Stats:
         """Collect one batch of experience; returns `stats`."""
         self.experience, steps, stats = self.loop.evaluate()
         self._count(steps, stats)
         return self.stats
 
+    @processes.together()
     def train(self) -> Numbers | None:
         """Learn from the collected batch.
 
@@ -221,12 +238,14 @@ class PuffeRL:
         self.experience = None
         return self._after_update(losses)
 
+    @processes.together()
     def run_epoch(self, apart: bool = False) -> Numbers | None:
         """`evaluate` and `train`; with a JAX-native environment in one program, unless `apart`."""
         losses, steps, stats = self.loop.advance(apart)
         self._count(steps, stats)
         return self._after_update(losses)
 
+    @processes.together()
     def run(
         self, after_epoch: Callable[["PuffeRL"], object] | None = None, *, apart: bool = False
     ) -> Numbers:
@@ -247,11 +266,11 @@ class PuffeRL:
         self._run.claim()
         logs: Numbers | None = None
         if reason := self.sizes.hopeless:
-            warnings.warn(reason, stacklevel=2)
+            warnings.warn(reason, stacklevel=3)  # `together` is between
         with StopRequest(self._announce_stop) as stop, self.dashboard, self:
             self._say("compiling ...")
             first, start = self.epoch + 1, time.monotonic()
-            while not (self.done or stop.made):
+            while not (self.done or any(processes.exchange(stop.made))):
                 logs = self.run_epoch(apart) or logs
                 if self.epoch == first:
                     self._say(f"compiled and ran an epoch in {time.monotonic() - start:.1f} s")
@@ -267,12 +286,17 @@ class PuffeRL:
     def _say(self, message: str) -> None:
         self.message = message
         self.print_dashboard()
-        self.dashboard.say(message)
+        if processes.index() == 0:
+            self.dashboard.say(message)
 
     def _count(self, steps: int, stats: Stats) -> None:
         self.global_step += steps
-        for name, values in stats.items():
-            self.stats[name].extend(values)
+        everywhere = [stats]
+        if processes.count() > 1 and not self.loop.source.pure:
+            everywhere = processes.exchange(numbers_of(stats))
+        for some in everywhere:
+            for name, values in some.items():
+                self.stats[name].extend(values)
 
     def _after_update(self, losses: Metrics) -> Numbers | None:
         self._new_losses, self._learned_step = losses, self.global_step
@@ -299,14 +323,10 @@ class PuffeRL:
     def mean_and_log(self) -> Numbers:
         """Log the means of `stats` and the losses, and start new means; returns the logs."""
         self.losses = {name: float(value) for name, value in self._new_losses.items()}
-        means = {}
-        for name, values in self.stats.items():
-            numbers = [n for n in map(number, values) if n is not None]
-            if numbers:
-                means[name] = sum(numbers) / len(numbers)
+        means = {name: sum(x) / len(x) for name, x in numbers_of(self.stats).items() if x}
         rate = self.config.learning_rate
         if self.config.anneal_lr:
-            epoch = self.loop.schedule_epoch(self.state)
+            epoch = self.loop.schedule_epoch(devices.here(self.loop.mesh, self.state))
             schedule = optimizers.cosine_schedule(rate, self.total_epochs, self.config.min_lr_ratio)
             rate = float(schedule(epoch))
         logs = {
@@ -327,7 +347,9 @@ class PuffeRL:
         return logs
 
     def print_dashboard(self) -> None:
-        """Draw the dashboard, if standard output is a terminal."""
+        """Draw the dashboard, if standard output is a terminal; of several processes the first."""
+        if processes.index() > 0:
+            return
         self._last_picture = time.monotonic()
         self.dashboard.update(
             Snapshot(
@@ -345,6 +367,7 @@ class PuffeRL:
             )
         )
 
+    @processes.together()
     def save_checkpoint(self) -> Path:
         """Write `model_{epoch:06d}.pt` and the full train state; returns the model's path.
 
@@ -359,6 +382,7 @@ class PuffeRL:
         self.message = f"saved {path}"
         return path
 
+    @processes.together()
     def restore(self, run: str | Path | None = None, epoch: int | None = None) -> None:
         """Resume from a checkpoint of this run or another, the latest or that of `epoch`.
 
@@ -404,14 +428,10 @@ class PuffeRL:
     def __enter__(self) -> "PuffeRL":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _source(
-    config: PuffeRLConfig, vecenv: Any, policy: nnx.Module, profile: Profile, mesh: Mesh | None
-) -> Source:
-    host = as_host_env(vecenv)
-    if host is None:
-        return JaxSource(config, as_jax_env(vecenv), policy, devices.share_of(mesh))
-    return HostSource(config, host, policy, profile, mesh)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or processes.count() == 1:
+            self.close()
+            return
+        processes.fail(error)
+        with suppress(processes.ProcessLostError):  # one alone saves nothing
+            self.close()

@@ -43,6 +43,13 @@ def number(value: object) -> float | None:
         return None
 
 
+def numbers_of(stats: Stats) -> dict[str, list[float]]:
+    """The numbers among the values of each name, which users may have put there, too."""
+    return {
+        name: [n for n in map(number, values) if n is not None] for name, values in stats.items()
+    }
+
+
 def collect(infos: Info, agents: int) -> Stats:
     """The numbers in a list of nested infos, by path, as the reference's `evaluate` keeps them.
 
