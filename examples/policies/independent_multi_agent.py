@@ -42,7 +42,7 @@ class Policy(nnx.Module):
         def run(params):
             return method(puffer_jax.merge(graphdefs[0], params), rows)
 
-        own = agent.argmax(1), jnp.arange(len(rows))
+        own = agent.argmax(1), jnp.arange(rows.shape[0])
         return jax.tree.map(lambda by_agent: by_agent[own], jax.vmap(run)(stacked))
 
     def encode_observations(self, observations, state=None):

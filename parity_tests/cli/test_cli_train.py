@@ -710,7 +710,7 @@ def test_a_diverged_run_is_one_line_and_2(tmp_path, monkeypatch, capsys):
     flags = ["--train.data-dir", str(tmp_path), "--name", "f"]
     assert main(["train", "--config", write_ini(tmp_path), *flags]) == 2
     *_, sweep, error = capsys.readouterr().err.splitlines()
-    assert sweep.endswith("[sweep] is not used here")
+    assert sweep.endswith("[sweep] is for puffer-jax sweep")
     assert error == "puffer-jax: epoch 1: the first array is 'value.bias'"
 
 

@@ -98,7 +98,13 @@ def test_the_examples_policies(name, tmp_path, monkeypatch):
         make, spaces = module.Policy, module.image_env(15, 11, 1)
     else:
         make, spaces = module.Policy, module.ENV
-    export_step(make(spaces, rngs=nnx.Rngs(0)), tmp_path / "step.onnx", format="onnx", env=spaces)
+    policy, path = make(spaces, rngs=nnx.Rngs(0)), tmp_path / "step.onnx"
+    if name == "structured":  # it reads bytes as numbers, for which ONNX has an operation since 26
+        with pytest.raises(ValueError, match=r"^Policy cannot be exported: .*BitCast"):
+            export_step(policy, path, format="onnx", env=spaces)
+    else:
+        export_step(policy, path, format="onnx", env=spaces)
+        assert path.exists()
 
 
 def test_what_inputs_and_outputs_are_called(tmp_path):
@@ -136,7 +142,9 @@ def test_what_cannot_be_expressed_run_or_trusted_is_named(tmp_path, monkeypatch)
 
     options = {"format": "onnx", "observations": np.ones((2, 3), np.float32)}
     path = tmp_path / "step"
-    with pytest.raises(ValueError, match=r"^Sorting cannot be exported: .*fft"):
+    with pytest.raises(
+        ValueError, match=r"^Sorting cannot be exported: onnxruntime cannot run it: .*complex"
+    ):
         export_step(Sorting(), path, **options)
     with pytest.raises(ValueError, match=r"^Default .*: onnxruntime cannot run it"):
         export_step(default(dtype=jnp.bfloat16), path, format="onnx")

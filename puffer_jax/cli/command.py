@@ -14,6 +14,7 @@ from puffer_jax.cli.convert import Convert
 from puffer_jax.cli.eval import Eval
 from puffer_jax.cli.export import Export
 from puffer_jax.cli.plot import Plot
+from puffer_jax.cli.sweep import Sweep
 from puffer_jax.cli.train import Train, train_defaults
 
 _integers = tyro.constructors.ConstructorRegistry()
@@ -54,6 +55,7 @@ def _commands(train: Train) -> Any:
         | Annotated[Check, tyro.conf.subcommand("check"), one_way]
         | Annotated[Convert, tyro.conf.subcommand("convert"), one_way]
         | Annotated[Export, tyro.conf.subcommand("export"), one_way]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep"), one_way]
         | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
     )
 

@@ -121,7 +121,12 @@ def _make_pufferlib(name: str, options: dict[str, object], create: Callable[[], 
 
 
 def make_policy(
-    env: Any, options: PolicyOptions, rnn: bool, precision: str = "float32", seed: int = 0
+    env: Any,
+    options: PolicyOptions,
+    rnn: bool,
+    precision: str = "float32",
+    seed: int = 0,
+    rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
     """A new policy for an environment.
 
@@ -132,6 +137,7 @@ def make_policy(
         rnn: whether to put an LSTM between the encoder and the heads.
         precision: precision of matmuls, "float32" or "bfloat16".
         seed: seed of the weights.
+        rngs: of the weights, in place of the seed.
 
     Raises:
         ValueError: an option that the policy does not have or that does not fit the environment.
@@ -139,7 +145,7 @@ def make_policy(
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     core = chosen.pop("core", "lstm" if rnn else None)
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
-    rngs = nnx.Rngs(seed)
+    rngs = nnx.Rngs(seed) if rngs is None else rngs
     if options.name == V4:
         return _make_v4(env, chosen, core, rngs=rngs, dtype=dtype)
     layers = (

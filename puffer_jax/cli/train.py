@@ -289,7 +289,7 @@ def _read_config(path: Path, config: PuffeRLConfig) -> Train:
     groups = {name: values for name, values in sections.items() if name not in unused}
     _check_names(path, "section", groups, _INI_SECTIONS)
     for name in dict.fromkeys(name.split(".")[0] for name in unused):
-        print(f"{path}: [{name}] is not used here", file=sys.stderr)
+        print(f"{path}: [{name}] is for puffer-jax sweep", file=sys.stderr)
     base, vec, policy, rnn = (dict(groups.get(n, {})) for n in ("base", "vec", "policy", "rnn"))
     _check_names(path, "key in [base]", base, _INI_BASE)
     try:
@@ -418,18 +418,19 @@ def _options(
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     _check_names(where, what, options, fields)
     for name, value in options.items():
-        if not _fits(value, fields[name]):
+        if not fits(value, fields[name]):
             raise ValueError(f"{where}: {prefix}{name} cannot be {value!r}")
     return options
 
 
-def _fits(value: object, kind: object) -> bool:
+def fits(value: object, kind: object) -> bool:
+    """Whether an option of that type can have the value."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+        return isinstance(value, tuple) and all(fits(v, get_args(kind)[0]) for v in value)
     if get_args(kind):
-        return any(_fits(value, part) for part in get_args(kind))
+        return any(fits(value, part) for part in get_args(kind))
     return type(value) is kind or (kind is float and type(value) is int)
 
 

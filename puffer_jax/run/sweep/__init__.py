@@ -1,0 +1,1 @@
+"""Searching hyper-parameters: the space, the study that remembers, populations in JAX."""
