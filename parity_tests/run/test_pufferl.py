@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -113,6 +114,13 @@ def widened(policy, other):
     """The float64 policy `other` with the weights of one in float32, for exact numbers."""
     assert puffer_jax.load_state_dict(other, puffer_jax.state_dict(policy)) == ([], [])
     return other
+
+
+@partial(jax.jit, static_argnums=0)
+def scored(graphdef, params, observations, actions):
+    """Log-probabilities and values in one program, which compiles sooner than its operations."""
+    logits, values = puffer_jax.merge(graphdef, params)(observations)[:2]
+    return puffer_jax.sample_logits(logits, action=actions)[1], values
 
 
 def small_config(**changes):
@@ -289,10 +297,9 @@ def test_buffers_overlap_and_mix_nothing_up(net, space, tmp_path):
             # (An LSTM's next segments begin with the state that the ones before have left.)
             rows = 6 if net == "lstm" else 12
             given = obs[:rows] if net == "lstm" else obs.reshape(-1, 3)
-            logits, values = widened(trainer.policy, exact)(given)[:2]
             taken = actions[:rows].reshape(rows * 8, *actions.shape[2:])
-            _, logprob, _ = puffer_jax.sample_logits(logits, action=taken)
-            for right, stored in ((logprob, experience.logprobs), (values, experience.values)):
+            found = scored(*puffer_jax.split(widened(trainer.policy, exact)), given, taken)
+            for right, stored in zip(found, (experience.logprobs, experience.values), strict=True):
                 assert (right.dtype, stored.dtype) == (np.float64, np.float32)
                 assert relative_error(stored[:rows].ravel(), np.ravel(right)) < 5e-6
             trainer.train()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from puffer_jax.nn.params import Shape
@@ -63,7 +63,7 @@ def layer_init(
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
-def _orthogonal_array(key: Array, std: ArrayLike, shape: Shape, dtype: jnp.dtype) -> Array:
+def _orthogonal_array(key: Array, std: Array | float, shape: Shape, dtype: jnp.dtype) -> Array:
     rows, columns = shape[0], math.prod(shape[1:])
     # JAX's own initialiser decomposes a square matrix of the longer side, 40 times the work
     # for NatureCNN's Linear.
