@@ -225,6 +225,7 @@ class Sweep:
             raise
         trainer.log_seconds = 0.0
         curve: list[tuple[int, float]] = []
+        logs: dict[str, Any] = {}
         with trainer:
             while not trainer.done:
                 logs = trainer.run_epoch() or {}
