@@ -19,6 +19,7 @@ import puffer_jax
 from puffer_jax import ppo, v4, vector
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.bench import rows
+from puffer_jax.bench.devices import devices as devices
 from puffer_jax.bench.rows import Case
 from puffer_jax.kernels.cpu import native
 from puffer_jax.ppo.config import PuffeRLConfig
@@ -314,6 +315,14 @@ def trainer(
 def first_update(**arguments: Any) -> Case:
     """A process of its own, from its start to the end of the first call of `trainer`."""
     return rows.in_a_process(__name__, "trainer", arguments)
+
+
+def trainer_on_devices(net: str, envs: int, count: int) -> Case:
+    """Epochs of training on the first `count` devices, one compiled call each."""
+    policy, env = _policy(net, (4,), 128, 2), puffer_jax.environments.make("cartpole")
+    config, mesh = rows.config_of(envs, num_envs=envs), puffer_jax.mesh(count)
+    train = puffer_jax.PuffeRL(config, env, policy, mesh=None if count == 1 else mesh)
+    return Case(train.run_epoch, units=64 * envs)
 
 
 class _Network(NamedTuple):

@@ -222,6 +222,15 @@ def _trainers() -> Iterator[Row]:
                 {"net": net, "envs": envs},
                 unit="steps/s",
             )
+    for net in ("default", "lstm"):
+        yield Row(
+            f"devices-1024-{net}",
+            "PuffeRL on compiled CartPole, 1024 environments on 1, 2 and 8 devices made of the CPU",
+            "devices",
+            {"ours": {"count": 1}, "2 devices": {"count": 2}, "8 devices": {"count": 8}},
+            {"net": net, "envs": 1024},
+            unit="steps/s",
+        )
 
     for net in ("default", "lstm"):
         yield Row(

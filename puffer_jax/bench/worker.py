@@ -33,9 +33,17 @@ class Worker:
         threads: how many threads it may use; for JAX, how many cores.
         device: "cpu" or "gpu".
         precision: precision of matrix products: "float32", or "tf32" on a GPU.
+        more: other variables of its environment.
     """
 
-    def __init__(self, side: Side, threads: int, device: str, precision: str):
+    def __init__(
+        self,
+        side: Side,
+        threads: int,
+        device: str,
+        precision: str,
+        more: dict[str, str] | None = None,
+    ):
         self.side = side
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
@@ -43,6 +51,7 @@ class Worker:
             "OPENBLAS_NUM_THREADS": str(threads),
             "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            **(more or {}),
         }
         code = "from puffer_jax.bench.worker import serve; serve()"
         self._process = subprocess.Popen(
