@@ -32,7 +32,7 @@ class CheckpointOptions:
 
     def load(self, path: Path, env: SimpleNamespace | None, padding: int | None = None) -> Any:
         """The policy in the checkpoint; `env` is `self.make_env()`."""
-        options = self.hints(env) | {"padding": padding}
+        options: dict[str, Any] = {**self.hints(env), "padding": padding}
         policy = policy_from_checkpoint(path, env, image_shape=self.image_shape, **options)
         shape = None if env is not None or self.image_shape else policy.example_shape()
         return policy_from_checkpoint(path, image_shape=shape, **options) if shape else policy

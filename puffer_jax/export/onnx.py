@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree

@@ -31,10 +31,11 @@ def split(key: PRNGKeyArray, num: int | tuple[int, ...] = 2, rows: Rows | None =
         if keys.dtype == key.dtype:
             return keys
         words = words_of(keys)
-    elif is_threefry(key):
-        words = threefry(words_of(key), (num,), rows)
     else:
-        return rows.of(jax.random.split(key, rows.total), num)
+        assert isinstance(num, int)  # rows are counted
+        if not is_threefry(key):
+            return rows.of(jax.random.split(key, rows.total), num)
+        words = threefry(words_of(key), (num,), rows)
     return _typed(words) if is_typed(key) else words
 
 

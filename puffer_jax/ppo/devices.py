@@ -78,7 +78,7 @@ class Share(NamedTuple):
     """
 
     axis: str | None = None
-    count: int = 1
+    count: int = 1  # type: ignore[reportIncompatibleMethodOverride]
     before: int = 0
 
     def key(self, key: PRNGKeyArray) -> PRNGKeyArray:

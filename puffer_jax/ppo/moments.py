@@ -27,7 +27,7 @@ class Samples(NamedTuple):
         squares: the sum of their squared deviations from it.
     """
 
-    count: Array
+    count: Array  # type: ignore[reportIncompatibleMethodOverride]
     mean: Array
     squares: Array
 
@@ -81,12 +81,12 @@ class Moments(NamedTuple):
             (new, mean, squares), _ = joined(Samples(new, mean, squares), share)
         variance = squares / jnp.maximum(new, 1)
         total = jnp.maximum(self.seen + new, 1)
-        share, gap = new / total, mean - self.mean
-        spread = (1 - share) * self.variance + share * variance
+        ratio, gap = new / total, mean - self.mean
+        spread = (1 - ratio) * self.variance + ratio * variance
         return Moments(
             self.seen + new,
-            self.mean + share * gap,
-            jnp.where(new > 0, spread + share * (1 - share) * gap**2, self.variance),
+            self.mean + ratio * gap,
+            jnp.where(new > 0, spread + ratio * (1 - ratio) * gap**2, self.variance),
         )
 
     @property

@@ -225,7 +225,8 @@ def check_same(parts: Mapping[str, Mapping[str, Any]]) -> None:
     other = different[0]
     lines = []
     for part in sorted(contents[0].keys() | contents[other].keys()):
-        first, second = contents[0].get(part, {}), contents[other].get(part, {})
+        first: dict[str, Json] = contents[0].get(part, {})
+        second: dict[str, Json] = contents[other].get(part, {})
         names = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
         shown = ", ".join(f"{n} ({second.get(n)!r}, not {first.get(n)!r})" for n in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -340,13 +341,14 @@ def _live(me: _Member) -> None:
             reason = _last_words(me)
         except Exception:
             return  # shut down, or process 0 is gone, which JAX says
-        if reason:
-            break
-    # If it waits in a collective that does not fail, nothing in Python can end it.
-    time.sleep(_GRACE)
-    if me.ending is None:
-        print(f"puffer_jax: {_lost(me, reason)}", file=sys.stderr, flush=True)
-        os._exit(1)
+        if reason is None:
+            continue
+        # If it waits in a collective that does not fail, nothing in Python can end it.
+        time.sleep(_GRACE)
+        if me.ending is None:
+            print(f"puffer_jax: {_lost(me, reason)}", file=sys.stderr, flush=True)
+            os._exit(1)
+        return
 
 
 def _leave(me: _Member) -> None:
