@@ -76,7 +76,7 @@ def test_scores_of_actions(action):
 
 def test_draws_are_the_same():
     logits, key = some(64, 5) * 3, jax.random.key(3)
-    found, expected = both("sample", key, logits, component=1, components=2)
+    found, expected = both("sample", key, logits, None, component=1, components=2)
     np.testing.assert_array_equal(found[0], expected[0])
     for x, y in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(x, y, **CLOSE)

@@ -8,4 +8,4 @@ def test_sanitizers_find_nothing(tmp_path):
     flags = *sanitize.SANITIZE, "-O0", "-fno-sanitize=null,alignment"
     library = sanitize.build_kernels(tmp_path, "float32", *flags)
     driver = sanitize.build_driver(tmp_path, sanitize.SANITIZE)
-    assert sanitize.run(driver, library, "float32", "plain", shapes=4) == 68
+    assert sanitize.run(driver, library, "float32", "plain", shapes=4) == 76

@@ -58,7 +58,7 @@ def export_step(
         ImportError: "onnx" without jax2onnx or onnxruntime.
 
     Example:
-        >>> import puffer_jax
+        >>> import jax, puffer_jax
         >>> from flax import nnx
         >>> env = puffer_jax.environments.make("cartpole")
         >>> policy = puffer_jax.Default(env, hidden_size=16, rngs=nnx.Rngs(0))

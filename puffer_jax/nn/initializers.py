@@ -58,7 +58,7 @@ def layer_init(
         if parameter.name == "weight":
             _set(parameter, _orthogonal(parameter, rngs, std))
         else:
-            _set(parameter, np.full(parameter.shape, bias_const))
+            _fill(parameter, bias_const)
     return layer
 
 
@@ -80,10 +80,18 @@ def _orthogonal(parameter: TorchParameter, rngs: nnx.Rngs, std: float = 1.0) -> 
     return _orthogonal_array(rngs.params(), std, parameter.shape, dtype)
 
 
-def _set(parameter: TorchParameter, value: Array | np.ndarray) -> None:
+def _set(parameter: TorchParameter, value: Array) -> None:
     for variable, array in zip(parameter.variables, parameter.from_torch(value), strict=True):
-        # What is NumPy's, all zeros say, takes no program of its own.
-        variable[...] = jnp.asarray(array.astype(variable.dtype))
+        variable[...] = array.astype(variable.dtype)
+
+
+def _fill(parameter: TorchParameter, value: float) -> None:
+    for variable in parameter.variables:
+        old = variable[...]
+        # What is NumPy's takes no program of its own; but it takes memory, even where nothing but
+        # shapes is asked for.
+        full = jnp.full if isinstance(old, jax.core.Tracer) else np.full
+        variable[...] = jnp.asarray(full(old.shape, value, old.dtype))
 
 
 def torch_init(layer: Layer, *, rngs: nnx.Rngs) -> Layer:
@@ -131,6 +139,6 @@ def reset_orthogonal(module: nnx.Module, *, rngs: nnx.Rngs) -> None:
         if "layer_norm" in parameter.name:
             continue
         if "bias" in parameter.name:
-            _set(parameter, np.zeros(parameter.shape))
+            _fill(parameter, 0.0)
         elif "weight" in parameter.name and len(parameter.shape) >= 2:
             _set(parameter, _orthogonal(parameter, rngs))

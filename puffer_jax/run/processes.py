@@ -29,8 +29,9 @@ from puffer_jax.base.text import Json, from_json
 # when another one has failed.
 _BEAT, _SILENCE, _PATIENCE, _GRACE = 1.0, 10.0, 20.0, 10.0
 
-# After so many seconds without one of JAX's own signs of life, JAX ends the other processes.
-HEARTBEAT_TIMEOUT = 45
+# After so many seconds without one of JAX's own signs of life, JAX ends the other processes. There
+# are two in that time, so it may be half as long after a death, which is enough to name who is gone.
+HEARTBEAT_TIMEOUT = 56
 
 _SPACE = "puffer_jax"
 
@@ -275,14 +276,18 @@ class _Watch:
         self._beats: dict[int, str] = {}
         self._since: dict[int, float] = {}
 
-    def silent(self, seconds: float) -> str | None:
-        """Who has given none for so long, in words."""
+    def silent(self, seconds: float) -> list[int]:
+        """Who has given none for so long."""
         now, found = time.monotonic(), _entries(self._me, "alive")
         self._since |= {i: now for i, beat in found.items() if self._beats.get(i) != beat}
         self._beats = found
-        for i, last in self._since.items():
-            if i != self._me.index and now - last > seconds:
-                return f"{self._me.name(i)} is gone: no sign of life from it for {seconds:.0f} s"
+        since = self._since.items()
+        return [i for i, last in since if i != self._me.index and now - last > seconds]
+
+    def lost(self, seconds: float) -> str | None:
+        """The first of them, in words."""
+        for i in self.silent(seconds):
+            return f"{self._me.name(i)} is gone: no sign of life from it for {seconds:.0f} s"
         return None
 
 
@@ -295,7 +300,7 @@ def _awaited(me: _Member, key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        if reason := _last_words(me) or watch.silent(_PATIENCE):
+        if reason := _last_words(me) or watch.lost(_PATIENCE):
             raise _lost(me, reason)
 
 
@@ -310,7 +315,7 @@ def _who_is_lost(me: _Member) -> str | None:
     watch, end = _Watch(me), time.monotonic() + 2 * _SILENCE
     while time.monotonic() < end:
         try:
-            if reason := _last_words(me) or watch.silent(_SILENCE):
+            if reason := _last_words(me) or watch.lost(_SILENCE):
                 return reason
         except jax.errors.JaxRuntimeError:
             return f"{me.name(0)} is gone: its coordination service does not answer"
@@ -359,9 +364,11 @@ def _leave(me: _Member) -> None:
     if me.ending is None:
         return
     # With process 0 goes the store, where the others read why.
-    end = time.monotonic() + (_GRACE + 2 * _BEAT if me.index == 0 else 0)
+    watch, end = _Watch(me), time.monotonic() + (_GRACE + 2 * _BEAT if me.index == 0 else 0)
     with suppress(jax.errors.JaxRuntimeError):
-        while len(_entries(me, "failed")) < me.count and time.monotonic() < end:
+        while time.monotonic() < end:
+            if len(_entries(me, "failed").keys() | watch.silent(3 * _BEAT)) >= me.count:
+                break
             time.sleep(_BEAT / 4)
     sys.stdout.flush()
     sys.stderr.flush()
