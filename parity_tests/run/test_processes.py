@@ -241,7 +241,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path):
     # The first epochs are logged twice: a run goes on from its checkpoint.
     logged = [json.loads(line) for line in open(tmp_path / "run" / "log0.jsonl")]
     assert [entry["epoch"] for entry in logged if "epoch" in entry] == [1, 2, 3, 3, 4, 5]
-    assert all(np.isfinite(entry["losses/loss"]) for entry in logged)
+    assert all(np.isfinite(entry["losses/policy_loss"]) for entry in logged)
     assert not (tmp_path / "run" / "log1.jsonl").read_text()
 
 

@@ -30,7 +30,7 @@ from puffer_jax.base.text import Json, from_json
 _BEAT, _SILENCE, _PATIENCE, _GRACE = 1.0, 10.0, 20.0, 10.0
 
 # After so many seconds without one of JAX's own signs of life, JAX ends the other processes. There
-# are two in that time, so it may be half as long after a death, which is enough to name who is gone.
+# are two in that time, so it may be half as long after a death: enough to name who is gone.
 HEARTBEAT_TIMEOUT = 56
 
 _SPACE = "puffer_jax"
