@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,25 @@ def test_demo(tmp_path):
 )
 def test_training(run, command, expected):
     assert expected in run(*command)
+
+
+@pytest.mark.needs_reference  # of torch: it writes a .pt file
+def test_one_process_of_many(tmp_path):
+    """In a process of its own: it joins the others before anything is computed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    small = "--num-processes 1 --steps 512 --num-envs 4 --horizon 16".split()
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train_multihost.py", "--coordinator-address", address, *small],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "devices of 1 processes: return" in done.stdout
+    assert (tmp_path / "runs" / "multihost_seed0.pt").exists()
 
 
 @pytest.mark.needs_reference  # of torch: it writes a .pt file

@@ -1,5 +1,9 @@
 """`Ray` on a cluster of two nodes on this machine: the same trajectories, and what is lost."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import ray
@@ -86,3 +90,14 @@ def test_a_lost_node(cluster):
         with pytest.raises(WorkerError, match=r"worker \d \(environments . to .\) was lost"):
             for _ in range(1000):
                 vecenv.step(np.zeros(4, int))
+
+
+def test_a_training_on_workers_of_the_cluster(cluster, tmp_path, monkeypatch, capsys):
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    small = {"steps": 512, "num-envs": 4, "horizon": 16, "data-dir": tmp_path}
+    options = [word for name, x in small.items() for word in (f"--train.{name}", str(x))]
+    monkeypatch.setattr(sys, "argv", ["train_ray.py", "--workers", "2", *options])
+    runpy.run_path(str(examples / "train_ray.py"), run_name="__main__")
+    assert "2 workers: return" in capsys.readouterr().out
+    assert (tmp_path / "multihost_seed0.pt").exists()
