@@ -33,7 +33,7 @@ LIMITS: dict[tuple[str, str], dict[str, Limit]] = {
     ("gradient-default", "float32"): {"cuda": Limit(23, (), 98)},
     ("gradient-lstm", "float32"): {"cuda": Limit(39, (), 323)},
     ("gradient-lstm", "bfloat16"): {"tpu": Limit(47, (), 231, 14)},
-    ("act-mingru", "float32"): {"cuda": Limit(21, (), 12)},
+    ("act-mingru", "float32"): {"cuda": Limit(21, (), 13)},
     ("gradient-mingru", "tf32"): {"cuda": Limit(56, (), 834, 4)},
     ("gradient-nature", "tf32"): {"cuda": Limit(44, (), 74, 9)},
     ("population-default", "tf32"): {"cuda": Limit(38, (66, 52, 21), 111, 3)},
