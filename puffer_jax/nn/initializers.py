@@ -5,6 +5,7 @@ from functools import partial
 from typing import TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
