@@ -15,6 +15,7 @@ from support.bars import BARS, relative_error
 
 from puffer_jax.kernels import OPERATIONS, gpu, stepped, tpu, use
 from puffer_jax.kernels.lstm import lstm_scan, scan_by
+from puffer_jax.kernels.tpu.lstm import mosaic_precision
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -134,6 +135,21 @@ def lowered(platform, *names, hidden=128, dtype="float32"):
     arrays, done = drawn(16, 2, 4, hidden, dtype)
     with use(*names):
         return lstm_scan.trace(*arrays, done).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("precision", ["high", "tensorfloat32", "F32_F32_F32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_precision_of_products_is_computed(precision, dtype):
+    """Mosaic has one pass of bfloat16 and float32, and raises an error for what lies between."""
+    arrays, done = drawn(16, 2, 4, 128, dtype)
+    run = jax.jit(lambda *arrays: jax.vjp(lambda *x: lstm_scan(*x, done), *arrays)[1])
+    for platform, where in (("cuda", "gpu"), ("tpu", "tpu")):
+        with use("xla", where), jax.default_matmul_precision(precision):
+            run.trace(*arrays).lower(lowering_platforms=(platform,))
+    with jax.default_matmul_precision(precision):
+        found = mosaic_precision(arrays[0].dtype)
+    full = jax.lax.Precision.HIGHEST
+    assert found == (full if dtype == "float32" else jax.lax.Precision.DEFAULT)
 
 
 def test_who_runs_the_loop():

@@ -159,6 +159,15 @@ def _gates(row: Array) -> tuple[Array, ...]:
     return tuple(jnp.split(row, 4, axis=1))
 
 
+def mosaic_precision(dtype: np.dtype) -> jax.lax.Precision:
+    """What Mosaic knows that is no less than was asked for: one pass of bfloat16, or float32."""
+    asked = str(jax.config.jax_default_matmul_precision).lower()  # type: ignore[attr-defined]
+    one_pass = ("none", "default", "bfloat16", "bf16_bf16_f32")
+    if dtype == jnp.bfloat16 or asked in one_pass:
+        return jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGHEST
+
+
 def _forward_kernel(projected, weight, bias, h_0, c_0, done, outputs, h_ref, c_ref, *kept) -> None:
     from jax.experimental import pallas as pl
 
@@ -173,7 +182,8 @@ def _forward_kernel(projected, weight, bias, h_0, c_0, done, outputs, h_ref, c_r
     h_before = jnp.where(keep, h_ref[...].astype(wide), 0)
     dims = (((1,), (1,)), ((), ()))
     before = h_before.astype(weight.dtype)
-    sums = jax.lax.dot_general(before, weight[...], dims, preferred_element_type=wide)
+    precision = mosaic_precision(weight.dtype)
+    sums = jax.lax.dot_general(before, weight[...], dims, precision, preferred_element_type=wide)
     i, f, g, o = activate(_gates(sums + projected[0].astype(wide) + bias[...].astype(wide)))
     c = f * jnp.where(keep, c_ref[...].astype(wide), 0) + i * g
     h = (o * jnp.tanh(c)).astype(outputs.dtype)
@@ -211,7 +221,9 @@ def _backward_kernel(
     now = jnp.concatenate(parts, axis=1).astype(d_gates.dtype)
     d_gates[0] = now
     dc_ref[...] = jnp.where(keep, dc, 0)
-    dh_ref[...] = jnp.where(keep, jnp.dot(now, weight[...], preferred_element_type=wide), 0)
+    precision = mosaic_precision(now.dtype)
+    dh = jnp.dot(now, weight[...], precision=precision, preferred_element_type=wide)
+    dh_ref[...] = jnp.where(keep, dh, 0)
 
 
 LOOPS = Loops(partial(_forward, False), partial(_backward, False), True, _sizes)
