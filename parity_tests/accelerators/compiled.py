@@ -1,5 +1,6 @@
 """A compiled program, read from its text: what it launches, in which loops, and what it calls."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,6 +14,11 @@ LAUNCHES = (
 )
 # Custom calls that only name memory.
 _NO_LAUNCH = ("AllocateBuffer", "Sharding", "MoveToDevice")
+# What devices exchange; where it is asynchronous, its beginning counts.
+COLLECTIVES = re.compile(
+    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)"
+    r"(-start)?"
+)
 _HOST = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
 _HOST_CALL = re.compile(r"callback|MoveToHost|PinToHost|SendToHost|RecvFromHost")
 _CALLEE = r"{}=%?([\w.\-]+)"
@@ -28,6 +34,10 @@ class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     order: tuple[int, ...]
+
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 class Instruction(NamedTuple):
@@ -53,10 +63,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @dataclass
 class Loop:
-    """The body of a loop: its launches, the loops in it, and how often it runs (0: unknown)."""
+    """The body of a loop: its launches, the loops in it, and how often it runs (0: unknown).
+
+    Of a collective the bytes of its result count: of an all-reduce what each device gives.
+    """
 
     trips: int = 1
     launches: list[str] = field(default_factory=list)
+    collectives: list[tuple[str, int]] = field(default_factory=list)
     loops: list["Loop"] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -126,7 +140,7 @@ class Program:
         named = {i.name: i for i in self._instructions()}
         found = []
         for i in named.values():
-            if not any(_size(array) >= _LARGE for array in i.arrays()):
+            if not any(math.prod(array.shape) >= _LARGE for array in i.arrays()):
                 continue
             source = named.get(next(iter(re.findall(r"%([\w.\-]+)", i.rest)), ""))
             if i.opcode == "copy" and source and source.arrays()[:1] != i.arrays()[:1]:
@@ -149,7 +163,13 @@ class Program:
                 # Of a condition's branches the longest.
                 inner = max((self._loop(x, 1) for x in _callees(i)), key=_cost, default=Loop())
                 loop.launches += inner.launches
+                loop.collectives += inner.collectives
                 loop.loops += inner.loops
+            elif found := COLLECTIVES.fullmatch(i.opcode):
+                sizes = [array.bytes() for array in i.arrays()]
+                # A beginning has what is given beside the result, but for an all-reduce's.
+                both = found[2] and found[1] != "all-reduce"
+                loop.collectives.append((found[1], max(sizes) if both else sum(sizes)))
             elif i.opcode in LAUNCHES and not any(f'"{x}"' in i.rest for x in _NO_LAUNCH):
                 loop.launches.append(i.name)
         return loop
@@ -165,13 +185,6 @@ def _callees(i: Instruction) -> list[str]:
         return re.findall(r"%?([\w.\-]+)", branches[1])
     kinds = ("to_apply", "calls", "true_computation", "false_computation")
     return [name for kind in kinds if (name := i.callee(kind))]
-
-
-def _size(array: Array) -> int:
-    number = 1
-    for side in array.shape:
-        number *= side
-    return number
 
 
 def _bodies(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -50,9 +50,6 @@ def start(platform: str) -> "Compiler":
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
     sys.path.append(str(FOLDER))
     import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     if platform == "cuda":
         from jax._src import xla_bridge
@@ -60,26 +57,35 @@ def start(platform: str) -> "Compiler":
         # It loads the plugin, and misses a GPU.
         with contextlib.suppress(Exception):
             xla_bridge.discover_pjrt_plugins()
-        options = {"target_config": _H100, "topology": "1x1x1"}
-        topology = topologies.get_topology_desc("1x1x1", platform="cuda", **options)
-    else:
-        topology = topologies.get_topology_desc("v5e:2x2", platform="tpu")
-    mesh = Mesh(np.array(topology.devices[:1]), ("devices",))
-    return Compiler(platform, jax, NamedSharding(mesh, PartitionSpec()))
+    return Compiler(platform, jax)
 
 
 class Compiler:
     """Compiles for one platform; from `start`."""
 
-    def __init__(self, platform: str, jax: Any, sharding: Any):
-        self.platform, self._jax, self._sharding = platform, jax, sharding
+    def __init__(self, platform: str, jax: Any):
+        self.platform, self._jax = platform, jax
+        one = self.devices("1x1x1" if platform == "cuda" else "v5e:2x2")[0]
+        self._alone = jax.sharding.SingleDeviceSharding(one)
+
+    def devices(self, topology: str) -> list[Any]:
+        """The devices of a topology, such as "1x1x8" (one host of eight H100s) or "v5e:2x4"."""
+        from jax.experimental import topologies
+
+        of_gpus = {"target_config": _H100, "topology": topology}
+        options = of_gpus if self.platform == "cuda" else {}
+        return topologies.get_topology_desc(topology, platform=self.platform, **options).devices
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Program:
-        """Compile a function for arguments: arrays, or what has a shape and a dtype."""
+        """Compile a function for arguments: arrays, or what has a shape and a dtype.
+
+        They are on one device, but for those that are a `ShapeDtypeStruct` with a sharding.
+        """
         jax = self._jax
 
         def spec(x: Any) -> Any:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
+            placed = isinstance(x, jax.ShapeDtypeStruct) and x.sharding
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed or self._alone)
 
         import puffer_jax.kernels
 

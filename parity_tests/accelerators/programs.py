@@ -1,6 +1,6 @@
 """What is compiled for devices: what a policy does, and what a training does, at sizes of use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 import puffer_jax
 from puffer_jax.base.spaces import Box, Discrete
 from puffer_jax.environments.jax_native import as_jax_env
 from puffer_jax.ppo.config import PuffeRLConfig
-from puffer_jax.ppo.epoch import epoch
+from puffer_jax.ppo.devices import ALIKE, DIVIDED, share_of
+from puffer_jax.ppo.epoch import compiled, specs_of
 from puffer_jax.ppo.experience import Experience
 from puffer_jax.ppo.jax_rollout import JaxSource
 from puffer_jax.ppo.objective import loss
@@ -125,19 +127,44 @@ def _config(dtype: Any, envs: int = ENVS, **more: Any) -> PuffeRLConfig:
     )
 
 
-def whole_epoch(net: str, optimizer: str = "adam", *, dtype: Any) -> Built:
-    """An epoch of the trainer on CartPole: rollout and update in one program."""
+def whole_epoch(
+    net: str,
+    optimizer: str = "adam",
+    *,
+    dtype: Any,
+    envs: int = ENVS,
+    devices: Sequence[Any] = (),
+) -> Built:
+    """An epoch of the trainer on CartPole: rollout and update in one program.
+
+    On several devices each has so many environments.
+    """
+    mesh = puffer_jax.mesh(devices) if devices else None
     policy, env = policy_of(net, dtype), as_jax_env(puffer_jax.environments.make("cartpole"))
-    config = _config(dtype, optimizer=optimizer)
-    source = JaxSource(config, env, policy)
-    learner = make_learner(config, source.sizes, policy)
+    config = _config(dtype, envs * max(1, len(devices)), optimizer=optimizer)
+    share = share_of(mesh)
+    source = JaxSource(config, env, policy, share)
+    learner = make_learner(config, source.sizes, policy, share)
     params = puffer_jax.split(policy)[1]
 
     def start(key: Any) -> Any:
-        return learner.init(params), source.init(key), (key, key)
+        return learner.init(params), JaxSource(config, env, policy).init(key), (key, key)
 
-    function = partial(epoch, source.collect, learner.update, learner.acting)
-    return Built(function, jax.eval_shape(start, jax.random.key(0)))
+    arguments = jax.eval_shape(start, jax.random.key(0))
+    specs = specs_of(arguments[0])
+    function = compiled(source, learner, specs, mesh)["epoch"]
+    if mesh is None:
+        return Built(function, arguments)
+
+    def placed(x: Any, spec: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    def every(tree: Any, spec: Any) -> Any:
+        return jax.tree.map(lambda x: placed(x, spec), tree)
+
+    state, stream, keys = arguments
+    placed_state = jax.tree.map(placed, state, specs)
+    return Built(function, (placed_state, every(stream, DIVIDED), every(keys, ALIKE)))
 
 
 def training(net: str, *, dtype: Any, members: int = 0) -> Built:

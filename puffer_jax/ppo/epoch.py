@@ -17,7 +17,7 @@ from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.devices import ALIKE, DIVIDED, on_each, place, share_of
 from puffer_jax.ppo.experience import Experience, Hypers, Metrics, Params, TrainState
 from puffer_jax.ppo.source import Source, Stats
-from puffer_jax.ppo.update import make_learner
+from puffer_jax.ppo.update import Learner, make_learner
 
 
 def epoch(
@@ -48,13 +48,46 @@ def epoch(
     return state, stream, losses, outcome
 
 
-def _specs(state: TrainState) -> PyTree:
+def specs_of(state: TrainState) -> PyTree:
     """How a train state lies on many devices: all alike, but for what belongs to an agent."""
     specs = jax.tree.map(lambda _: ALIKE, state)
     known = specs.normalization
     if known is None or known.discounted is None:
         return specs
     return specs._replace(normalization=known._replace(discounted=DIVIDED))
+
+
+def compiled(
+    source: Source, learner: Learner, specs: PyTree, mesh: Mesh | None = None
+) -> dict[str, Callable[..., Any]]:
+    """The programs of a training, for all devices of the mesh, compiled when they are called.
+
+    Args:
+        source: where experience comes from.
+        learner: what learns from it; made, as the source, for one device of the mesh.
+        specs: see `specs_of`.
+        mesh: the devices among which the work is divided; None: there is one.
+
+    Returns:
+        "update" and "acting"; of a pure source also "init", "collect" and "epoch".
+    """
+
+    def update(*args: Any) -> tuple[TrainState, Metrics]:
+        return learner.update(*args)[:2]
+
+    on = partial(on_each, mesh)
+    programs = {
+        "update": on(update, (specs, DIVIDED, ALIKE, ALIKE), (specs, ALIKE)),
+        "acting": on(learner.acting, (specs,), ALIKE),
+    }
+    if source.pure:
+        whole = partial(epoch, source.collect, learner.update, learner.acting)
+        programs |= {
+            "init": on(source.init, (ALIKE,), DIVIDED),
+            "collect": on(source.collect, (ALIKE, DIVIDED, ALIKE), (DIVIDED, DIVIDED, ALIKE)),
+            "epoch": on(whole, (specs, DIVIDED, ALIKE), (specs, DIVIDED, ALIKE, ALIKE)),
+        }
+    return programs
 
 
 class Loop:
@@ -80,8 +113,7 @@ class Loop:
         key: the key at that time; split for every batch and every update.
         names: see `Learner`.
         schedule_epoch: see `Learner`.
-        programs: the compiled functions: "update" and "acting"; of a pure source also "collect" and
-            "epoch".
+        programs: see `compiled`.
         mesh: the devices, or None.
     """
 
@@ -98,29 +130,11 @@ class Loop:
         self.schedule_epoch, self.mesh = learner.schedule_epoch, mesh
         # Whoever holds the policy may give its arrays away.
         state: TrainState = jax.tree.map(jnp.copy, learner.init(split(policy)[1]))
-        specs = _specs(state)
+        specs = specs_of(state)
         self.state = place(mesh, state, specs)
         self.key, reset_key = place(mesh, jax.random.split(jax.random.key(config.seed)), ALIKE)
-
-        def update(*args: Any) -> tuple[TrainState, Metrics]:
-            return learner.update(*args)[:2]
-
-        on = partial(on_each, mesh)
-        gives = specs, ALIKE
-        self.programs = {
-            "update": on(update, (specs, DIVIDED, ALIKE, ALIKE), gives),
-            "acting": on(learner.acting, (specs,), ALIKE),
-        }
-        if source.pure:
-            takes = ALIKE, DIVIDED, ALIKE
-            self.programs["collect"] = on(source.collect, takes, (DIVIDED, DIVIDED, ALIKE))
-            whole = partial(epoch, source.collect, learner.update, learner.acting)
-            self.programs["epoch"] = on(
-                whole, (specs, DIVIDED, ALIKE), (specs, DIVIDED, ALIKE, ALIKE)
-            )
-            self.stream = on(source.init, (ALIKE,), DIVIDED)(reset_key)
-        else:
-            self.stream = source.init(reset_key)
+        self.programs = compiled(source, learner, specs, mesh)
+        self.stream = self.programs.get("init", source.init)(reset_key)
         # The stream and the key after what has been collected since the last update.
         self._ahead: tuple[PyTree, PRNGKeyArray] | None = None
         self._passed: set[str] = set()
