@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 import puffer_jax
+from puffer_jax import cli
 from puffer_jax.base import checksums
 from puffer_jax.run import checkpoint, processes
 from puffer_jax.run.fingerprint import fingerprint
@@ -178,6 +179,19 @@ def train(address, i, folder, killed):
     print(run.epoch, *digests(run), flush=True)
 
 
+def command(folder, environments, *more):
+    """An LSTM in gymnasium's CartPole, cut after 20 steps: two epochs by the command line."""
+    line = f"train --env CartPole-v1 --vec.mode sync --vec.num-envs {environments} --rnn --name run"
+    line += f" --env-arg max_episode_steps=20 --train.data-dir {folder} --train.seed 3"
+    line += " --train.bptt-horizon 16 --train.total-timesteps 512 --train.update-epochs 1"
+    line += " --train.num-minibatches 1 --policy.hidden-size 4"
+    assert cli.main([*line.split(), *map(str, more)]) == 0
+
+
+def from_a_shell(address, i, folder):
+    command(folder, 8, *("--coordinator-address", address), "--num-processes", 2, "--process-id", i)
+
+
 # --- what is seen of them -----------------------------------------------------------------------
 
 
@@ -243,6 +257,26 @@ def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path):
     assert [entry["epoch"] for entry in logged if "epoch" in entry] == [1, 2, 3, 3, 4, 5]
     assert all(np.isfinite(entry["losses/policy_loss"]) for entry in logged)
     assert not (tmp_path / "run" / "log1.jsonl").read_text()
+
+
+@pytest.mark.usefixtures("as_users_do")
+def test_each_process_steps_environments_of_its_own(tmp_path):
+    """Eight in each of two processes are the sixteen of one: same seeds, actions, statistics."""
+    command(tmp_path / "alone", 16, "--devices", "all")
+    (code, _, said), (other, quiet, others) = start("from_a_shell", tmp_path / "two")
+    assert (code, other) == (0, 0), (said, others)
+    assert "gradient steps planned" not in quiet  # the first process alone prints
+    logs = [tmp_path / name / "run_seed3" / "log.jsonl" for name in ("alone", "two")]
+    pairs = zip(*(map(json.loads, open(log)) for log in logs), strict=True)
+    told = ("agent_steps", "environment/episode_return", "losses/value_loss", "losses/entropy")
+    count = 0
+    for one, two in pairs:
+        # The order in which float32's gradients are summed over devices is the library's.
+        expected, found = ([log[name] for name in told] for log in (one, two))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        count += 1
+    assert count >= 2
+    assert (tmp_path / "two" / "run_seed3.pt").exists()
 
 
 def test_alone_there_is_nobody_to_wait_for():

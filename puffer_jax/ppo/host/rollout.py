@@ -286,9 +286,8 @@ class HostSource:
             state = states[batch.agent]
             recording.begin(batch, state)
             arrival = self._arrival(params, state, batch)
-            states[batch.agent], outputs, played = self.step(
-                params, state, arrival.obs, arrival.start, next(keys)
-            )
+            obs, start = self._divided((arrival.obs, arrival.start))
+            states[batch.agent], outputs, played = self.step(params, state, obs, start, next(keys))
             lap("forward")
             recording.add(batch, arrival, outputs)  # while the device is busy
             lap("copy")
@@ -354,7 +353,8 @@ class HostSource:
             cut = batch.truncated & ~batch.terminated
             final_value = np.zeros(len(cut), np.float32)
             if batch.final_obs is not None and cut.any():
-                final_value = self._value_where(cut, params, batch.final_obs, state)
+                cut, obs = self._divided((cut, batch.final_obs))
+                final_value = self._value_where(cut, params, obs, state)
         return Arrival(
             batch.obs,
             batch.reward,
@@ -364,6 +364,10 @@ class HostSource:
             batch.mask if self._masked else None,
             final_value,
         )
+
+    def _divided(self, tree: PyTree) -> PyTree:
+        """NumPy's rows among this process's devices; of one process alone the programs do that."""
+        return tree if self._host.processes == 1 else place(self._host.mesh, tree, DIVIDED)
 
     def _values_where(
         self, cut: Array, params: Params, obs: PyTree, state: RecurrentState | None
