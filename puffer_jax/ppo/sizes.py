@@ -54,9 +54,10 @@ class Sizes(NamedTuple):
     @property
     def plan(self) -> str:
         """The gradient steps in words, for people."""
+        each = self.minibatches // self.accumulate
         return (
             f"{self.updates:,} gradient steps planned: {self.epochs:,} epochs of {self.batch:,} "
-            f"steps, in each {self.minibatches // self.accumulate} minibatches of "
+            f"steps, in each {each} minibatch{'es' if each > 1 else ''} of "
             f"{self.minibatch_segments * self.horizon * self.accumulate:,}"
         )
 
