@@ -275,6 +275,8 @@ def test_sizes_are_chosen_so_that_they_can_be_divided():
     sizes = config.sizes(24, devices=8)
     assert sizes.minibatch_segments == 8 and sizes.minibatches == 3 * 4
     assert config.sizes(24).minibatch_segments == 3
+    assert config.sizes(24).coarser is None and config.sizes(64, devices=8).coarser is None
+    assert "minibatches of 64; on one device there would be 32 in each" in (sizes.coarser or "")
 
 
 def test_meshes():

@@ -411,8 +411,10 @@ class PuffeRLConfig:
         if unit % devices:
             rule = f"{unit} agents that act together cannot be divided among {devices} devices"
             raise ValueError(f"{rule}; nearest: {multiples(unit, devices)}")
-        minibatch, row = self.minibatch_size, horizon * devices
+        minibatch = alone = self.minibatch_size
+        row = horizon * devices
         if isinstance(minibatch, str):
+            alone = self._auto_minibatch(batch, segments, horizon)
             minibatch = self._auto_minibatch(batch, segments // devices, row)
         if minibatch > batch:
             raise ValueError(f"minibatch_size {minibatch} is larger than batch_size {batch}")
@@ -441,6 +443,7 @@ class PuffeRLConfig:
             minibatches=minibatches,
             accumulate=accumulate,
             epochs=max(1, self.total_timesteps // batch),
+            on_one=int(self.update_epochs * batch / min(int(alone), self.max_minibatch_size)),
         )
 
     def _auto_minibatch(self, batch: int, most: int, row: int) -> int:

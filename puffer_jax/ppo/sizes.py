@@ -23,6 +23,7 @@ class Sizes(NamedTuple):
         minibatches: number of minibatches in an epoch.
         accumulate: number of minibatches whose gradients make one optimizer step.
         epochs: number of epochs in the whole run.
+        on_one: number of minibatches in an epoch if there were one device.
     """
 
     agents: int
@@ -32,6 +33,7 @@ class Sizes(NamedTuple):
     minibatches: int
     accumulate: int
     epochs: int
+    on_one: int
 
     def divided(self, devices: int) -> "Sizes":
         """What each of so many devices has of it; see `PuffeRLConfig.sizes`."""
@@ -70,3 +72,14 @@ class Sizes(NamedTuple):
                 "batch_size, fewer environments, or more update_epochs would help"
             )
         return None
+
+    @property
+    def coarser(self) -> str | None:
+        """What many devices change in the plan, and how to keep it; None if nothing."""
+        if self.minibatches >= self.on_one:
+            return None
+        return (
+            f"{self.plan}; on one device there would be {self.on_one // self.accumulate} in each, but "
+            f"of many each learns from whole segments of {self.horizon} steps. More environments, or "
+            "a smaller bptt_horizon, would keep them"
+        )

@@ -265,7 +265,7 @@ class PuffeRL:
         """
         self._run.claim()
         logs: Numbers | None = None
-        if reason := self.sizes.hopeless:
+        for reason in filter(None, (self.sizes.hopeless, self.sizes.coarser)):
             warnings.warn(reason, stacklevel=3)  # `together` is between
         with StopRequest(self._announce_stop) as stop, self.dashboard, self:
             self._say("compiling ...")
