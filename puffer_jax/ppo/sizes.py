@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
         if self.minibatches >= self.on_one:
             return None
         return (
-            f"{self.plan}; on one device there would be {self.on_one // self.accumulate} in each, but "
-            f"of many each learns from whole segments of {self.horizon} steps. More environments, or "
-            "a smaller bptt_horizon, would keep them"
+            f"{self.plan}; on one device there would be {self.on_one // self.accumulate} in each, "
+            f"but of many each learns from whole segments of {self.horizon} steps. More "
+            "environments, or a smaller bptt_horizon, would keep them"
         )
