@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, run
+from textwrap import fill
 from time import perf_counter
 from typing import NamedTuple
 
@@ -107,7 +108,8 @@ def main(args: Args):
         for curve in seeds:
             axis.plot(curve.steps, curve.returns, color="tab:blue", alpha=0.4, linewidth=1)
         axis.axhline(goal, color="tab:orange", linewidth=1, linestyle="--")
-        axis.set(title=env, xlabel="steps", ylabel="episode return")
+        axis.set(xlabel="steps", ylabel="episode return")
+        axis.set_title(fill(env, 32), fontsize="medium")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     [axis.set_axis_off() for axis in axes.flat[len(args.tasks) :]]
     figure.savefig(args.out, dpi=110)
