@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
         minibatches: number of minibatches in an epoch.
         accumulate: number of minibatches whose gradients make one optimizer step.
         epochs: number of epochs in the whole run.
-        on_one: number of minibatches in an epoch if there were one device.
+        on_one: number of minibatches in an epoch if there were one device; 0: not known.
     """
 
     agents: int
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
     minibatches: int
     accumulate: int
     epochs: int
-    on_one: int
+    on_one: int = 0
 
     def divided(self, devices: int) -> "Sizes":
         """What each of so many devices has of it; see `PuffeRLConfig.sizes`."""
