@@ -19,6 +19,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from ray import cloudpickle
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 import puffer_jax
 import puffer_jax.rllib
@@ -166,6 +167,42 @@ def test_the_experience_is_what_was_played(config, played):
         after[-1] *= not episode.is_terminated
         errors.append(np.asarray(episode.get_rewards()) + 0.9 * after - values[:-1])
     np.testing.assert_allclose(found[mask], np.concatenate(errors), **CLOSE)
+
+
+def test_experience_by_hand():
+    """Dict observations, two environments' episodes, one terminated and one cut off."""
+    episodes = []
+    for length, terminated in ((3, True), (2, False)):
+        episode = SingleAgentEpisode()
+        episode.add_env_reset({"a": np.float32(10 * length)})
+        for t in range(length):
+            extra = {"action_logp": np.float32(-t), "vf_preds": np.float32(t)}
+            episode.add_env_step(
+                {"a": np.float32(10 * length + t + 1)},
+                np.int32(4 + t),
+                t + 0.5,
+                terminated=terminated and t == length - 1,
+                extra_model_outputs=extra,
+            )
+        episodes.append(episode.to_numpy())
+    finals = np.array([7, 8], np.float32)
+    made = {"horizon": 5, "unit": 1, "start": np.asarray(4), "zeros": {}}
+    found = experience_of(episodes, finals, **made)
+    assert found.observations["a"].tolist() == [[30, 31, 32, 33, 20], [21, 22, 22, 22, 22]]
+    assert found.actions.tolist() == [[0, 1, 2, 2, 0], [1, 1, 1, 1, 1]]
+    assert found.logprobs[found.mask].tolist() == [0, -1, -2, 0, -1]
+    assert found.values.tolist() == [[0, 1, 2, 7, 0], [1, 8, 8, 8, 8]]
+    assert found.mask.tolist() == [[True] * 3 + [False, True], [True] + [False] * 4]
+    assert found.starts.tolist() == [[True, False, False, False, True], [False] * 5]
+    # With the observation that came after them: 0.5 for the first action, and so on.
+    assert found.rewards[0].tolist() == [0, 0.5, 1.5, 2.5, 0]
+    assert found.rewards[1, :2].tolist() == [0.5, 1.5]
+    assert found.terminals[0].tolist() == [0, 0, 0, 1, 0] and not found.terminals[1].any()
+    assert [x[0] for x in found.last[:3]] == [0.5, 0, 1] and found.state is None
+    assert ends_of(episodes, {}).observations["a"].tolist() == [33, 22]
+    del episodes[0].extra_model_outputs["vf_preds"]
+    with pytest.raises(ValueError, match="the episodes lack vf_preds: "):
+        experience_of(episodes, finals, **made)
 
 
 def test_it_learns(config, played):

@@ -15,6 +15,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.experience import TrainState
 from puffer_jax.ppo.sizes import Sizes
+from puffer_jax.ppo.update import Learner as OurLearner
 from puffer_jax.ppo.update import make_learner
 from puffer_jax.rllib.episodes import ends_of, experience_of
 from puffer_jax.rllib.module import PolicyModule
@@ -80,7 +81,8 @@ class PPOLearner(Learner):
 
     Raises:
         ValueError: the config asks for what there is not; there are several modules, or one that is
-            no `PolicyModule`; or the data are no episodes of its own.
+            no `PolicyModule`, or whose episodes start from another state than zeros; or the data
+            are no episodes of its own.
         FloatingPointError: what was learned from or learned is not finite; it is named.
     """
 
@@ -94,7 +96,7 @@ class PPOLearner(Learner):
                 "processes only for torch, so it must be 0"
             )
         self._options = ppo_config(self.config)
-        self._updates: dict[Sizes, Callable[..., Any]] = {}
+        self._updates: dict[Sizes, tuple[OurLearner, Callable[..., Any]]] = {}
         super().build()
 
     @property
@@ -113,6 +115,12 @@ class PPOLearner(Learner):
                 f"a PPOLearner has one PolicyModule, {DEFAULT_MODULE_ID!r}; got {kinds}"
             )
         module = self.policy_module
+        wrong = [name for name, x in module.get_initial_state().items() if x.any()]
+        if wrong:
+            raise ValueError(
+                f"{type(module.policy).__name__}.initial_state is not zero in {', '.join(wrong)}; "
+                "where an episode starts within a row, the state that is learned from is zero"
+            )
         one = make_learner(self._options, Sizes(1, 1, 1, 1, 1, 1, 1), module.policy)
         self._train: TrainState = one.init(module.params)
 
@@ -141,10 +149,10 @@ class PPOLearner(Learner):
         self._weights_seq_no += 1
         module = self.policy_module
         experience, sizes = self._experience(data.episodes, num_epochs, minibatch_size)
-        update = self._updates.get(sizes)
-        learner = make_learner(self._options, sizes, module.policy)
-        if update is None:
-            update = self._updates[sizes] = jax.jit(learner.update)
+        if sizes not in self._updates:
+            learner = make_learner(self._options, sizes, module.policy)
+            self._updates[sizes] = learner, jax.jit(learner.update)
+        learner, update = self._updates[sizes]
         key = jax.random.fold_in(jax.random.key(self.config.seed or 0), self._weights_seq_no)
         # The module's parameters may have been set since the last update.
         before = self._train._replace(params=module.params)

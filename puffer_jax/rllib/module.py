@@ -166,9 +166,11 @@ class PolicyModule(RLModule):
         state = None
         if self._zeros:
             observations = jax.tree.map(_without_time, observations)
-            state = convert_to_numpy(batch[Columns.STATE_IN], reduce_type=False)
-        found = _step(self._graphdef, self.params, observations, state, key)
-        action, logprob, inputs, values, state = jax.tree.map(np.asarray, found)
+            found = convert_to_numpy(batch[Columns.STATE_IN], reduce_type=False)
+            # RLlib narrows whatever it passes on.
+            state = {name: np.asarray(found[name], x.dtype) for name, x in self._zeros.items()}
+        step = _step(self._graphdef, self.params, observations, state, key)
+        action, logprob, inputs, values, state = jax.tree.map(np.asarray, step)
         out = {
             Columns.ACTIONS: action + self.start if self.start.any() else action,
             Columns.ACTION_LOGP: logprob,
@@ -234,20 +236,11 @@ def _step(
     if state is None:
         logits, values = act(observations)[:2]
     else:
-        like = initial_state_dtypes(policy)
-        state = {name: jnp.asarray(state[name], dtype) for name, dtype in like.items()}
         logits, values, new = act(observations, state)
         state = {name: new[name] for name in state}
     how: dict[str, Any] = {"deterministic": True} if key is None else {"key": key}
     action, logprob, _ = sample_logits(logits, **how)
     return action, logprob, _inputs(logits), at_least_float32(values).reshape(-1), state
-
-
-def initial_state_dtypes(policy: Any) -> dict[str, Any]:
-    """The dtypes of `initial_state`, without computing it."""
-    state = policy.core if isinstance(policy, Stateful) else policy
-    shapes = jax.eval_shape(lambda: state.initial_state(1))
-    return {name: x.dtype for name, x in shapes.items()}
 
 
 def _inputs(logits: PyTree) -> Array | None:
