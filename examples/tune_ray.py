@@ -71,9 +71,10 @@ def main(args: Args) -> None:
             metric="score",
             mode="max",
             num_samples=args.trials,
-            max_concurrent_trials=args.at_once,
             scheduler=asha,
-            search_alg=tune.search.BasicVariantGenerator(random_state=args.seed),
+            search_alg=tune.search.BasicVariantGenerator(
+                max_concurrent=args.at_once, random_state=args.seed
+            ),
         ),
         run_config=tune.RunConfig(storage_path=str(args.data_dir.absolute()), verbose=0),
     )

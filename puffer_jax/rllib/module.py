@@ -166,7 +166,7 @@ class PolicyModule(RLModule):
         state = None
         if self._zeros:
             observations = jax.tree.map(_without_time, observations)
-            found = convert_to_numpy(batch[Columns.STATE_IN], reduce_type=False)
+            found: Any = convert_to_numpy(batch[Columns.STATE_IN], reduce_type=False)
             # RLlib narrows whatever it passes on.
             state = {name: np.asarray(found[name], x.dtype) for name, x in self._zeros.items()}
         step = _step(self._graphdef, self.params, observations, state, key)
