@@ -1,4 +1,4 @@
-"""A policy of ours in RLlib's PPO, learned in JAX: `python examples/train_rllib.py --recurrent`.
+"""A policy of ours in RLlib's PPO, learned in JAX: `python examples/train_rllib.py`.
 
 RLlib steps the environments, ours acts in its env runners and learns in its algorithm. Then the
 trained policy, from its file, acts in an env runner by itself.
@@ -51,7 +51,7 @@ def config_of(args: Args) -> PPOConfig:
             lambda_=0.95,
             clip_param=0.2,
             vf_clip_param=10.0,
-            vf_loss_coeff=0.05,
+            vf_loss_coeff=0.5,
             entropy_coeff=0.01,
             grad_clip=0.5,
             train_batch_size_per_learner=args.batch,
