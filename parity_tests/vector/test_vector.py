@@ -466,14 +466,17 @@ def test_measure_and_autotune(capsys):
     ):
         assert 10 < vector.measure(vecenv, 0.1) < 101
         vecenv.close()
-    found = vector.autotune(
+    trials = vector.autotune(
         partial(Tick, pause=0.002), batch_size=2, max_envs=4, cores=2, seconds=0.1
     )
-    assert found["num_envs"] in (2, 4) and found["backend"] in (Serial, Multiprocessing)
-    vector.make(Tick, **found).close()
-    printed = capsys.readouterr().out
-    assert printed.count("Serial") == 1 and printed.count("Multiprocessing") > 2
-    assert printed.count("<") == 1 and "steps/s" in printed
+    backends = [trial.options["backend"] for trial in trials]
+    assert backends.count(Serial) == 1 and backends.count(Multiprocessing) == len(trials) - 1 > 2
+    rates = [trial.steps_per_second for trial in trials]
+    assert rates == sorted(rates, reverse=True) and 10 < rates[0] < 4 / 0.002
+    vector.make(Tick, **trials[0].options).close()
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"batch_size must be 1 \.\. max_envs \(1\); got 2"):
+        vector.autotune(Tick, batch_size=2, max_envs=1)
 
 
 @pytest.mark.usefixtures("quick")
