@@ -169,8 +169,8 @@ class VecEnv(ABC):
             ...     while not vecenv.step(np.zeros(4, int))[2].any():
             ...         pass
             ...     obs, rewards, terminals, *_ = vecenv.renew()
-            >>> terminals.any()
-            False
+            >>> terminals.tolist()
+            [False, False, False, False]
         """
         self._expect("send")
         return self._or_close(self._renew)
