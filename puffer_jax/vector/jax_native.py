@@ -134,8 +134,9 @@ class JaxVecEnv(VecEnv):
         if over.any():
             begun = self._restart(self._keys, self._env_state, self._obs, over)
             self._keys, self._env_state, obs = begun
-            flags = (self._buffers[name] & ~over for name in WRITTEN[2:4])
-            self._keep(obs, np.where(over, 0, self._buffers["rewards"]), *flags, {})
+            rewards = np.where(over, 0, self._buffers["rewards"])
+            # None of the environments has a flag now: those that had one have begun again.
+            self._keep(obs, rewards, False, False, {})
         self._infos = []
         return self._recv()
 

@@ -250,9 +250,10 @@ class Pool(VecEnv):
         worker, envs = self._shares[lost]
         tasks = {share: self._busy.pop(share, None) for share in self._shares_of[worker]}
         again = "after a restart, " * (lost in self._unproven)
+        task = tasks[lost]
         unwanted = not (self._restart_failed and failure.lost)
-        unwanted |= tasks[lost] is not None and tasks[lost][0] == Order.APPLY
-        if unwanted or again or tasks[lost] == (Order.READY, None):
+        unwanted |= task is not None and task[0] == Order.APPLY
+        if unwanted or again or task == (Order.READY, None):
             raise WorkerError(
                 f"worker {worker} (environments {envs.start} to {envs.stop - 1}) "
                 f"{again}{failure.reason}"
