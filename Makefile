@@ -21,7 +21,7 @@ BY_FILE = -n 2 --dist loadfile --no-loadscope-reorder
 PIP = pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-matrix test-oldest test-newest accelerators accelerators-cuda accelerators-tpu \
-	onnx lint table docs dist clean
+	onnx sbx lint table docs dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -53,6 +53,10 @@ accelerators-cuda accelerators-tpu: accelerators-%: .venv/installed build/compil
 # Every policy as ONNX, where jax2onnx is installed: it pins an older orbax-checkpoint than the tests'.
 onnx: .venv-onnx/installed
 	PUFFER_JAX_GOLDEN_ONLY=1 .venv-onnx/bin/python -m pytest parity_tests/export/check_onnx.py
+
+# Stable-Baselines3 in JAX, whose tensorflow-probability is a nightly build.
+sbx: .venv-sbx/installed
+	.venv-sbx/bin/python -m pytest parity_tests/vector/check_sbx.py
 
 lint: .venv/linters
 	$(BIN)/ruff check .
@@ -101,6 +105,13 @@ dist: .venv/dist
 	.venv-onnx/bin/$(PIP) -e ".[train,onnx,tools]"
 	touch $@
 
+.venv-sbx/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-sbx
+	.venv-sbx/bin/$(PIP) "$(TORCH)"
+	.venv-sbx/bin/$(PIP) -e ".[train,sbx,tools]" psutil
+	.venv-sbx/bin/$(PIP) --no-deps "$(REFERENCE)"
+	touch $@
+
 # The compilers' own libraries, about 440 MB, beside any environment.
 build/compilers/installed: .venv/installed .ci/compilers.py
 	rm -rf build/compilers && mkdir -p build/compilers
@@ -117,4 +128,4 @@ build/compilers/installed: .venv/installed .ci/compilers.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-onnx build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-onnx .venv-sbx build dist

@@ -8,7 +8,7 @@ import pdoc
 
 import puffer_jax
 
-for name in puffer_jax._SUBMODULES:
+for name in (*puffer_jax._SUBMODULES, *puffer_jax._EXTRAS):
     module = importlib.import_module(f"puffer_jax.{name}")
     if not hasattr(module, "__all__"):  # without, pdoc leaves out what a module re-exports
         module.__all__ = [
@@ -17,4 +17,5 @@ for name in puffer_jax._SUBMODULES:
             if not key.startswith("_") and getattr(value, "__module__", "").startswith("puffer_jax")
         ]
 pdoc.render.configure(docformat="google", footer_text=f"puffer_jax {puffer_jax.__version__}")
-pdoc.pdoc("puffer_jax", output_directory=Path(sys.argv[1]))
+extras = (f"puffer_jax.{name}" for name in puffer_jax._EXTRAS)
+pdoc.pdoc("puffer_jax", *extras, output_directory=Path(sys.argv[1]))

@@ -34,6 +34,7 @@ INSTALL = (
 )
 REFERENCE = re.compile(
     r"^(import|from) (torch|pufferlib|support\.(reference|trainer)|support import reference)\b"
+    r"|^from stable_baselines3\b"
     r"|^from test_vector import",
     re.M,
 )

@@ -40,8 +40,9 @@ def test_public_names_have_an_example(name):
 
 
 def marked(name: str):
-    """What compares with the reference needs it."""
-    return pytest.param(name, marks=pytest.mark.needs_reference if "parity/" in name else ())
+    """What compares with the reference needs it, and Stable-Baselines3 its torch."""
+    needs = any(part in name for part in ("parity/", "sb3.py"))
+    return pytest.param(name, marks=pytest.mark.needs_reference if needs else ())
 
 
 @pytest.mark.parametrize("name", map(marked, EXAMPLES))

@@ -99,6 +99,17 @@ def test_training(run, command, expected):
     assert expected in run(*command)
 
 
+@pytest.mark.needs_reference  # of torch, which Stable-Baselines3 is made of
+def test_sb3(run):
+    """SBX's row is in `make sbx`: its tensorflow-probability is a nightly one."""
+    small = "--steps 64 --num-envs 4 --horizon 8".split()
+    out = run("sb3.py", "--trainers", "ours", "recurrent_ppo", *small)
+    header, *rows = (line.split() for line in out.splitlines())
+    assert header == ["trainer", "final", "return", "steps/s", "seconds"]
+    assert [row[0] for row in rows] == ["ours", "recurrent_ppo"]
+    assert all(0 <= float(row[1]) <= 8 and float(row[3]) > 0 for row in rows)
+
+
 @pytest.mark.needs_reference  # of torch: it writes a .pt file
 def test_one_process_of_many(tmp_path):
     """In a process of its own: it joins the others before anything is computed."""

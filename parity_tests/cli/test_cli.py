@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from support.bars import stub_env
 
 import puffer_jax
-from puffer_jax import environments
+from puffer_jax import environments, vector
 from puffer_jax.cli.command import main
 from puffer_jax.export import load_step
 
@@ -281,6 +282,26 @@ def test_export_takes_observations_as_the_environment_gives_them(save, tmp_path,
 
 
 # --- the installed command -----------------------------------------------------------------------
+
+
+def test_autotune_prints_what_it_measured(monkeypatch, capsys):
+    asked = []
+    trials = [
+        vector.Trial({"backend": vector.Multiprocessing, "num_envs": 4, "num_workers": 2}, 1234.5),
+        vector.Trial({"backend": vector.Serial, "num_envs": 2}, 99.0),
+    ]
+    monkeypatch.setattr(vector, "autotune", lambda *a, **k: asked.append((a, k)) or trials)
+    given = ("--batch-size", "2", "--think", "3", "--env-arg", "sutton_barto_reward=True")
+    assert main(["autotune", "--env", "CartPole-v1", *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "batches of 2 environments, 3 ms to act on one" in lines[0]
+    rows = [re.findall(r"[\w,]+", line) for line in lines if "Serial" in line or "Multi" in line]
+    assert rows == [["Multiprocessing", "4", "2", "1,234"], ["Serial", "2", "99"]]
+    ((positional, named),) = asked
+    assert positional == ("CartPole-v1", 2, None, None, 0.003, 1.0)
+    assert named == {"env_kwargs": {"sutton_barto_reward": True}}
+    assert main(["autotune", "--env", "cartpole"]) == 2
+    assert "--env cartpole is JAX-native" in capsys.readouterr().err
 
 
 def test_the_command_itself(save):

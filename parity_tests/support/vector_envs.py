@@ -1,5 +1,6 @@
 """Environments for the tests of vecenvs, cheap and random by their seeds. Imports no JAX."""
 
+import copy
 import ctypes
 import os
 import signal
@@ -136,6 +137,36 @@ class Together:
 
     def close(self):
         pass
+
+
+class Ends(gymnasium.Env):
+    """Random observations of any space; ends and is cut off at random, at times both."""
+
+    action_space = Discrete(3)
+    render_mode = "rgb_array"
+
+    def __init__(self, space):
+        self.observation_space = copy.deepcopy(space)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.last = 0
+        return self.observation_space.sample(), {"began": seed is not None}
+
+    def step(self, action):
+        self.last = action
+        terminated, truncated = (self.np_random.random(2) < 0.1).tolist()
+        info = {"is_success": truncated} if terminated or truncated else {}
+        reward = self.np_random.integers(9) / 8 - action  # whose sums are exact
+        return self.observation_space.sample(), reward, terminated, truncated, info
+
+    def action_masks(self):
+        return np.arange(3) != self.last
+
+    def render(self):
+        return np.full((2, 2, 3), self.last, np.uint8)
 
 
 class Native:

@@ -348,6 +348,62 @@ def test_what_fails_again_at_once_is_an_error(options, message):
         vecenv.step(np.zeros(4, int))
 
 
+class Again(Tick):
+    """Fails in its second reset, at the end of an episode of two steps."""
+
+    def __init__(self, **options):
+        self.resets = 0
+        super().__init__(length=2, **options)
+
+    def _misbehave(self, when):
+        self.resets += when == "reset"
+        super()._misbehave("again" if when == "reset" and self.resets == 2 else when)
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "lost"),
+    [("raise", {"num_envs": 4}, [2]), ("raise", POOL, [2]), ("kill", POOL, [2, 3])],
+    ids=["serial", "raise", "kill"],
+)
+def test_what_fails_while_it_is_renewed_is_restarted(how, options, lost, tmp_path):
+    """Environment 3 takes three steps: in the first renewal its episode is not over."""
+    kwargs = [{}, {}, {"fault": (how, "again"), "once": str(tmp_path / "once")}, {}]
+    creators = [Again, Again, Again, partial(Tick, length=3)]
+    with vector.make(creators, [()] * 4, kwargs, **options, restart_failed=True) as vecenv:
+        before = vecenv.reset(0)[0].copy()
+        vecenv.step(np.zeros(4, int))
+        assert vecenv.renew()[4] == []
+        last, _, terminals, *_ = vecenv.step(np.zeros(4, int))
+        assert terminals.tolist() == [True, True, True, False] and last[3, 1] == 2
+        obs, rewards, *flags, infos, _, _ = vecenv.renew()
+        assert {"restarts": len(lost)} in infos and vecenv.info_sources[-1] == 2
+        if how == "kill":  # the whole worker: the episode of its other environment is cut off
+            assert flags[1].tolist() == [False, False, True, True] and not rewards[2:].any()
+            np.testing.assert_array_equal(obs[3], [before[3, 0], 2])
+            obs, rewards, *flags, infos, _, _ = vecenv.renew()
+        assert not np.any(flags) and obs[lost, 1].tolist() == [0] * len(lost)
+        assert (obs[lost, 0] != before[lost, 0]).all()  # with another seed
+        assert vecenv.step(np.zeros(4, int))[0][:3, 1].tolist() == [1, 1, 1]
+    kwargs[2] = {"fault": (how, "again")}
+    vecenv = vector.make(creators, [()] * 4, kwargs, **options)
+    vecenv.reset(0)
+    vecenv.step(np.zeros(4, int))
+    vecenv.step(np.zeros(4, int))
+    with pytest.raises((WorkerError, ValueError), match=r"killed by signal 9|boom at again"):
+        vecenv.renew()
+    with pytest.raises(RuntimeError, match="closed"):
+        vecenv.renew()
+
+
+def test_a_worker_lost_while_a_function_is_called_is_an_error():
+    vecenv = vector.make(Tick, **POOL, restart_failed=True)
+    vecenv.reset(0)
+    with pytest.raises(WorkerError, match=r"worker 1 .* was killed by signal 9"):
+        vecenv.apply(lambda env: os.kill(os.getpid(), signal.SIGKILL), [2])
+    with pytest.raises(RuntimeError, match="closed"):
+        vecenv.apply(repr)
+
+
 PARENT = """
 import signal
 import sys

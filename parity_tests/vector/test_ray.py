@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from support.vector_envs import Pair, Tick
-from test_vector import play, same
+from support.vector_envs import Pair, Tick, Walk
+from test_vector import play, play_renewed, same, same_rows
 
 from puffer_jax import vector
 from puffer_jax.vector import pool
@@ -39,6 +39,17 @@ def test_ray_plays_the_same_thousand_steps(cluster):
     with vector.make(Pair, **POOL, batch_size=2, sync_traj=False) as vecenv:
         same(play(vecenv, 50), [[field[:50] for field in expected[0]], None], infos=False)
     assert ray.is_initialized()  # it was before
+
+
+def test_ray_renews_and_calls_functions(cluster):
+    with vector.make(Walk, num_envs=4) as vecenv:
+        expected, infos = play_renewed(vecenv, 50)
+    with vector.make(Walk, **POOL) as vecenv:
+        rows, told = play_renewed(vecenv, 50)
+        same_rows(rows, expected)
+        assert told == infos and infos
+        places = vecenv.apply(lambda env: env.env.place, [3, 1])
+        np.testing.assert_array_equal(places[0], vecenv.apply(lambda env: env.env.place)[3])
 
 
 def test_failures(cluster, tmp_path):

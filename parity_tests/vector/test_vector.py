@@ -102,6 +102,140 @@ def test_every_backend_plays_the_same_steps(name):
             same(play(vecenv, 250), expected, {"batch_size", "num_buffers"}.isdisjoint(options))
 
 
+def play_renewed(vecenv, steps, seed=5):
+    """(last, rewards, terminals, truncations, first) of every agent's steps; infos by environment.
+
+    `first` is what it acts on next: after an episode's end, the first observation of the next one.
+    """
+    rows, told = [[] for _ in range(vecenv.num_agents)], {}
+    count = np.full(vecenv.num_agents, -1)  # steps, the first of which is a reset
+    vecenv.async_reset(seed)
+    while count.min() < steps:
+        *step, infos, ids, _ = vecenv.recv()
+        if count[ids[0]] >= 0:
+            step = [array.copy() for array in step]
+            for info, source in zip(infos, vecenv.info_sources, strict=True):
+                told.setdefault(source, []).append(info)
+            first, rewards, terminals, truncations, infos, again, _ = vecenv.renew()
+            assert again.tolist() == ids.tolist() and not infos
+            if vecenv.emulated and vecenv.num_agents == vecenv.num_environments:
+                assert not (terminals | truncations).any()
+                assert not rewards[step[2] | step[3]].any()
+            for i, agent in enumerate(ids):
+                rows[agent].append([*(array[i] for array in step), first[i].copy()])
+        count[ids] += 1
+        vecenv.send(actions_of(vecenv.single_action_space, ids, count[ids]))
+    return [row[:steps] for row in rows], told
+
+
+def same_rows(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        for step, expected in zip(mine, other, strict=True):
+            for value, right in zip(step, expected, strict=True):
+                np.testing.assert_array_equal(value, right)
+
+
+def test_renewed_episodes_begin_in_the_step_that_ends_the_last():
+    steps = 80
+    with vector.make(Walk, num_envs=4) as vecenv:
+        rows, told = play_renewed(vecenv, steps)
+        space = vecenv.single_action_space
+    by_hand, infos = [], {}
+    for number in range(4):
+        env = puffer_jax.emulation.GymnasiumPufferEnv(env_creator=Walk)
+        env.reset(seed=5 + number)
+        played = []
+        for count in range(steps):
+            action = actions_of(space, np.array([number]), np.array([count]))
+            _, reward, terminated, truncated, info = env.step(action)
+            last = env.observations[0].copy()
+            if info:
+                infos.setdefault(number, []).append(info)
+            if terminated or truncated:
+                env.reset()
+            ends = np.float32(reward), terminated, truncated
+            played.append([last, *ends, env.observations[0].copy()])
+        by_hand.append(played)
+    same_rows(rows, by_hand)
+    assert told == infos and len(infos) == 4
+    for options in (
+        workers(2, local_worker=True),
+        workers(4, batch_size=2, sync_traj=False),
+        {"num_buffers": 2},
+    ):
+        with vector.make(Walk, num_envs=4, **options) as vecenv:
+            same_rows(play_renewed(vecenv, steps)[0], by_hand)
+
+
+def test_what_has_no_episode_over_is_not_renewed():
+    """Three agents, of which one leaves early, and native environments, which reset themselves."""
+    for creator, options in ((Pair, {}), (Pair, workers(2)), (Native, {}), (Native, workers(2))):
+        with vector.make(creator, num_envs=2, **options) as vecenv:
+            rows, _ = play_renewed(vecenv, 30)
+        if creator is Native:
+            assert all(np.array_equal(last, first) for row in rows for last, *_, first in row)
+            assert any(terminal for row in rows for _, _, terminal, *_ in row)
+            continue
+        assert [step[2] for step in rows[2][:4]] == [False, False, True, True]  # c has left
+        ends = [i for i, (a, b) in enumerate(zip(rows[0], rows[2], strict=True)) if a[2] and b[2]]
+        assert ends and not rows[2][ends[0] + 1][2]  # and is back after all have
+
+
+@pytest.mark.usefixtures("quick")
+def test_jax_vecenvs_are_renewed():
+    with JaxVecEnv(puffer_jax.environments.make("cartpole"), 3, seed=7) as vecenv:
+        vecenv.reset()
+        ends = 0
+        for _ in range(30):
+            obs, _, terminals, *_ = (np.array(a) for a in vecenv.step(np.ones(3, int))[:4])
+            first, rewards, *flags, infos, _, _ = vecenv.renew()
+            assert not np.any(flags) and not infos
+            assert (rewards == ~terminals).all()
+            np.testing.assert_array_equal(first[~terminals], obs[~terminals])
+            assert (np.abs(first[terminals]) <= 0.05).all()
+            ends += terminals.sum()
+        assert 6 <= ends <= 12  # always to the right, a pole falls after about ten steps
+        with pytest.raises(TypeError, match="environments of a JaxVecEnv are no objects"):
+            vecenv.apply(repr)
+        vecenv.step(np.ones(3, int))  # it goes on
+
+
+def test_functions_of_environments_are_called_where_these_live():
+    def steps_of(env):
+        if env.env.first < 0:
+            raise AttributeError("none")
+        return env.env.steps, os.getpid()
+
+    def lower(env):
+        env.env.first = -1.0
+
+    for options in (
+        {"num_buffers": 2},
+        workers(2),
+        workers(2, local_worker=True),
+        workers(4, batch_size=2),
+    ):
+        with vector.make(Tick, num_envs=4, **options) as vecenv:
+            vecenv.reset(0)
+            vecenv.step(np.zeros(vecenv.agents_per_batch, int))
+            found = vecenv.apply(steps_of, [3, 0, 3])
+            assert found[0] == found[2] and {steps for steps, _ in found} <= {0, 1}
+            assert len({pid for _, pid in found}) == (1 if "num_buffers" in options else 2)
+            assert vecenv.apply(lower, [1]) == [None]
+            with pytest.raises(AttributeError, match="none") as error:
+                vecenv.apply(steps_of)
+            assert error.value.__notes__ == ["(in environment 1)"]
+            with pytest.raises(ValueError, match=r"envs must be 0 \.\. 3; got \[4, -1\]"):
+                vecenv.apply(steps_of, [0, 4, -1])
+            if options.get("num_workers"):
+                with pytest.raises(TypeError, match=r"environment 0 .* a generator, cannot"):
+                    vecenv.apply(lambda env: (i for i in [env]))
+            for _ in range(4):  # and all goes on
+                vecenv.step(np.zeros(vecenv.agents_per_batch, int))
+    with pytest.raises(RuntimeError, match="closed"):
+        vecenv.apply(steps_of)
+
+
 def test_trajectories_are_the_references():
     wrapped = {
         "walk": (pufferlib.emulation.GymnasiumPufferEnv, puffer_jax.emulation.GymnasiumPufferEnv),
@@ -466,14 +600,17 @@ def test_measure_and_autotune(capsys):
     ):
         assert 10 < vector.measure(vecenv, 0.1) < 101
         vecenv.close()
-    found = vector.autotune(
+    trials = vector.autotune(
         partial(Tick, pause=0.002), batch_size=2, max_envs=4, cores=2, seconds=0.1
     )
-    assert found["num_envs"] in (2, 4) and found["backend"] in (Serial, Multiprocessing)
-    vector.make(Tick, **found).close()
-    printed = capsys.readouterr().out
-    assert printed.count("Serial") == 1 and printed.count("Multiprocessing") > 2
-    assert printed.count("<") == 1 and "steps/s" in printed
+    backends = [trial.options["backend"] for trial in trials]
+    assert backends.count(Serial) == 1 and backends.count(Multiprocessing) == len(trials) - 1 > 2
+    rates = [trial.steps_per_second for trial in trials]
+    assert rates == sorted(rates, reverse=True) and 10 < rates[0] < 4 / 0.002
+    vector.make(Tick, **trials[0].options).close()
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"batch_size must be 1 \.\. max_envs \(1\); got 2"):
+        vector.autotune(Tick, batch_size=2, max_envs=1)
 
 
 @pytest.mark.usefixtures("quick")

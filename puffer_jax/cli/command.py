@@ -9,6 +9,7 @@ import tyro
 
 import puffer_jax
 from puffer_jax.bench.command import Bench
+from puffer_jax.cli.autotune import Autotune
 from puffer_jax.cli.check import Check
 from puffer_jax.cli.convert import Convert
 from puffer_jax.cli.eval import Eval
@@ -56,6 +57,7 @@ def _commands(train: Train) -> Any:
         | Annotated[Convert, tyro.conf.subcommand("convert"), one_way]
         | Annotated[Export, tyro.conf.subcommand("export"), one_way]
         | Annotated[Sweep, tyro.conf.subcommand("sweep"), one_way]
+        | Annotated[Autotune, tyro.conf.subcommand("autotune"), one_way]
         | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
     )
 

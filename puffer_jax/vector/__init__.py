@@ -19,5 +19,6 @@ from puffer_jax.vector.protocol import VecEnv as VecEnv
 from puffer_jax.vector.protocol import WorkerError as WorkerError
 from puffer_jax.vector.ray import Ray as Ray
 from puffer_jax.vector.serial import Serial as Serial
+from puffer_jax.vector.tuning import Trial as Trial
 from puffer_jax.vector.tuning import autotune as autotune
 from puffer_jax.vector.tuning import measure as measure

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import math
 import mmap
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +26,26 @@ WRITTEN = ("observations", "rewards", "terminals", "truncations", "masks")
 
 
 class Order:
-    """What a worker is told to do, in one byte; START and RESET are followed by an argument.
+    """What a worker is told to do, in one byte; START, RESET and APPLY are followed by an argument.
 
     Two more bytes say with which of its shares of the environments.
     """
 
     START, READY, RESET, STEP, RESTART, NOTIFY, CLOSE = (bytes((c,)) for c in b"IQRSTNC")
+    RENEW, APPLY = b"E", b"A"
+
+
+class Told(NamedTuple):
+    """What came of an order.
+
+    Attributes:
+        infos: what environments say besides; of APPLY, a pair for each environment: whether the
+            function returned, and what, or what it raised.
+        sources: the number of the environment that said each.
+    """
+
+    infos: list[Any]
+    sources: list[int]
 
 
 class Maker(NamedTuple):
@@ -262,15 +277,26 @@ class Envs:
         infos: list[Info] = []
         self.sources = []
         for i in range(len(self.envs)):
-            arguments = {} if seed is None else {"seed": seed + i}
-            try:
-                info = self.envs[i].reset(**arguments)[1]
-            except Exception as error:
-                self._add(infos, i, self._replace(i, error, "resetting"))
-                with self._noting(i, "resetting"):
-                    info = self.envs[i].reset(**arguments)[1]
-            self._add(infos, i, info)
+            self._begin(infos, i, **({} if seed is None else {"seed": seed + i}))
         return infos
+
+    def renew(self) -> list[Info]:
+        """Start the next episode where one is over, which the next step would do otherwise."""
+        infos: list[Info] = []
+        self.sources = []
+        for i in range(len(self.envs)):
+            if self._layout.emulated and self.envs[i].done:
+                self._begin(infos, i)
+        return infos
+
+    def _begin(self, infos: list[Info], i: int, **arguments: int) -> None:
+        try:
+            info = self.envs[i].reset(**arguments)[1]
+        except Exception as error:
+            self._add(infos, i, self._replace(i, error, "resetting"))
+            with self._noting(i, "resetting"):
+                info = self.envs[i].reset(**arguments)[1]
+        self._add(infos, i, info)
 
     def step(self) -> list[Info]:
         """Step each with its actions in the buffers, or reset it if its episode is over."""
@@ -322,6 +348,24 @@ class Envs:
         for name, value in (("rewards", 0), ("terminals", 0), ("truncations", 1), ("masks", 1)):
             self.buf[name][self._rows[i]] = value
 
+    def apply(
+        self, function: Callable[[Env], Any], numbers: Sequence[int]
+    ) -> list[tuple[bool, Any]]:
+        """Call a function of the environments with these numbers.
+
+        Returns:
+            For each, whether the function returned, and what it returned, or what it raised.
+        """
+        self.sources = list(numbers)
+        results: list[tuple[bool, Any]] = []
+        for number in numbers:
+            try:
+                results.append((True, function(self.envs[number - self._first])))
+            except Exception as error:
+                error.add_note(f"(in environment {number})")
+                results.append((False, error))
+        return results
+
     def notify(self) -> None:
         """Call `notify` of the environments that have it."""
         for env in self.envs:
@@ -334,20 +378,26 @@ class Envs:
             for env in self.envs:
                 stack.callback(env.close)
 
-    def obey(self, order: bytes, argument: Any = None) -> list[Info]:
-        """Carry out an order; the argument is RESET's seed."""
+    def obey(self, order: bytes, argument: Any = None) -> Told:
+        """Carry out an order; RESET's argument is the seed, APPLY's its own ones, pickled."""
+        infos: list[Any] = []
+        self.sources = []
         match order:
             case Order.STEP:
-                return self.step()
+                infos = self.step()
             case Order.RESET:
-                return self.reset(argument)
+                infos = self.reset(argument)
+            case Order.RENEW:
+                infos = self.renew()
             case Order.RESTART:
-                return self.restart()
+                infos = self.restart()
+            case Order.APPLY:
+                infos = self.apply(*pickle.loads(argument))
             case Order.NOTIFY:
                 self.notify()
             case Order.CLOSE:
                 self.close()
-        return []
+        return Told(infos, self.sources)
 
 
 def _add(infos: list[Info], info: Any) -> None:

@@ -1,6 +1,7 @@
 """JAX-native environments behind the protocol."""
 
 import functools
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from puffer_jax.environments.emulation.spaces import (
     emulate_observation_space,
     gymnasium_space,
 )
-from puffer_jax.vector.envs import WRITTEN, AgentLayout, Info
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Env, Info
 from puffer_jax.vector.protocol import AgentBatch, VecEnv
 
 # A JAX array or a tree of them; nothing here may import JAX for the sake of a type.
@@ -92,9 +93,16 @@ class JaxVecEnv(VecEnv):
             ends = (terminated & ~over, truncated & ~over)
             return keys[:, 0], new, obs, jnp.where(over, 0, reward), *ends, info
 
-        self._begin, self._step = begin, step
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def renew(keys: Tree, state: Tree, obs: Tree, over: Tree) -> tuple[Tree, Tree, Tree]:
+            keys = jax.vmap(jax.random.split)(keys)
+            obs, state = begin_where(over, env.reset, keys[:, 1], (obs, state), count)
+            return keys[:, 0], state, obs
+
+        self._begin, self._step, self._restart = begin, step, renew
         self._seeded = jax.jit(jax.vmap(jax.random.key))
         self._keys, self._env_state = self._seeded(np.arange(seed, seed + num_envs)), None
+        self._obs: Tree = None
 
     def _reset(self, seed: int | None) -> None:
         if seed is not None:
@@ -111,6 +119,7 @@ class JaxVecEnv(VecEnv):
     def _keep(
         self, obs: Tree, reward: Tree, terminated: Tree, truncated: Tree, info: dict[str, Tree]
     ) -> None:
+        self._obs = obs
         _fill(self._fields, obs)
         for name, value in zip(WRITTEN[1:4], (reward, terminated, truncated), strict=True):
             self._buffers[name][:] = value
@@ -119,6 +128,25 @@ class JaxVecEnv(VecEnv):
     def _recv(self) -> AgentBatch:
         obs, rewards, terminals, truncations, masks = (self._buffers[n] for n in WRITTEN)
         return obs, rewards, terminals, truncations, self._infos, self.agent_ids, masks
+
+    def _renew(self) -> AgentBatch:
+        over = self._buffers["terminals"] | self._buffers["truncations"]
+        if over.any():
+            begun = self._restart(self._keys, self._env_state, self._obs, over)
+            self._keys, self._env_state, obs = begun
+            rewards = np.where(over, 0, self._buffers["rewards"])
+            # None of the environments has a flag now: those that had one have begun again.
+            self._keep(obs, rewards, False, False, {})
+        self._infos = []
+        return self._recv()
+
+    def _apply(
+        self, function: Callable[[Env], Any], numbers: Sequence[int]
+    ) -> list[tuple[bool, Any]]:
+        raise TypeError(
+            "the environments of a JaxVecEnv are no objects but one pure function, "
+            "`driver_env.env`: there is nothing to apply to each"
+        )
 
     def _notify(self) -> None:
         """Do nothing: pure functions have no use for it."""

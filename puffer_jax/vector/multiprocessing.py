@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from puffer_jax.vector.envs import AgentLayout, Envs, Info, Order
+from puffer_jax.vector.envs import AgentLayout, Envs, Order, Told
 from puffer_jax.vector.options import MultiprocessingOptions
 from puffer_jax.vector.pool import CLOSING, Pool, Share
 from puffer_jax.vector.worker import Failure, Memory, Process, wait
@@ -106,20 +106,22 @@ class Multiprocessing(Pool):
             del self._worker_of[fd]
             self._poll.unregister(fd)
 
-    def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
+    def _give(self, share: int, order: bytes, argument: int | bytes | None) -> Told | None:
         if share in self._local:
             return self._local[share].obey(order, argument)
         worker = self._shares[share].worker
         if order != Order.NOTIFY:
             self._ordered[worker].append(share)
-        message = pickle.dumps(argument) if order == Order.RESET else b""
+        message = argument if isinstance(argument, bytes) else b""
+        if order == Order.RESET:
+            message = pickle.dumps(argument)
         process = self._processes[worker]
         process.order(order, self._shares_of[worker].index(share), message)
         if process.behind:
             self._watch(worker)
         return None
 
-    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, Told | Failure]]:
         ready: dict[int, list[int]] = {}
         for fd, _ in wait(self._poll, timeout):
             ready.setdefault(self._worker_of[fd], []).append(fd)

@@ -4,12 +4,12 @@ import math
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from puffer_jax.vector.envs import WRITTEN, AgentLayout, Creator, Info, Maker, Order
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Creator, Env, Maker, Order, Told
 from puffer_jax.vector.options import Auto, PoolOptions
 from puffer_jax.vector.protocol import AgentBatch, VecEnv, WorkerError
 from puffer_jax.vector.worker import Failure, pack
@@ -99,14 +99,14 @@ class Pool(VecEnv):
         self._shares_of: list[list[int]] = [[] for _ in range(self._num_workers)]
         for number, share in enumerate(shares):
             self._shares_of[share.worker].append(number)
-        self._busy: dict[int, tuple[bytes, int | None]] = {}
+        self._busy: dict[int, tuple[bytes, int | bytes | None]] = {}
         self._due = [math.inf] * len(shares)
         self._restarts = [0] * self._num_workers
         # Restarted share -> orders until it has really made a step.
         self._unproven: dict[int, int] = {}
         # Shares restarted while idle, which do not make the next step.
         self._missing: set[int] = set()
-        self._infos: list[list[Info]] = [[] for _ in shares]
+        self._told: list[Told] = [Told([], []) for _ in shares]
 
         each = layout.num_agents
         self._rows = [slice(s.envs.start * each, s.envs.stop * each) for s in shares]
@@ -183,11 +183,11 @@ class Pool(VecEnv):
         """Start a worker with its shares, instead of a lost one if there was one."""
 
     @abstractmethod
-    def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
-        """Give the share's worker an order; returns infos if it has been obeyed already."""
+    def _give(self, share: int, order: bytes, argument: int | bytes | None) -> Told | None:
+        """Give the share's worker an order; returns what came of it if that is known already."""
 
     @abstractmethod
-    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, Told | Failure]]:
         """Wait; then the share and the reply of each order that has been obeyed."""
 
     @abstractmethod
@@ -197,7 +197,11 @@ class Pool(VecEnv):
     # --- waiting for workers ---
 
     def _order(
-        self, share: int, order: bytes, argument: int | None = None, limit: float | None = None
+        self,
+        share: int,
+        order: bytes,
+        argument: int | bytes | None = None,
+        limit: float | None = None,
     ) -> None:
         told = self._give(share, order, argument)
         if told is not None:
@@ -208,8 +212,9 @@ class Pool(VecEnv):
         busy = sum(own in self._busy for own in self._shares_of[self._shares[share].worker])
         self._due[share] = time.monotonic() + busy * (self._timeout if limit is None else limit)
 
-    def _obeyed(self, share: int, told: list[Info]) -> None:
-        self._infos[share] += told
+    def _obeyed(self, share: int, told: Told) -> None:
+        for kept, new in zip(self._told[share], told, strict=True):
+            kept += new
         unit = share // self._per_unit
         self._owing[unit] -= 1
         if not self._owing[unit]:
@@ -245,8 +250,10 @@ class Pool(VecEnv):
         worker, envs = self._shares[lost]
         tasks = {share: self._busy.pop(share, None) for share in self._shares_of[worker]}
         again = "after a restart, " * (lost in self._unproven)
+        task = tasks[lost]
         unwanted = not (self._restart_failed and failure.lost)
-        if unwanted or again or tasks[lost] == (Order.READY, None):
+        unwanted |= task is not None and task[0] == Order.APPLY
+        if unwanted or again or task == (Order.READY, None):
             raise WorkerError(
                 f"worker {worker} (environments {envs.start} to {envs.stop - 1}) "
                 f"{again}{failure.reason}"
@@ -255,12 +262,15 @@ class Pool(VecEnv):
         self._start(worker)
         for share, task in tasks.items():
             self._unproven[share] = 2  # the first order may only reset
-            self._infos[share].append({"restarts": len(self._shares[share].envs)})
+            numbers = self._shares[share].envs
+            self._told[share].infos.append({"restarts": len(numbers)})
+            self._told[share].sources.append(numbers.start)
             if task is None:
                 self._missing.add(share)
+            elif task[0] == Order.RESET:
+                self._order(share, Order.RESET, task[1], limit=self._start_limit)
             else:
-                order = Order.RESET if task[0] == Order.RESET else Order.RESTART
-                self._order(share, order, task[1], limit=self._start_limit)
+                self._order(share, Order.RESTART, limit=self._start_limit)
 
     # --- the protocol ---
 
@@ -271,7 +281,7 @@ class Pool(VecEnv):
         self._owing = [self._per_unit] * len(self._owing)
         self._missing.clear()
         for number, share in enumerate(self._shares):
-            self._infos[number] = []
+            self._told[number] = Told([], [])
             self._order(number, Order.RESET, None if seed is None else seed + share.envs.start)
 
     def _recv(self) -> AgentBatch:
@@ -281,11 +291,16 @@ class Pool(VecEnv):
         for unit in batch:
             self._sent.remove(unit)
             self._done.remove(unit)
-        infos: list[Info] = []
+        return self._received()
+
+    def _received(self) -> AgentBatch:
+        infos, self.info_sources = [], []
         for share in self._batch_shares():
-            if self._infos[share]:
-                infos += self._infos[share]
-                self._infos[share] = []
+            told = self._told[share]
+            if told.infos:
+                infos += told.infos
+                self.info_sources += told.sources
+                self._told[share] = Told([], [])
         rows = self._batch_rows()
         obs, rewards, terminals, truncations, masks = [array[rows] for array in self._written]
         return obs, rewards, terminals, truncations, infos, self.agent_ids[rows], masks
@@ -312,11 +327,43 @@ class Pool(VecEnv):
             self._sent.append(unit)
             self._owing[unit] = self._per_unit
         for share in self._batch_shares():
-            if share in self._missing:
-                self._missing.remove(share)
-                self._order(share, Order.RESTART)
-            else:
-                self._order(share, Order.STEP)
+            self._act(share, Order.STEP)
+
+    def _act(self, share: int, order: bytes) -> None:
+        if share in self._missing:
+            self._missing.remove(share)
+            order = Order.RESTART
+        self._order(share, order)
+
+    def _renew(self) -> AgentBatch:
+        over = self._buffers["terminals"] | self._buffers["truncations"]
+        shares = [share for share in self._batch_shares() if over[self._rows[share]].any()]
+        for share in shares:
+            self._owing[share // self._per_unit] += 1
+            self._act(share, Order.RENEW)
+        while not self._busy.keys().isdisjoint(shares):
+            self._wait()
+        self._done = [unit for unit in self._done if unit not in self._batch]
+        return self._received()
+
+    def _apply(
+        self, function: Callable[[Env], Any], numbers: Sequence[int]
+    ) -> list[tuple[bool, Any]]:
+        while self._busy:
+            self._wait()
+        kept, done = self._told, list(self._done)
+        self._told = [Told([], []) for _ in self._shares]
+        for share, (_, envs) in enumerate(self._shares):
+            if own := [number for number in numbers if number in envs]:
+                self._owing[share // self._per_unit] += 1
+                self._order(share, Order.APPLY, pack((function, own)))
+        while self._busy:
+            self._wait()
+        results = {
+            number: result for told in self._told for result, number in zip(*told, strict=True)
+        }
+        self._told, self._done = kept, done
+        return [results[number] for number in numbers]
 
     def _notify(self) -> None:
         for share in range(len(self._shares)):

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,6 +43,8 @@ class VecEnv(ABC):
         agents_per_batch: number of agents that act at once.
         agent_ids: numbers of all agents.
         num_buffers: number of groups that take turns in this process, see `Serial`.
+        info_sources: for each of the infos received last, the number of the environment that said
+            it; empty where one info is of all environments (`JaxVecEnv`).
     """
 
     num_buffers = 1
@@ -56,6 +58,7 @@ class VecEnv(ABC):
         self.num_agents = layout.num_agents * num_envs
         self.agents_per_batch = layout.num_agents * batch_envs
         self.agent_ids = np.arange(self.num_agents)
+        self.info_sources: list[int] = []
         self._state = "reset"  # what must be called next; or "closed"
         self._action = structured_dtype(layout.action_space)
         self._actions_shape = (self.agents_per_batch, *self._action.shape)
@@ -141,6 +144,79 @@ class VecEnv(ABC):
         self.send(actions)
         return self.recv()[:5]
 
+    def renew(self) -> AgentBatch:
+        """Start the next episode, now, wherever in the batch received last one is over.
+
+        For loops that expect an episode's first observation in the step that ends the one before:
+        what `recv` gave is then overwritten. Without this, an emulated environment begins its next
+        episode in the next step, and ignores that step's action; after this, it acts. Native
+        environments reset themselves, so nothing is done, and what `recv` gave stays.
+
+        Returns:
+            As `recv`. The agents of environments that were reset have their first observations,
+            rewards of 0 and no flags; the others', what `recv` gave. infos are those of the resets.
+            If `restart_failed` brings a lost worker back, its environments are truncated; call this
+            again then.
+
+        Raises:
+            RuntimeError: `recv` did not come before.
+            WorkerError: a worker failed. Everything is closed then.
+
+        Example:
+            >>> import numpy as np, puffer_jax
+            >>> with puffer_jax.vector.make("CartPole-v1", num_envs=4) as vecenv:
+            ...     obs, infos = vecenv.reset(seed=0)
+            ...     while not vecenv.step(np.zeros(4, int))[2].any():
+            ...         pass
+            ...     obs, rewards, terminals, *_ = vecenv.renew()
+            >>> terminals.tolist()
+            [False, False, False, False]
+        """
+        self._expect("send")
+        return self._or_close(self._renew)
+
+    def apply(self, function: Callable[[Env], T], envs: Sequence[int] | None = None) -> list[T]:
+        """Call a function of environments, each in the process where it lives.
+
+        Args:
+            function: gets an environment as the vecenv has it, that is, emulated: a
+                `GymnasiumPufferEnv`'s `env` is what the creator returned. For workers it is
+                pickled, by cloudpickle, and so is what it returns.
+            envs: numbers of environments; None: all.
+
+        Returns:
+            What it returned, in the order of the numbers.
+
+        Raises:
+            Exception: what it raises, of the first environment where it does, with a note that says
+                which. Others have been called, and everything goes on.
+            ValueError: there is no environment of such a number.
+            TypeError: what it returns cannot come from another process; or the environments are no
+                objects (`JaxVecEnv`).
+            RuntimeError: it is closed.
+            WorkerError: a worker is lost, even with `restart_failed`. Everything is closed then.
+
+        Example:
+            >>> import puffer_jax
+            >>> with puffer_jax.vector.make("CartPole-v1", num_envs=2) as vecenv:
+            ...     vecenv.apply(lambda env: env.env.spec.max_episode_steps)
+            [500, 500]
+        """
+        self._expect("reset", "recv", "send")
+        numbers = [*range(self.num_environments)] if envs is None else [int(i) for i in envs]
+        wrong = [number for number in numbers if not 0 <= number < self.num_environments]
+        if wrong:
+            raise ValueError(f"envs must be 0 .. {self.num_environments - 1}; got {wrong}")
+        try:
+            results = self._apply(function, numbers)
+        except WorkerError:
+            self.close()
+            raise
+        for done, result in results:
+            if not done:
+                raise result
+        return [result for _, result in results]
+
     def notify(self) -> None:
         """Call `notify` on the environments that have it."""
         self._expect("reset", "recv", "send")
@@ -196,6 +272,14 @@ class VecEnv(ABC):
 
     @abstractmethod
     def _send(self, actions: Actions) -> None: ...
+
+    @abstractmethod
+    def _renew(self) -> AgentBatch: ...
+
+    @abstractmethod
+    def _apply(
+        self, function: Callable[[Env], Any], numbers: Sequence[int]
+    ) -> list[tuple[bool, Any]]: ...
 
     @abstractmethod
     def _notify(self) -> None: ...

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from puffer_jax.base.packages import require
-from puffer_jax.vector.envs import AgentLayout, Info, Order
+from puffer_jax.vector.envs import AgentLayout, Order, Told
 from puffer_jax.vector.pool import CLOSING, Pool
-from puffer_jax.vector.worker import Failure, RayWorker, read_infos
+from puffer_jax.vector.worker import Failure, RayWorker, read_told
 
 
 class Ray(Pool):
@@ -48,14 +48,14 @@ class Ray(Pool):
         actor = self._ray.remote(num_cpus=1 / per_core, scheduling_strategy="SPREAD")(RayWorker)
         self._actors[worker] = actor.remote(sys.path, payload)
 
-    def _give(self, share: int, order: bytes, argument: int | None) -> list[Info] | None:
+    def _give(self, share: int, order: bytes, argument: int | bytes | None) -> Told | None:
         actions = self._buffers["actions"][self._rows[share]] if order == Order.STEP else argument
         reply = self._actors[self._shares[share].worker].obey.remote(order, actions)
         if order != Order.NOTIFY:
             self._replying[reply] = share
         return None
 
-    def _replies(self, timeout: float | None) -> Iterator[tuple[int, list[Info] | Failure]]:
+    def _replies(self, timeout: float | None) -> Iterator[tuple[int, Told | Failure]]:
         for ref in self._ray.wait([*self._replying], num_returns=1, timeout=timeout)[0]:
             share = self._replying.pop(ref)
             try:
@@ -64,7 +64,7 @@ class Ray(Pool):
                 told, arrays = Failure(f"was lost: {error}", lost=True), {}
             for name, array in arrays.items():
                 self._buffers[name][self._rows[share]] = array
-            yield share, read_infos(told) if isinstance(told, bytes) else told
+            yield share, read_told(told) if isinstance(told, bytes) else told
 
     def _kill(self, worker: int) -> None:
         lost = self._shares_of[worker]

@@ -1,12 +1,12 @@
 """All environments in this process."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from puffer_jax.vector.envs import WRITTEN, AgentLayout, Creator, Env, Envs, Info, Maker
+from puffer_jax.vector.envs import WRITTEN, AgentLayout, Creator, Env, Envs, Maker, Order, Told
 from puffer_jax.vector.options import SerialOptions
 from puffer_jax.vector.protocol import Actions, AgentBatch, VecEnv
 
@@ -71,7 +71,7 @@ class Serial(VecEnv):
         self.num_buffers = num_buffers
         self._turn = 0
         self.pending: list[Actions | None] = [None] * num_buffers
-        self._infos: list[list[Info]] = [[]] * num_buffers
+        self._told = [Told([], [])] * num_buffers
         self._written = [[group.buf[name] for name in WRITTEN] for group in self._groups]
         self._ids = np.split(self.agent_ids, num_buffers)
 
@@ -84,14 +84,27 @@ class Serial(VecEnv):
         self._turn = 0
         for i, group in enumerate(self._groups):
             self.pending[i] = None
-            self._infos[i] = group.reset(None if seed is None else seed + i * self._each)
+            first = None if seed is None else seed + i * self._each
+            self._told[i] = group.obey(Order.RESET, first)
 
     def _recv(self) -> AgentBatch:
         turn = self._turn
         if self.pending[turn] is not None:
             self._step(turn)
         obs, rewards, terminals, truncations, masks = self._written[turn]
-        return obs, rewards, terminals, truncations, self._infos[turn], self._ids[turn], masks
+        infos, self.info_sources = self._told[turn]
+        return obs, rewards, terminals, truncations, infos, self._ids[turn], masks
+
+    def _renew(self) -> AgentBatch:
+        self._told[self._turn] = self._groups[self._turn].obey(Order.RENEW)
+        return self._recv()
+
+    def _apply(
+        self, function: Callable[[Env], Any], numbers: Sequence[int]
+    ) -> list[tuple[bool, Any]]:
+        return [
+            self._groups[number // self._each].apply(function, [number])[0] for number in numbers
+        ]
 
     def _send(self, actions: Actions) -> None:
         turn, self._turn = self._turn, (self._turn + 1) % self.num_buffers
@@ -102,7 +115,7 @@ class Serial(VecEnv):
     def _step(self, turn: int) -> None:
         actions, self.pending[turn] = self.pending[turn], None
         self._groups[turn].buf["actions"][:] = actions
-        self._infos[turn] = self._groups[turn].step()
+        self._told[turn] = self._groups[turn].obey(Order.STEP)
 
     def _notify(self) -> None:
         for group in self._groups:

@@ -1,7 +1,7 @@
 """How fast a vecenv is, and which settings make it fastest."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,18 @@ def measure(vecenv: Any, seconds: float = 1.0, think: float = 0.0) -> float:
     return rate
 
 
+class Trial(NamedTuple):
+    """How fast a vecenv is.
+
+    Attributes:
+        options: arguments of `make`: backend, num_envs and the backend's own.
+        steps_per_second: agent steps per second, see `measure`.
+    """
+
+    options: dict[str, Any]
+    steps_per_second: float
+
+
 def autotune(
     env_creator: Any,
     batch_size: int,
@@ -57,8 +69,8 @@ def autotune(
     think: float = 0.0,
     seconds: float = 1.0,
     **kwargs: Any,
-) -> dict[str, Any]:
-    """Find by trial what is fastest here, and print a table of the trials.
+) -> list[Trial]:
+    """Find by trial what is fastest here; `puffer-jax autotune` prints it as a table.
 
     It tries `Serial`, and `Multiprocessing` with and without a local worker, with one batch of
     environments and with several, so that the others step while one is acted on.
@@ -73,22 +85,27 @@ def autotune(
         kwargs: other arguments of `make`.
 
     Returns:
-        Arguments of `make`: `make(env_creator, **autotune(env_creator, 8))`.
+        All trials, the fastest first.
 
     Raises:
-        ValueError: `batch_size` is not between 1 and `max_envs`.
-    """
-    from rich.console import Console
-    from rich.table import Table
+        ValueError: `batch_size` is not between 1 and `max_envs`; or as in `make`.
 
+    Example:
+        >>> from puffer_jax import vector
+        >>> trials = vector.autotune("CartPole-v1", batch_size=2, cores=1, seconds=0.01)
+        >>> with vector.make("CartPole-v1", **trials[0].options) as vecenv:
+        ...     obs, infos = vecenv.reset(seed=0)
+        >>> len(trials), obs.shape
+        (2, (2, 4))
+    """
     max_envs = 2 * batch_size if max_envs is None else max_envs
     if not 1 <= batch_size <= max_envs:
         raise ValueError(f"batch_size must be 1 .. max_envs ({max_envs}); got {batch_size}")
     cores = available_cores() if cores is None else cores
-    trials: list[dict[str, Any]] = [{"backend": Serial, "num_envs": batch_size}]
+    choices: list[dict[str, Any]] = [{"backend": Serial, "num_envs": batch_size}]
     for num_envs in range(batch_size, max_envs + 1, batch_size):
         for num_workers in range(1, min(cores, num_envs) + 1):
-            trial: dict[str, Any] = {
+            choice: dict[str, Any] = {
                 "backend": Multiprocessing,
                 "num_envs": num_envs,
                 "num_workers": num_workers,
@@ -96,20 +113,11 @@ def autotune(
                 "overwork": num_workers > available_cores(),
             }
             if not num_envs % num_workers and not batch_size % (num_envs // num_workers):
-                trials.append(trial)
+                choices.append(choice)
             if 1 < num_workers <= batch_size:
-                trials.append(trial | {"local_worker": True})
-    rates = []
-    for trial in trials:
-        with make(env_creator, **trial, **kwargs) as vecenv:
-            rates.append(measure(vecenv, seconds, think))
-    best = int(np.argmax(rates))
-    table = Table(title=f"batches of {batch_size} environments, {1000 * think:g} ms to act on one")
-    for name in ("backend", "num_envs", "num_workers", "steps/s", ""):
-        table.add_column(name, justify="left" if name == "backend" else "right")
-    for i, (trial, rate) in enumerate(zip(trials, rates, strict=True)):
-        cells = (trial["num_envs"], trial.get("num_workers", ""), f"{rate:,.0f}")
-        name = trial["backend"].__name__ + ", local_worker" * ("local_worker" in trial)
-        table.add_row(name, *map(str, cells), "<" if i == best else "")
-    Console().print(table)
-    return trials[best]
+                choices.append(choice | {"local_worker": True})
+    trials: list[Trial] = []
+    for choice in choices:
+        with make(env_creator, **choice, **kwargs) as vecenv:
+            trials.append(Trial(choice, measure(vecenv, seconds, think)))
+    return sorted(trials, key=lambda trial: -trial.steps_per_second)

@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from puffer_jax.base.packages import require
-from puffer_jax.vector.envs import WRITTEN, Envs, Info, Order
+from puffer_jax.vector.envs import WRITTEN, Envs, Order, Told
 
 _INFOS, _ERROR = b"i", b"!"
 
@@ -226,7 +226,7 @@ class Process:
         except OSError:  # it is dead, or has been ended
             self._outbox.clear()
 
-    def replies(self, fds: Sequence[int]) -> list[list[Info] | Failure]:
+    def replies(self, fds: Sequence[int]) -> list[Told | Failure]:
         """The replies that have come whole; of a dead worker, at last, how it died.
 
         Args:
@@ -244,9 +244,9 @@ class Process:
         if not chunk:
             return [self._died()]
         if chunk == _NOTHING and not self._inbox:  # as almost always
-            return [[]]
+            return [Told([], [])]
         self._inbox += chunk
-        replies: list[list[Info] | Failure] = []
+        replies: list[Told | Failure] = []
         while len(self._inbox) >= _REPLY.size:
             kind, size = _REPLY.unpack_from(self._inbox)
             end = _REPLY.size + size
@@ -254,7 +254,7 @@ class Process:
                 break
             told = bytes(self._inbox[_REPLY.size : end])
             failed = kind == _ERROR
-            replies.append(Failure(told.decode(), lost=False) if failed else read_infos(told))
+            replies.append(Failure(told.decode(), lost=False) if failed else read_told(told))
             del self._inbox[:end]
         return replies
 
@@ -296,29 +296,43 @@ def boot(payload: bytes, memory: mmap.mmap | None = None) -> Envs:
     return Envs(makers, layout, buf, **options)
 
 
-def packed_infos(infos: list[Info], sources: Sequence[int]) -> bytes:
-    """Infos as they are sent, nothing if there are none.
+def packed(told: Told, results: bool = False) -> bytes:
+    """What came of an order, as it is sent; nothing if there is nothing to tell.
 
     Args:
-        infos: what environments say besides.
-        sources: the number of the environment that says each.
+        told: what came of it.
+        results: whether these are results of APPLY: one that cannot be pickled becomes an error.
 
     Raises:
-        Exception: one cannot be pickled; a note names the environment and the key.
+        Exception: an info cannot be pickled; a note names the environment and the key.
     """
-    if not infos:
+    if not told.infos:
         return b""
     try:
-        return pickle.dumps(infos)
+        return pickle.dumps(tuple(told))
     except Exception:
         with contextlib.suppress(Exception):  # lambdas, and what the user's script defines
-            return pack(infos)
-    for i, info in zip(sources, infos, strict=True):
+            return pack(tuple(told))
+    if results:
+        return pack(([*map(_packable, *told)], told.sources))
+    for info, i in zip(*told, strict=True):
         if found := _unpackable(info, "info"):
             path, error = found
             error.add_note(f"(sending {path} of environment {i}, which cannot be pickled)")
             raise error
     raise ValueError("infos cannot be pickled together, though each can by itself")
+
+
+def _packable(result: tuple[bool, object], source: int) -> tuple[bool, object]:
+    try:
+        pack(result)
+    except Exception as error:
+        kind = type(result[1]).__name__
+        return False, TypeError(
+            f"environment {source} is in another process, and the result there, a {kind}, cannot "
+            f"be sent, since it cannot be pickled ({error})"
+        )
+    return result
 
 
 def _unpackable(value: object, path: str) -> tuple[str, Exception] | None:
@@ -331,10 +345,10 @@ def _unpackable(value: object, path: str) -> tuple[str, Exception] | None:
     return None
 
 
-def read_infos(packed: bytes) -> list[Info] | Failure:
-    """What `packed_infos` packed; a failure if that cannot be read here."""
+def read_told(sent: bytes) -> Told | Failure:
+    """What `packed` packed; a failure if that cannot be read here."""
     try:
-        return pickle.loads(packed) if packed else []
+        return Told(*pickle.loads(sent)) if sent else Told([], [])
     except Exception as error:
         error.add_note("(sending infos, which its parent could not unpickle)")
         return Failure(_told(error), lost=False)
@@ -357,18 +371,18 @@ class RayWorker:
             self._failure = Failure(_told(error), lost=False)
 
     def obey(
-        self, order: bytes, argument: int | np.ndarray | None
+        self, order: bytes, argument: int | bytes | np.ndarray | None
     ) -> tuple[bytes | Failure, dict[str, np.ndarray]]:
-        """Carry out an order; STEP's argument is its actions. Returns packed infos and buffers."""
+        """Carry out an order; STEP's argument is its actions. Returns what is told, and buffers."""
         if self._failure is not None:
             return self._failure, {}
         try:
             if order == Order.STEP:
                 self._envs.buf["actions"][:] = argument
-            infos = packed_infos(self._envs.obey(order, argument), self._envs.sources)
+            told = packed(self._envs.obey(order, argument), order == Order.APPLY)
         except Exception as error:
             return Failure(_told(error), lost=False), {}
-        return infos, {name: self._envs.buf[name] for name in WRITTEN}
+        return told, {name: self._envs.buf[name] for name in WRITTEN}
 
 
 def main(channel: int, memory: int, lifeline: int, parent: int) -> None:
@@ -415,8 +429,8 @@ def _serve(channel: socket.socket, memory: int, death: _Death) -> None:
             if order == Order.CLOSE:
                 _close(shares)
                 return
-            seed = pickle.loads(argument) if order == Order.RESET else None
-            reply = packed_infos(shares[share].obey(order, seed), shares[share].sources)
+            value = pickle.loads(argument) if order == Order.RESET else argument
+            reply = packed(shares[share].obey(order, value), order == Order.APPLY)
         except Exception as error:
             told = _told(error).encode(errors="backslashreplace")
             channel.sendall(_REPLY.pack(_ERROR, len(told)) + told)
