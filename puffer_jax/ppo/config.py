@@ -411,8 +411,7 @@ class PuffeRLConfig:
         if unit % devices:
             rule = f"{unit} agents that act together cannot be divided among {devices} devices"
             raise ValueError(f"{rule}; nearest: {multiples(unit, devices)}")
-        minibatch = alone = self.minibatch_size
-        row = horizon * devices
+        minibatch, alone, row = self.minibatch_size, self.minibatch_size, horizon * devices
         if isinstance(minibatch, str):
             alone = self._auto_minibatch(batch, segments, horizon)
             minibatch = self._auto_minibatch(batch, segments // devices, row)
