@@ -45,6 +45,9 @@ class Worker:
 
 
 def on_cpus(count: int, args: train_multihost.Args) -> list[float]:
+    cores = int(ray.cluster_resources().get("CPU", 0))
+    if count > cores:  # Ray would wait for more
+        raise SystemExit(f"{count} workers need a core each; the cluster has {cores}")
     workers = [Worker.remote() for _ in range(count)]
     address = ray.get(workers[0].address.remote())
     runs = [worker.train.remote(address, count, i, args) for i, worker in enumerate(workers)]

@@ -91,6 +91,20 @@ def test_a_full_cluster(cluster, monkeypatch):
             vector.make(Tick, **POOL)
 
 
+def test_a_training_on_workers_of_the_cluster(cluster, tmp_path, monkeypatch, capsys):
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    small = {"steps": 512, "num-envs": 4, "horizon": 16, "data-dir": tmp_path}
+    options = [word for name, x in small.items() for word in (f"--train.{name}", str(x))]
+    monkeypatch.setattr(sys, "argv", ["train_ray.py", "--workers", "2", *options])
+    runpy.run_path(str(examples / "train_ray.py"), run_name="__main__")
+    assert "2 workers: return" in capsys.readouterr().out
+    assert (tmp_path / "multihost_seed0.pt").exists()
+    monkeypatch.setattr(sys, "argv", ["train_ray.py", "--workers", "3", *options])
+    with pytest.raises(SystemExit, match="3 workers need a core each; the cluster has 2"):
+        runpy.run_path(str(examples / "train_ray.py"), run_name="__main__")
+
+
 def test_a_lost_node(cluster):
     """The last test: it takes a node away."""
     cluster, second = cluster
@@ -101,14 +115,3 @@ def test_a_lost_node(cluster):
         with pytest.raises(WorkerError, match=r"worker \d \(environments . to .\) was lost"):
             for _ in range(1000):
                 vecenv.step(np.zeros(4, int))
-
-
-def test_a_training_on_workers_of_the_cluster(cluster, tmp_path, monkeypatch, capsys):
-    examples = Path(__file__).parents[2] / "examples"
-    monkeypatch.syspath_prepend(examples)
-    small = {"steps": 512, "num-envs": 4, "horizon": 16, "data-dir": tmp_path}
-    options = [word for name, x in small.items() for word in (f"--train.{name}", str(x))]
-    monkeypatch.setattr(sys, "argv", ["train_ray.py", "--workers", "2", *options])
-    runpy.run_path(str(examples / "train_ray.py"), run_name="__main__")
-    assert "2 workers: return" in capsys.readouterr().out
-    assert (tmp_path / "multihost_seed0.pt").exists()
