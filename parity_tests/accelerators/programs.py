@@ -159,12 +159,8 @@ def whole_epoch(
     def placed(x: Any, spec: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    def every(tree: Any, spec: Any) -> Any:
-        return jax.tree.map(lambda x: placed(x, spec), tree)
-
-    state, stream, keys = arguments
-    placed_state = jax.tree.map(placed, state, specs)
-    return Built(function, (placed_state, every(stream, DIVIDED), every(keys, ALIKE)))
+    where = jax.tree.broadcast((specs, DIVIDED, ALIKE), arguments)
+    return Built(function, jax.tree.map(placed, arguments, where))
 
 
 def training(net: str, *, dtype: Any, members: int = 0) -> Built:
