@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what _EXPORTS and _SUBMODULES say, for type checkers
     from puffer_jax import plot as plot
     from puffer_jax import ppo as ppo
     from puffer_jax import random as random
+    from puffer_jax import rllib as rllib
     from puffer_jax import sb3 as sb3
     from puffer_jax import v4 as v4
     from puffer_jax import vector as vector
@@ -151,7 +152,7 @@ _SUBMODULES = (
     *("ppo", "random", "v4", "vector", "weights"),
 )
 # What needs an extra to be imported at all, and so is not in `from puffer_jax import *`.
-_EXTRAS = ("sb3",)
+_EXTRAS = ("rllib", "sb3")
 __all__ = sorted([*_HOME, *_SUBMODULES])  # type: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 
