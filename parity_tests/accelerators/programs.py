@@ -115,6 +115,20 @@ def gradient(net: str, dtype: Any) -> Built:
     return Built(function, (params, batch, numbers, _like(rows, 1)))
 
 
+def whole_policy(net: str, dtype: Any) -> Built:
+    """The gradient of a policy over 16 steps alone, given that of logits and values."""
+    graphdef, params = puffer_jax.split(policy_of(net, dtype))
+    observations = _observations(net, 256, 16)
+
+    def results(params: Any, observations: Any) -> Any:
+        return puffer_jax.merge(graphdef, params).forward(observations, None)[:2]
+
+    def function(params: Any, observations: Any, cotangents: Any) -> Any:
+        return jax.vjp(lambda params: results(params, observations), params)[1](cotangents)
+
+    return Built(function, (params, observations, jax.eval_shape(results, params, observations)))
+
+
 def _config(dtype: Any, envs: int = ENVS, **more: Any) -> PuffeRLConfig:
     return PuffeRLConfig(
         num_envs=envs,
@@ -176,6 +190,7 @@ def training(net: str, *, dtype: Any, members: int = 0) -> Built:
 
 KINDS: dict[str, Callable[..., Built]] = {
     "act": act,
+    "policy": whole_policy,
     "gradient": gradient,
     "epoch": whole_epoch,
     "train": training,

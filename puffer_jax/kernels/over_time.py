@@ -1,7 +1,7 @@
 """The LSTM over time, whoever runs its loop: the large products before and after it.
 
 Only h @ weight_hh.T needs the step before. The inputs' part of the gates is one product before the
-loop; the gradients of weights, bias and inputs are products after the backward loop.
+loop; the gradients of weights and inputs are products after the backward loop.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,11 @@ class Loops(NamedTuple):
 
     Attributes:
         forward: (keep, projected, weight_hh, bias, h, c, done) -> (outputs, h, c), kept.
-            `projected` is x @ weight_ih.T without the bias. With `keep`, kept is (gates, cs,
-            h_before): of each step the gates after their non-linearities, c, and the h that it
-            read, zero where `done` is set; otherwise it is ().
-        backward: (weight_hh, c, done, gates, cs, d_outputs, dh, dc) -> (d_projected, dh, dc).
+            `projected` is x @ weight_ih.T without the bias; `done` may be None. With `keep`, kept
+            is (gates, cs, h_before): of each step the gates after their non-linearities, c, and
+            the h that it read, zero where `done` is set; otherwise it is ().
+        backward: (weight_hh, c, gates, cs, d_outputs, dh, dc, done) -> (d_projected, d_bias, dh,
+            dc), where d_bias has any number of rows (..., 4 * hidden), to be summed.
         time_first: sequences, but for `done`, are (time, batch, ...), not (batch, time, ...).
         sizes: (batch, hidden, dtype of the products) -> those that the loops can compute with,
             none of them smaller. Rows and columns are filled with zeros.
@@ -55,12 +56,11 @@ def lstm_over_time(
     *floats, done = arrays
     x, h, c = floats[3:]
     dtype = jnp.dtype(floats[0].dtype if dtype is None else dtype)
-    done = jnp.zeros(x.shape[:2], bool) if done is None else done
     rows, columns = h.shape
     batch, hidden = loops.sizes(rows, columns, dtype)
     gates = [_widen(array, columns, hidden) for array in floats[:3]]
     gates[1] = _fill(gates[1], 1, hidden)
-    x, done = _fill(x, 0, batch), _fill(done, 0, batch)
+    x, done = _fill(x, 0, batch), None if done is None else _fill(done, 0, batch)
     h_0, c_0 = (_fill(_fill(part, 0, batch), 1, hidden) for part in (h, c))
     outputs, *last = _function(loops, plain)(*gates, x, h_0, c_0, done, dtype=dtype)
     return outputs[:rows, :, :columns], *(part[:rows, :columns] for part in last)
@@ -84,11 +84,10 @@ def _widen(array: Array, hidden: int, wider: int) -> Array:
 
 @cache
 def _function(loops: Loops, plain: Function) -> Function:
-    def forward(keep: bool, *arrays: Array, dtype: DTypeLike) -> tuple[PyTree, PyTree]:
+    def forward(keep: bool, *arrays: PyTree, dtype: DTypeLike) -> tuple[PyTree, PyTree]:
         weight_ih, weight_hh, bias, x, h, c, done = arrays
-        x = _turned(loops, x).astype(dtype)
+        x, weight_hh = _turned(loops, x).astype(dtype), weight_hh.astype(dtype)
         projected = x @ weight_ih.astype(dtype).T
-        weight_hh = weight_hh.astype(dtype)
         (outputs, *last), kept = loops.forward(keep, projected, weight_hh, bias, h, c, done)
         return (_turned(loops, outputs), *last), kept
 
@@ -98,8 +97,8 @@ def _function(loops: Loops, plain: Function) -> Function:
         weight_ih, weight_hh, bias, x, h, c, done = arrays
         gates, cs, h_before = kept
         d_outputs, dh, dc = cotangents
-        d_gates, dh, dc = loops.backward(
-            weight_hh.astype(dtype), c, done, gates, cs, _turned(loops, d_outputs), dh, dc
+        d_gates, d_bias, dh, dc = loops.backward(
+            weight_hh.astype(dtype), c, gates, cs, _turned(loops, d_outputs), dh, dc, done
         )
         flat, *rows = (
             part.astype(dtype).reshape(-1, part.shape[2])
@@ -107,8 +106,8 @@ def _function(loops: Loops, plain: Function) -> Function:
         )
         d_ih, d_hh = (jnp.matmul(flat.T, part, preferred_element_type=bias.dtype) for part in rows)
         dx = _turned(loops, (d_gates @ weight_ih.astype(dtype)).astype(x.dtype))
-        d_bias = flat.sum(0, dtype=_wide(bias.dtype)).astype(bias.dtype)
-        return d_ih, d_hh, d_bias, dx, dh.astype(h.dtype), dc.astype(c.dtype)
+        d_bias = d_bias.reshape(-1, d_bias.shape[-1]).sum(0, dtype=_wide(bias.dtype))
+        return d_ih, d_hh, d_bias.astype(bias.dtype), dx, dh.astype(h.dtype), dc.astype(c.dtype)
 
     return cpu.differentiable(forward, backward, plain)
 

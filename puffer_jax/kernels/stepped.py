@@ -28,7 +28,7 @@ def put(sequence: Array, t: Array, value: Array) -> Array:
 
 
 def _forward(
-    keep: bool, projected: Array, weight: Array, bias: Array, h: Array, c: Array, done: Array
+    keep: bool, projected: Array, weight: Array, bias: Array, h: Array, c: Array, done: Array | None
 ) -> tuple[PyTree, PyTree]:
     batch, time, _ = projected.shape
     wide = jnp.promote_types(h.dtype, jnp.float32)
@@ -45,55 +45,65 @@ def _forward(
             gates, cs = put(gates, t, jnp.concatenate(parts, axis=1)), [put(cs[0], t, c)]
         return (*zeroed(starts, h, c), gates, put(outputs, t, h), *cs), None
 
-    def zeroed(done: Array, *state: Array) -> tuple[Array, ...]:
+    def zeroed(done: Array | None, *state: Array) -> tuple[Array, ...]:
+        if done is None:
+            return state
         return tuple(jnp.where(done[:, None], 0, part) for part in state)
 
     # Zeroed at the end of the step before, where that costs no operation of its own; the last
     # state, which has no step after it, stays as it is.
-    after = jnp.pad(done[:, 1:], ((0, 0), (0, 1)))
+    first, after = (None, None) if done is None else (done[:, 0], _after(done))
     empty = jax.lax.empty((batch, time, h.shape[1]), h.dtype)
-    start = (*zeroed(done[:, 0], h, c), projected, *((empty,) * (2 if keep else 1)))
+    start = (*zeroed(first, h, c), projected, *((empty,) * (2 if keep else 1)))
     carry, _ = jax.lax.scan(step, start, jnp.arange(time))
     h_last, c_last, gates, outputs, *cs = carry
     if not keep:
         return (outputs, h_last, c_last), ()
     h_before = jnp.concatenate([h[:, None], outputs[:, :-1]], axis=1)
-    h_before = jnp.where(done[..., None], 0, h_before)
+    if done is not None:
+        h_before = jnp.where(done[..., None], 0, h_before)
     return (outputs, h_last, c_last), (gates, *cs, h_before)
+
+
+def _after(done: Array) -> Array:
+    return jnp.pad(done[:, 1:], ((0, 0), (0, 1)))
 
 
 def _backward(
     weight: Array,
     c: Array,
-    done: Array,
     gates: Array,
     cs: Array,
     d_outputs: Array,
     dh: Array,
     dc: Array,
-) -> tuple[Array, Array, Array]:
+    done: Array | None,
+) -> tuple[Array, Array, Array, Array]:
     wide = jnp.promote_types(c.dtype, jnp.float32)
 
     def step(carry: tuple[Array, ...], t: Array) -> tuple[tuple[Array, ...], None]:
         dh, dc, gates = carry
-        row, c_t, c_before, d_h, keep = at(t, (gates, cs, before, d_outputs, ~done))
-        keep = keep[:, None]
+        row, c_t, c_before, d_h, starts = at(t, (gates, cs, before, d_outputs, done))
+
+        def kept(part: Array) -> Array:
+            return part if starts is None else jnp.where(starts[:, None], 0, part)
+
         parts, dc = d_activate(
             tuple(jnp.split(row.astype(wide), 4, axis=1)),
             c_t.astype(wide),
-            jnp.where(keep, c_before.astype(wide), 0),
+            kept(c_before.astype(wide)),
             dh + d_h,
             dc,
         )
         now = jnp.concatenate(parts, axis=1).astype(gates.dtype)
         dh = jnp.matmul(now, weight, preferred_element_type=wide)
-        return (jnp.where(keep, dh, 0), jnp.where(keep, dc, 0), put(gates, t, now)), None
+        return (kept(dh), kept(dc), put(gates, t, now)), None
 
     before = jnp.concatenate([c[:, None], cs[:, :-1]], axis=1)
     start = dh.astype(wide), dc.astype(wide), gates
     steps = jnp.arange(gates.shape[1])
     (dh, dc, d_gates), _ = jax.lax.scan(step, start, steps, reverse=True)
-    return d_gates, dh, dc
+    return d_gates, d_gates, dh, dc
 
 
 LOOPS = Loops(_forward, _backward, False, lambda batch, hidden, _: (batch, hidden))

@@ -28,7 +28,7 @@ def differentiable(forward: Function, backward: Function, plain: Function) -> Fu
         functions = (partial(function, **options) for function in (forward, backward, plain))
         return _differentiable(*functions)
 
-    def function(*arrays: Array, **options: Hashable) -> PyTree:
+    def function(*arrays: PyTree, **options: Hashable) -> PyTree:
         return bound(**options)(*arrays)
 
     return function
@@ -68,10 +68,10 @@ def _differentiable(forward: Function, backward: Function, plain: Function) -> F
     )
 
     @jax.custom_vjp
-    def function(*arrays: Array) -> PyTree:
+    def function(*arrays: PyTree) -> PyTree:
         return forward(False, *arrays)[0]
 
-    def function_forward(*arrays: Array) -> tuple[PyTree, PyTree]:
+    def function_forward(*arrays: PyTree) -> tuple[PyTree, PyTree]:
         results, kept = keeping(*arrays)
         return results, (arrays, kept)
 

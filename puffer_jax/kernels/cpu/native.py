@@ -127,6 +127,6 @@ def like(*arrays: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
 
 
-def is_floating(array: Array) -> bool:
+def is_floating(array: Array | None) -> bool:
     """Whether the array has a floating dtype, and so a gradient."""
-    return jnp.issubdtype(array.dtype, jnp.floating)
+    return array is not None and jnp.issubdtype(array.dtype, jnp.floating)

@@ -67,7 +67,7 @@ def _tile(batch: int, hidden: int, dtype: np.dtype, backward: bool = False) -> _
         inner = 16 if full else 256 // dtype.itemsize
         return _Tile(rows, min(hidden, 128), min(inner, 4 * hidden), warps)
     # Rows of weights are read along the inner dimension, by whole cache lines of 128 bytes.
-    return _Tile(rows, min(hidden, 64), min(hidden, 128 // dtype.itemsize), warps)
+    return _Tile(rows, min(hidden, 8 * warps), min(hidden, 128 // dtype.itemsize), warps)
 
 
 def _in_full_precision() -> bool:
@@ -83,7 +83,7 @@ def _sizes(batch: int, hidden: int, dtype: np.dtype) -> tuple[int, int]:
     return -batch // rows * -rows, hidden
 
 
-def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTree]:
+def _forward(interpret: bool, keep: bool, *arrays: PyTree) -> tuple[PyTree, PyTree]:
     projected, weight, _, h, *_ = arrays
     batch, time, width = projected.shape
     tile = _tile(batch, width // 4, weight.dtype)
@@ -91,7 +91,7 @@ def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTre
     state = jax.ShapeDtypeStruct(h.shape, h.dtype)
     gates = jax.ShapeDtypeStruct(projected.shape, projected.dtype)
     results = _call(
-        partial(_forward_kernel, tile, interpret),
+        partial(_forward_kernel, tile, interpret, arrays[-1] is not None),
         (steps, state, state, gates, steps, steps) if keep else (steps, state, state),
         arrays,
         tile,
@@ -101,19 +101,30 @@ def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTre
     return results[:3], results[3:]
 
 
-def _backward(interpret: bool, *arrays: Array) -> tuple[Array, ...]:
-    weight, c, _, gates, *_ = arrays
-    tile = _tile(c.shape[0], c.shape[1], weight.dtype, backward=True)
-    state = jax.ShapeDtypeStruct(c.shape, jnp.promote_types(c.dtype, jnp.float32))
-    results = (jax.ShapeDtypeStruct(gates.shape, gates.dtype), state, state)
-    kernel = partial(_backward_kernel, tile, interpret)
-    return _call(kernel, results, arrays, tile, {3: 0}, interpret)
+def _backward(interpret: bool, *arrays: PyTree) -> tuple[Array, ...]:
+    weight, c, gates, *_ = arrays
+    (batch, hidden), wide = c.shape, jnp.promote_types(c.dtype, jnp.float32)
+    tile = _tile(batch, hidden, weight.dtype, backward=True)
+    state = jax.ShapeDtypeStruct(c.shape, wide)
+    d_gates = jax.ShapeDtypeStruct(gates.shape, gates.dtype)
+    d_bias = [jax.ShapeDtypeStruct((batch // tile.rows, 4 * hidden), wide)]
+    if tile.rows * hidden > 16 * 128:
+        d_bias = []  # more sums than registers
+    d_gates, *d_bias, dh, dc = _call(
+        partial(_backward_kernel, tile, interpret, arrays[-1] is not None),
+        (d_gates, *d_bias, state, state),
+        arrays,
+        tile,
+        {2: 0},
+        interpret,
+    )
+    return d_gates, d_bias[0] if d_bias else d_gates, dh, dc
 
 
 def _call(
     kernel: partial,
     results: tuple[jax.ShapeDtypeStruct, ...],
-    arrays: tuple[Array, ...],
+    arrays: tuple[Array | None, ...],
     tile: _Tile,
     aliases: dict[int, int],
     interpret: bool,
@@ -131,7 +142,7 @@ def _call(
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=3),
         name=kernel.func.__name__.strip("_"),
     )
-    return tuple(call(*arrays))
+    return tuple(call(*(array for array in arrays if array is not None)))
 
 
 def _barrier(interpret: bool) -> None:
@@ -153,16 +164,26 @@ def _either(first, first_ref, ref, keep=None) -> Array:
     return masked(first_ref, first) + masked(ref, ~first)
 
 
-def _forward_kernel(tile: _Tile, interpret: bool, *refs) -> None:
+def _rows_kept(done, rows, t) -> Array | None:
+    """Which rows go on at step t; None: all."""
+    return ~done[0][rows, t] if done else None
+
+
+def _zeroed(keep: Array | None, part: Array) -> Array:
+    return part if keep is None else jnp.where(keep[:, None], part, 0)
+
+
+def _forward_kernel(tile: _Tile, interpret: bool, resets: bool, *refs) -> None:
     from jax.experimental import pallas as pl
 
-    projected, weight, bias, h_0, c_0, done, outputs, h_last, c_last, *kept = refs
+    projected, weight, bias, h_0, c_0, *refs = refs
+    done, (outputs, h_last, c_last, *kept) = refs[:resets], refs[resets:]
     (_, time, hidden), wide = outputs.shape, jnp.promote_types(h_0.dtype, jnp.float32)
     rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
 
     def column(j, t) -> None:
         at = [pl.ds(gate * hidden + j * tile.columns, tile.columns) for gate in range(4)]
-        units, keep, first = at[0], ~done[rows, t], t == 0
+        units, keep, first = at[0], _rows_kept(done, rows, t), t == 0
 
         def before(units) -> Array:
             last = outputs.at[rows, jnp.maximum(t - 1, 0), units]
@@ -201,14 +222,15 @@ def _forward_kernel(tile: _Tile, interpret: bool, *refs) -> None:
     _loop(time, step)
 
 
-def _backward_kernel(tile: _Tile, interpret: bool, *refs) -> None:
+def _backward_kernel(tile: _Tile, interpret: bool, resets: bool, *refs) -> None:
     from jax.experimental import pallas as pl
 
-    weight, c_0, done, gates, cs, d_outputs, dh_last, dc_last, d_gates, dh_ref, dc_ref = refs
+    weight, c_0, gates, cs, d_outputs, dh_last, dc_last, *refs = refs
+    done, (d_gates, *d_bias, dh_ref, dc_ref) = refs[:resets], refs[resets:]
     (_, time, hidden), wide = cs.shape, dh_ref.dtype
     rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
 
-    def elementwise(j, t, keep: Array) -> None:
+    def elementwise(j, t, keep: Array | None) -> tuple[Array, ...]:
         at = [pl.ds(gate * hidden + j * tile.columns, tile.columns) for gate in range(4)]
         units, last = at[0], t == time - 1
         dh = _either(last, dh_last.at[rows, units], dh_ref.at[rows, units])
@@ -225,9 +247,10 @@ def _backward_kernel(tile: _Tile, interpret: bool, *refs) -> None:
         _barrier(interpret)  # as above
         for gate, part in zip(at, parts, strict=True):
             d_gates[rows, t, gate] = part.astype(d_gates.dtype)
-        dc_ref[rows, units] = jnp.where(keep[:, None], dc, 0)
+        dc_ref[rows, units] = _zeroed(keep, dc)
+        return parts
 
-    def product(j, t, keep: Array) -> None:
+    def product(j, t, keep: Array | None) -> None:
         units = pl.ds(j * tile.columns, tile.columns)
 
         def part(k, total: Array) -> Array:
@@ -238,16 +261,24 @@ def _backward_kernel(tile: _Tile, interpret: bool, *refs) -> None:
 
         total = jnp.zeros((tile.rows, tile.columns), wide)
         total = _loop(4 * hidden // tile.inner, part, total)
-        dh_ref[rows, units] = jnp.where(keep[:, None], total, 0)
+        dh_ref[rows, units] = _zeroed(keep, total)
 
-    def step(s, _) -> None:
+    def step(s, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         t = time - 1 - s
-        keep = ~done[rows, t]
-        for phase in (elementwise, product):
-            _each(hidden // tile.columns, lambda j, phase=phase: phase(j, t, keep))
-            _barrier(interpret)
+        keep = _rows_kept(done, rows, t)
+        if d_bias:
+            sums = tuple(map(jnp.add, sums, elementwise(0, t, keep)))
+        else:
+            _each(hidden // tile.columns, lambda j: elementwise(j, t, keep))
+        _barrier(interpret)
+        _each(hidden // tile.columns, lambda j: product(j, t, keep))
+        _barrier(interpret)
+        return sums
 
-    _loop(time, step)
+    sums = (jnp.zeros((tile.rows, hidden), wide),) * (4 if d_bias else 0)
+    for gate, total in enumerate(_loop(time, step, sums)):
+        at = pl.ds(gate * hidden, hidden)
+        d_bias[0][pl.program_id(0), at] = jnp.sum(total, axis=0)
 
 
 def _loop(count: int, body: Callable, first: PyTree = None) -> PyTree:
@@ -260,7 +291,7 @@ def _each(count: int, function: Callable) -> None:
     if count == 1:
         function(0)
     else:
-        _loop(count, lambda j, _: function(j))
+        _loop(count, lambda j, _: (function(j), None)[1])
 
 
 LOOPS = Loops(partial(_forward, False), partial(_backward, False), False, _sizes)

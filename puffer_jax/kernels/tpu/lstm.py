@@ -53,7 +53,7 @@ def _bytes(batch: int, hidden: int, time: int) -> int:
     return 2 * 4 * (4 * hidden * hidden + rows * (gates + others + done))
 
 
-def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTree]:
+def _forward(interpret: bool, keep: bool, *arrays: PyTree) -> tuple[PyTree, PyTree]:
     projected, weight, bias, h, c, done = arrays
     time, batch, width = projected.shape
     hidden = width // 4
@@ -61,7 +61,7 @@ def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTre
     sizes = (hidden, hidden, hidden, width, hidden, hidden)[: 6 if keep else 3]
     results = _call(
         _forward_kernel,
-        (projected, weight, bias[None], h, c, _numbers(done)),
+        (projected, weight, bias[None], h, c, _numbers(done, batch, time)),
         [at(width), _whole(weight), _whole(bias[None]), fixed(hidden), fixed(hidden), fixed(time)],
         [at(n) if i in _STEPS else fixed(n) for i, n in enumerate(sizes)],
         [
@@ -77,29 +77,35 @@ def _forward(interpret: bool, keep: bool, *arrays: Array) -> tuple[PyTree, PyTre
     return results[:3], results[3:]
 
 
-def _backward(interpret: bool, *arrays: Array) -> tuple[Array, ...]:
-    weight, c, done, gates, cs, d_outputs, dh, dc = arrays
+def _backward(interpret: bool, *arrays: PyTree) -> tuple[Array, ...]:
+    from jax.experimental import pallas as pl
+
+    weight, c, gates, cs, d_outputs, dh, dc, done = arrays
     time, batch, width = gates.shape
     hidden = width // 4
     at, fixed = _blocks(batch, lambda s: time - 1 - s)
     before, _ = _blocks(batch, lambda s: jnp.maximum(time - 2 - s, 0))
-    state = jax.ShapeDtypeStruct(c.shape, jnp.promote_types(c.dtype, jnp.float32))
+    wide = jnp.promote_types(c.dtype, jnp.float32)
+    state = jax.ShapeDtypeStruct(c.shape, wide)
+    d_bias = jax.ShapeDtypeStruct((batch // min(batch, _ROWS), 1, width), wide)
+    part = pl.BlockSpec((1, 1, width), lambda i, s: (i, 0, 0))
     return _call(
         _backward_kernel,
-        (weight, c, _numbers(done), gates, cs, cs, d_outputs, dh, dc),
+        (weight, c, _numbers(done, batch, time), gates, cs, cs, d_outputs, dh, dc),
         [
             *(_whole(weight), fixed(hidden), fixed(time), at(width), at(hidden), before(hidden)),
             *(at(hidden), fixed(hidden), fixed(hidden)),
         ],
-        [at(width), fixed(hidden), fixed(hidden)],
-        [jax.ShapeDtypeStruct(gates.shape, gates.dtype), state, state],
+        [at(width), part, fixed(hidden), fixed(hidden)],
+        [jax.ShapeDtypeStruct(gates.shape, gates.dtype), d_bias, state, state],
         {3: 0},
         interpret,
     )
 
 
-def _numbers(done: Array) -> Array:
-    return done.astype(jnp.float32)
+def _numbers(done: Array | None, *shape: int) -> Array:
+    # Zeros where there is none: without them XLA copies more of a loss's arrays than it saves.
+    return jnp.zeros(shape, jnp.float32) if done is None else done.astype(jnp.float32)
 
 
 def _blocks(batch: int, time_of: Callable[[Any], Any]) -> tuple[Callable, Callable]:
@@ -197,7 +203,19 @@ def _forward_kernel(projected, weight, bias, h_0, c_0, done, outputs, h_ref, c_r
 
 
 def _backward_kernel(
-    weight, c_0, done, gates, cs, cs_before, d_outputs, dh_last, dc_last, d_gates, dh_ref, dc_ref
+    weight,
+    c_0,
+    done,
+    gates,
+    cs,
+    cs_before,
+    d_outputs,
+    dh_last,
+    dc_last,
+    d_gates,
+    d_bias,
+    dh_ref,
+    dc_ref,
 ) -> None:
     from jax.experimental import pallas as pl
 
@@ -208,6 +226,7 @@ def _backward_kernel(
     def _() -> None:
         dh_ref[...] = dh_last[...].astype(wide)
         dc_ref[...] = dc_last[...].astype(wide)
+        d_bias[...] = jnp.zeros_like(d_bias)
 
     keep = _keep(done, t)
     c_before = jnp.where(t == 0, c_0[...].astype(wide), cs_before[0].astype(wide))
@@ -218,7 +237,9 @@ def _backward_kernel(
         dh_ref[...] + d_outputs[0].astype(wide),
         dc_ref[...],
     )
-    now = jnp.concatenate(parts, axis=1).astype(d_gates.dtype)
+    now = jnp.concatenate(parts, axis=1)
+    d_bias[0] += jnp.sum(now, axis=0, keepdims=True)
+    now = now.astype(d_gates.dtype)
     d_gates[0] = now
     dc_ref[...] = jnp.where(keep, dc, 0)
     precision = mosaic_precision(now.dtype)
