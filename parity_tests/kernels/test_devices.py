@@ -109,15 +109,6 @@ def test_a_step_of_the_lstm_by_two_products():
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
-def test_the_outcome_of_a_step():
-    done, played = np.arange(9) % 3 == 0, np.arange(9) % 2 == 0
-    returns, lengths = some(9).astype(jnp.float32), jnp.arange(9, dtype=jnp.int32)
-    found, expected = both("outcome", done, played, returns, lengths)
-    np.testing.assert_array_equal(found[0], expected[0])
-    # Three float32 numbers in another order.
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
-
-
 @pytest.mark.parametrize("rows, time", [(1, 1), (65, 7)])
 def test_the_recurrence_of_advantages(rows, time):
     a, b, weights = (some(rows, time, seed=i) for i in range(3))

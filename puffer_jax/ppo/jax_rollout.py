@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from puffer_jax.environments.jax_native import AdaptedEnv, Step
 from puffer_jax.environments.resets import autoreset_all
-from puffer_jax.kernels.choice import Kernel, Operation
 from puffer_jax.nn import random
 from puffer_jax.ppo.config import PuffeRLConfig
 from puffer_jax.ppo.devices import ALONE, Share
@@ -41,7 +40,7 @@ class Stream(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """Sums over the episodes that ended in a rollout; all scalars.
+    """Sums over the episodes that ended in a rollout: scalars, or one for each agent.
 
     Attributes:
         episodes: the number of episodes, int32.
@@ -109,14 +108,16 @@ class JaxSource:
         if not config.store_initial_state:
             stream = stream._replace(state=jax.tree.map(jnp.zeros_like, stream.state))
 
-        def segment(carry: tuple[Stream, PyTree], keys: Array) -> tuple[PyTree, PyTree]:
+        def segment(carry: tuple[Stream, Episodes], keys: Array) -> tuple[PyTree, PyTree]:
             state = carry[0].state if config.store_initial_state else None
             carry, rows = jax.lax.scan(lambda c, k: self._step(params, c, k), carry, keys)
             return carry, (rows, state)
 
         keys = random.split(key, (self._own.segments // agents, horizon))
         keys = jax.vmap(jax.vmap(random.split))(keys)
-        none = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.float32)
+        # Summed over the agents after the last step: a reduction in each is a launch on a GPU.
+        kinds = jnp.int32, jnp.float32, jnp.float32, jnp.int32
+        none = Episodes(*(jnp.zeros(agents, kind) for kind in kinds))
         (stream, sums), (rows, state) = jax.lax.scan(segment, (stream, none), keys)
         # (rounds, horizon, agents, ...) -> (rounds * agents, horizon, ...)
         rows = jax.tree.map(
@@ -129,8 +130,8 @@ class JaxSource:
             state = self._player.at_start(stream.state, arrival.start)
             values = self._player.value(params, arrival.obs, state)
             experience = with_following(experience, last_of(config, arrival, values), agents)
-        (ended, steps), (returns, lengths) = sums
-        return stream, experience, self._share.sum(Episodes(ended, returns, lengths, steps))
+        totals = jax.tree.map(lambda x: x.sum(dtype=x.dtype), sums)
+        return stream, experience, self._share.sum(totals)
 
     def summary(self, outcome: Episodes) -> tuple[int, Stats]:
         """Steps of a batch, and the mean once per episode, so that all episodes weigh the same."""
@@ -149,13 +150,10 @@ class JaxSource:
         """Do nothing."""
 
     def _step(
-        self, params: Params, carry: tuple[Stream, PyTree], keys: Array
-    ) -> tuple[tuple[Stream, PyTree], dict[str, PyTree]]:
-        """One step of all agents; returns a column of the `Experience`, `_joined`.
-
-        With the stream go the integers of `Episodes`, and its other numbers.
-        """
-        stream, (counts, totals) = carry
+        self, params: Params, carry: tuple[Stream, Episodes], keys: Array
+    ) -> tuple[tuple[Stream, Episodes], dict[str, PyTree]]:
+        """One step of all agents; returns a column of the `Experience`, `_joined`."""
+        stream, sums = carry
         arrival = stream.arrival
         act_key, env_key = keys
         action, logprob, values, state = self._player.act(
@@ -175,14 +173,14 @@ class JaxSource:
         returns, lost = add(stream.returns, stream.lost, out.reward)
         played = arrival.mask & (stream.lengths < jnp.iinfo(jnp.int32).max)
         lengths = stream.lengths + played
-        count, total = _outcome(done, arrival.mask, returns, lengths)
-        episodes = counts + count, totals + total
+        new = Episodes(done, jnp.where(done, returns, 0), jnp.where(done, lengths, 0), arrival.mask)
+        sums = jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new)
         mask = arrival.mask if out.playing is None else out.playing
         arrival = Arrival(
             out.obs, out.reward, out.terminated, out.truncated, out.start, mask, final_value
         )
         returns, lengths, lost = (jnp.where(done, 0, x) for x in (returns, lengths, lost))
-        return (Stream(out.state, arrival, state, returns, lengths, lost), episodes), _joined(row)
+        return (Stream(out.state, arrival, state, returns, lengths, lost), sums), _joined(row)
 
     def _act_on(self, key: PRNGKeyArray, env: PyTree, action: PyTree) -> Step:
         """A step of all environments, with a row for each agent (but for their states)."""
@@ -220,30 +218,6 @@ class JaxSource:
             lambda: zeros,
         )
 
-
-def _outcome_xla(done: Array, played: Array, returns: Array, lengths: Array) -> tuple[Array, Array]:
-    """The integers of a step's `Episodes`, and its other numbers."""
-    counts = done.sum(dtype=jnp.int32), played.sum(dtype=jnp.int32)
-    total = jnp.where(done, returns, 0).sum()
-    length = jnp.where(done, lengths, 0).sum(dtype=jnp.float32)
-    return jnp.stack(counts), jnp.stack([total, length])
-
-
-def _outcome_joined(*arrays: Array) -> tuple[Array, Array]:
-    # Computed together with what it reduces, XLA cannot write that over its old values: each of
-    # them is copied, a launch each.
-    done, played, returns, lengths = jax.lax.optimization_barrier(arrays)
-    counts = jnp.stack([done, played]).sum(axis=1, dtype=jnp.int32)
-    ended = jnp.where(done, jnp.stack([returns, lengths.astype(returns.dtype)]), 0)
-    return counts, ended.sum(axis=1)
-
-
-_outcome = Operation(
-    "outcome",
-    xla=_outcome_xla,
-    gpu=Kernel(_outcome_joined, takes=lambda *_: True),
-    tpu=Kernel(_outcome_joined, takes=lambda *_: True),
-)
 
 _TOGETHER = "rewards", "terminals", "logprobs", "values"
 
