@@ -19,19 +19,19 @@ from matplotlib.ticker import EngFormatter
 
 # what follows `puffer-jax train --env`: a name, perhaps flags -> (steps, the return to reach)
 TASKS = {
-    "CartPole-v1": (100_000, 475),
-    "gymnax:CartPole-v1": (100_000, 475),
+    **dict.fromkeys(("CartPole-v1", "gymnax:CartPole-v1"), (100_000, 475)),
     "Acrobot-v1": (300_000, -90),
     "Pendulum-v1": (300_000, -200),
     "LunarLander-v3": (1_000_000, 200),
     "BipedalWalker-v3": (2_000_000, 200),
-    "Hopper-v5": (1_000_000, 2_000),
-    "HalfCheetah-v5": (1_000_000, 2_000),
+    **dict.fromkeys(("Hopper-v5", "HalfCheetah-v5"), (1_000_000, 2_000)),
     "MiniGrid-DoorKey-5x5-v0": (200_000, 0.9),
     "flappy_bird_gymnasium:FlappyBird-v0": (300_000, 10),
     "gymnax:Catch-bsuite": (100_000, 0.9),
     "gymnax:Breakout-MinAtar": (5_000_000, 20),
     "gymnax:Asterix-MinAtar": (5_000_000, 10),
+    "brax:ant": (5_000_000, 2_000),
+    "craftax:Craftax-Classic-Symbolic-v1": (5_000_000, 8),
     "memory": (150_000, 2.5),
     "memory --policy.core mingru --policy.num-layers 3": (150_000, 2.5),
 }

@@ -25,6 +25,7 @@ from puffer_jax.cli import games, train
 from puffer_jax.cli import options as cli_options
 from puffer_jax.cli.command import main
 from puffer_jax.ppo.config import PuffeRLConfig
+from puffer_jax.ppo.presets import presets
 from puffer_jax.run import loggers, trainer
 from puffer_jax.weights.description import describe
 
@@ -207,6 +208,22 @@ def test_a_preset_is_used_unless_it_is_refused(options):
     assert dataclasses.asdict(plain) == dataclasses.asdict(PuffeRLConfig())
     with pytest.raises(ValueError, match="no preset for 'CartPol-v1'; did you mean 'CartPole-v1'"):
         PuffeRLConfig.preset("CartPol-v1")
+
+
+def test_each_preset_is_a_plan_for_all_that_it_names(options):
+    named = [name for names in presets().values() for name in names]
+    assert len(set(named)) == len(named)  # of two files, only the first would be read
+    for path, names in presets().items():
+        for name in names:
+            read = options("--env", name)
+            assert read.env == name
+            assert read._start() == f"preset {path.name}"
+            plan = PuffeRLConfig.from_dict(dataclasses.asdict(read.train))
+            assert plan.sizes(read.vec.num_envs or 64).hopeless is None, name
+    ant = options("--env", "brax:ant", "--env-arg", "backend=mjx").env_arg
+    assert train.parse_arguments(ant) == {"backend": "mjx"}  # flags override a preset's
+    craftax = options("--env", "craftax:Craftax-Classic-Symbolic-v1")
+    assert (craftax.train.reset_ratio, craftax.policy.separate) == (16, False)
 
 
 def test_devices(options):
