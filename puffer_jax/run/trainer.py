@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from puffer_jax.base.profile import Profile
 from puffer_jax.environments.jax_native import as_jax_env
@@ -44,6 +46,11 @@ Numbers = dict[str, float | int]
 
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient or a parameter was not finite, and `on_nonfinite` is "stop"."""
+
+
+@jax.jit  # by itself each of a dozen operations would be compiled
+def _annealed(rate: ArrayLike, epochs: ArrayLike, floor: ArrayLike, epoch: ArrayLike) -> Array:
+    return optimizers.cosine_schedule(rate, epochs, floor)(epoch)
 
 
 class PuffeRL:
@@ -327,8 +334,7 @@ class PuffeRL:
         rate = self.config.learning_rate
         if self.config.anneal_lr:
             epoch = self.loop.schedule_epoch(devices.here(self.loop.mesh, self.state))
-            schedule = optimizers.cosine_schedule(rate, self.total_epochs, self.config.min_lr_ratio)
-            rate = float(schedule(epoch))
+            rate = float(_annealed(rate, self.total_epochs, self.config.min_lr_ratio, epoch))
         logs = {
             "SPS": self.sps,
             "agent_steps": self.global_step,
