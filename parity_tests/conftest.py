@@ -75,6 +75,9 @@ if hasattr(mlir, "make_ir_context"):  # in JAX 0.10
     mlir.make_ir_context = shared_context = functools.cache(mlir.make_ir_context)
 else:
     shared_context = functools.cache(lambda: None)
+# Flax asks every value that it sets for its sharding. A tracer has none, and JAX looks through all
+# of the program so far for what the error says; without the property the error is a short one.
+del jax.core.Tracer.sharding
 
 
 def pytest_configure(config):
@@ -116,6 +119,11 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(20_000, 20)
     gc.enable()
+
+
+def pytest_sessionfinish():
+    """Nor through what the tests left, now that all of it goes."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
