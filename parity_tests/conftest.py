@@ -19,7 +19,9 @@ os.environ.setdefault(
 )
 
 import jax
+import numpy as np
 import pytest
+from jax._src import compilation_cache, core
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
@@ -39,21 +41,18 @@ REFERENCE = re.compile(
     re.M,
 )
 OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
-# Eight devices for the tests of many, which cost the others nothing: all else is on the first.
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8"]
+# Most of the session is compilation, of which this saves more than a third, also in processes that
+# tests start: one process a core, and fusions without MLIR where XLA still can. `make test`'s second
+# half has XLA's own settings.
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "").split()
 if not OPTIMISED:
-    # Most of the session is compilation, of which this saves a third: one process a core, and
-    # fusions without MLIR where XLA still can. In other processes that tests start, and in `make
-    # test`'s second half, XLA has its own settings.
     XLA_FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11):
         XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-flags = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = " ".join([flags or "", *XLA_FLAGS])
+# Eight devices for the tests of many, which cost the others nothing: all else is on the first.
+os.environ["XLA_FLAGS"] = " ".join([*XLA_FLAGS, "--xla_force_host_platform_device_count=8"])
 jax.devices()
-del os.environ["XLA_FLAGS"]
-if flags is not None:
-    os.environ["XLA_FLAGS"] = flags
+os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)
 # `make accelerators` runs these in processes of their own.
 collect_ignore = ["accelerators"]
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"
@@ -78,6 +77,27 @@ else:
 # Flax asks every value that it sets for its sharding. A tracer has none, and JAX looks through all
 # of the program so far for what the error says; without the property the error is a short one.
 del jax.core.Tracer.sharding
+# And `jnp.asarray` of a NumPy array is a program that returns its argument, one for every shape.
+stage = core.stage_p.impl
+core.stage_p.def_impl(lambda x: jax.device_put(x.copy()) if type(x) is np.ndarray else stage(x))
+
+# What was compiled in this process is at hand: the cache on the disk would read and link it anew.
+executables = {}
+read_executable = compilation_cache.get_executable_and_time
+write_executable = compilation_cache.put_executable_and_time
+
+
+def get_executable_and_time(key, *args):
+    return executables.get(key) or read_executable(key, *args)
+
+
+def put_executable_and_time(key, name, executable, backend, compile_time):
+    executables[key] = executable, compile_time
+    write_executable(key, name, executable, backend, compile_time)
+
+
+compilation_cache.get_executable_and_time = get_executable_and_time
+compilation_cache.put_executable_and_time = put_executable_and_time
 
 
 def pytest_configure(config):
@@ -184,4 +204,5 @@ def forget():
     yield
     if resident() >= ENOUGH:
         jax.clear_caches()
+        executables.clear()
         shared_context.cache_clear()
