@@ -24,6 +24,7 @@ import pytest
 from jax._src import compilation_cache, core
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
+from support import typecheck as typecheck  # which the import hook finds by its name
 
 gc.disable()  # while all is imported, which stays
 jax.config.update("jax_enable_x64", True)
@@ -67,7 +68,7 @@ if not GOLDEN_ONLY:
         raise pytest.UsageError(f"{INSTALL} ({error})") from error
 
     torch.set_num_threads(1)
-install_import_hook("puffer_jax", "beartype.beartype")
+install_import_hook("puffer_jax", "support.typecheck.checked")
 # JAX makes an MLIR context for every program, which takes a third of lowering and compiling a small
 # one. They may share one; `forget` makes another at times, as a context keeps what was in it.
 if hasattr(mlir, "make_ir_context"):  # in JAX 0.10
