@@ -43,8 +43,8 @@ REFERENCE = re.compile(
 )
 OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
 # Most of the session is compilation, of which this saves more than a third, also in processes that
-# tests start: one process a core, and fusions without MLIR where XLA still can. `make test`'s second
-# half has XLA's own settings.
+# tests start: one process a core, and fusions without MLIR where XLA still can. The tests of Flax's
+# tree mode in `make test` have XLA's own settings.
 XLA_FLAGS = os.environ.get("XLA_FLAGS", "").split()
 if not OPTIMISED:
     XLA_FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
@@ -77,19 +77,21 @@ else:
     shared_context = functools.cache(lambda: None)
 # Flax asks every value that it sets for its sharding. A tracer has none, and JAX looks through all
 # of the program so far for what the error says; without the property the error is a short one.
-del jax.core.Tracer.sharding
-# And `jnp.asarray` of a NumPy array is a program that returns its argument, one for every shape.
-stage = core.stage_p.impl
-core.stage_p.def_impl(lambda x: jax.device_put(x.copy()) if type(x) is np.ndarray else stage(x))
-
+del core.Tracer.sharding
+# And in newer versions `jnp.asarray` of a NumPy array is a program that returns its argument, and
+# every shape has its own.
+if hasattr(core, "stage_p"):
+    stage = core.stage_p.impl
+    core.stage_p.def_impl(lambda x: jax.device_put(x.copy()) if type(x) is np.ndarray else stage(x))
 # What was compiled in this process is at hand: the cache on the disk would read and link it anew.
 executables = {}
 read_executable = compilation_cache.get_executable_and_time
 write_executable = compilation_cache.put_executable_and_time
 
 
-def get_executable_and_time(key, *args):
-    return executables.get(key) or read_executable(key, *args)
+def get_executable_and_time(key, options, backend, devices, *callbacks):
+    found = None if any(callbacks) else executables.get(key)  # a key does not know its callbacks
+    return found or read_executable(key, options, backend, devices, *callbacks)
 
 
 def put_executable_and_time(key, name, executable, backend, compile_time):

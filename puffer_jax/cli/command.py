@@ -18,6 +18,7 @@ from puffer_jax.cli.plot import Plot
 from puffer_jax.cli.sweep import Sweep
 from puffer_jax.cli.train import Train, train_defaults
 
+
 def _whole_number(words: list[str]) -> int:
     try:
         return int(words[0])
