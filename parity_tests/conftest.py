@@ -21,7 +21,7 @@ os.environ.setdefault(
 import jax
 import numpy as np
 import pytest
-from jax._src import compilation_cache, core
+from jax._src import compilation_cache, core, literals
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 from support import typecheck as typecheck  # which the import hook finds by its name
@@ -82,7 +82,12 @@ del core.Tracer.sharding
 # every shape has its own.
 if hasattr(core, "stage_p"):
     stage = core.stage_p.impl
-    core.stage_p.def_impl(lambda x: jax.device_put(x.copy()) if type(x) is np.ndarray else stage(x))
+
+    def put(x):
+        strong = isinstance(x, literals.TypedNdArray) and not x.weak_type
+        return jax.device_put(np.array(x)) if strong else stage(x)
+
+    core.stage_p.def_impl(put)
 # What was compiled in this process is at hand: the cache on the disk would read and link it anew.
 executables = {}
 read_executable = compilation_cache.get_executable_and_time
