@@ -6,7 +6,7 @@ TORCH = torch==2.13.0
 REFERENCE = pufferlib-core==3.0.23
 # What depends on Flax's module mode (the marker `tree`) also runs in the other mode, compiled as it
 # is for users (the first run skips LLVM's optimiser where it can) and without the CPU kernels, as on
-# machines without a C++ compiler. A Ray cluster wants both cores to itself.
+# machines without a C++ compiler. Ray's clusters wait most of the time, so they start beside that.
 MODULES = $(addprefix policies/test_,models check cleanrl) $(addprefix weights/test_,weights rules) \
 	test_golden parity/test_parity
 
@@ -20,15 +20,20 @@ NEWEST = test_golden environments/test_jaxenv environments/test_environments
 BY_FILE = -n 2 --dist loadfile --no-loadscope-reorder
 PIP = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-matrix test-oldest test-newest accelerators accelerators-cuda accelerators-tpu \
-	onnx sbx lint table docs dist clean
+.PHONY: demo test test-ray test-tree test-matrix test-oldest test-newest accelerators \
+	accelerators-cuda accelerators-tpu onnx sbx lint table docs dist clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(BY_FILE) --ignore parity_tests/vector/test_ray.py --ignore parity_tests/rllib
+	$(MAKE) -j2 test-ray test-tree
+
+test-ray: .venv/installed
 	$(BIN)/python -m pytest parity_tests/vector/test_ray.py parity_tests/rllib
+
+test-tree: .venv/installed
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false PUFFER_JAX_OPTIMISED=1 PUFFER_JAX_NATIVE=0 \
 	$(BIN)/python -m pytest -n 2 -m tree $(MODULES:%=parity_tests/%.py)
 

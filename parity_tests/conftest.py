@@ -19,9 +19,12 @@ os.environ.setdefault(
 )
 
 import jax
+import numpy as np
 import pytest
+from jax._src import compilation_cache, core, literals
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
+from support import typecheck as typecheck  # which the import hook finds by its name
 
 gc.disable()  # while all is imported, which stays
 jax.config.update("jax_enable_x64", True)
@@ -39,21 +42,18 @@ REFERENCE = re.compile(
     re.M,
 )
 OPTIMISED = os.environ.get("PUFFER_JAX_OPTIMISED") == "1"
-# Eight devices for the tests of many, which cost the others nothing: all else is on the first.
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8"]
+# Most of the session is compilation, of which this saves more than a third, also in processes that
+# tests start: one process a core, and fusions without MLIR where XLA still can. The tests of Flax's
+# tree mode in `make test` have XLA's own settings.
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "").split()
 if not OPTIMISED:
-    # Most of the session is compilation, of which this saves a third: one process a core, and
-    # fusions without MLIR where XLA still can. In other processes that tests start, and in `make
-    # test`'s second half, XLA has its own settings.
     XLA_FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11):
         XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-flags = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = " ".join([flags or "", *XLA_FLAGS])
+# Eight devices for the tests of many, which cost the others nothing: all else is on the first.
+os.environ["XLA_FLAGS"] = " ".join([*XLA_FLAGS, "--xla_force_host_platform_device_count=8"])
 jax.devices()
-del os.environ["XLA_FLAGS"]
-if flags is not None:
-    os.environ["XLA_FLAGS"] = flags
+os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)
 # `make accelerators` runs these in processes of their own.
 collect_ignore = ["accelerators"]
 GOLDEN_ONLY = os.environ.get("PUFFER_JAX_GOLDEN_ONLY") == "1"
@@ -68,13 +68,44 @@ if not GOLDEN_ONLY:
         raise pytest.UsageError(f"{INSTALL} ({error})") from error
 
     torch.set_num_threads(1)
-install_import_hook("puffer_jax", "beartype.beartype")
+install_import_hook("puffer_jax", "support.typecheck.checked")
 # JAX makes an MLIR context for every program, which takes a third of lowering and compiling a small
 # one. They may share one; `forget` makes another at times, as a context keeps what was in it.
 if hasattr(mlir, "make_ir_context"):  # in JAX 0.10
     mlir.make_ir_context = shared_context = functools.cache(mlir.make_ir_context)
 else:
     shared_context = functools.cache(lambda: None)
+# Flax asks every value that it sets for its sharding. A tracer has none, and JAX looks through all
+# of the program so far for what the error says; without the property the error is a short one.
+del core.Tracer.sharding
+# And in newer versions `jnp.asarray` of a NumPy array is a program that returns its argument, and
+# every shape has its own.
+if hasattr(core, "stage_p"):
+    stage = core.stage_p.impl
+
+    def put(x):
+        strong = isinstance(x, literals.TypedNdArray) and not x.weak_type
+        return jax.device_put(np.array(x)) if strong else stage(x)
+
+    core.stage_p.def_impl(put)
+# What was compiled in this process is at hand: the cache on the disk would read and link it anew.
+executables = {}
+read_executable = compilation_cache.get_executable_and_time
+write_executable = compilation_cache.put_executable_and_time
+
+
+def get_executable_and_time(key, options, backend, devices, *callbacks):
+    found = None if any(callbacks) else executables.get(key)  # a key does not know its callbacks
+    return found or read_executable(key, options, backend, devices, *callbacks)
+
+
+def put_executable_and_time(key, name, executable, backend, compile_time):
+    executables[key] = executable, compile_time
+    write_executable(key, name, executable, backend, compile_time)
+
+
+compilation_cache.get_executable_and_time = get_executable_and_time
+compilation_cache.put_executable_and_time = put_executable_and_time
 
 
 def pytest_configure(config):
@@ -116,6 +147,11 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(20_000, 20)
     gc.enable()
+
+
+def pytest_sessionfinish():
+    """Nor through what the tests left, now that all of it goes."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -176,4 +212,5 @@ def forget():
     yield
     if resident() >= ENOUGH:
         jax.clear_caches()
+        executables.clear()
         shared_context.cache_clear()

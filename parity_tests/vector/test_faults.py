@@ -52,6 +52,13 @@ def traces():
     return shared, children(), len(os.listdir("/proc/self/fd"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What earlier tests left need not be looked through for every trace."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left():
     before = traces()

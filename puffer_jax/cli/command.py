@@ -18,6 +18,17 @@ from puffer_jax.cli.plot import Plot
 from puffer_jax.cli.sweep import Sweep
 from puffer_jax.cli.train import Train, train_defaults
 
+
+def _whole_number(words: list[str]) -> int:
+    try:
+        return int(words[0])
+    except ValueError:
+        number = float(words[0])
+        if not number.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number") from None
+        return int(number)
+
+
 _integers = tyro.constructors.ConstructorRegistry()
 
 
@@ -29,19 +40,10 @@ def _integer(
     if info.type is not int:
         return None
 
-    def parse(words: list[str]) -> int:
-        try:
-            return int(words[0])
-        except ValueError:
-            number = float(words[0])
-            if not number.is_integer():
-                raise ValueError(f"{words[0]} is not a whole number") from None
-            return int(number)
-
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT",
-        instance_from_str=parse,
+        instance_from_str=_whole_number,
         is_instance=lambda value: isinstance(value, int),
         str_from_instance=lambda value: [str(value)],
     )
