@@ -291,7 +291,11 @@ def _each(count: int, function: Callable) -> None:
     if count == 1:
         function(0)
     else:
-        _loop(count, lambda j, _: (function(j), None)[1])
+
+        def body(j, _) -> None:
+            function(j)
+
+        _loop(count, body)
 
 
 LOOPS = Loops(partial(_forward, False), partial(_backward, False), False, _sizes)
