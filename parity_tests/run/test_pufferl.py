@@ -468,6 +468,20 @@ def recurrent(env, hidden=6, dtype=jnp.float64):
     return generic(build)
 
 
+def test_episodes_that_end_are_summed_over_agents_and_steps():
+    """No pole falls within five steps: each episode has five, and a return of 5."""
+    env = as_jax_env(puffer_jax.environments.make("cartpole", max_steps=5))
+    policy = recurrent(env)
+    config = small_config(num_envs=3, batch_size=3 * 32, bptt_horizon=16)
+    source = JaxSource(config, env, policy)
+    params = puffer_jax.split(policy)[1]
+    stream = source.init(jax.random.key(0))
+    collect = jax.jit(source.collect)
+    for ended in (6, 6, 7):  # of each agent in 32 steps, two and then four of an episode before
+        stream, _, episodes = collect(params, stream, jax.random.key(ended))
+        assert tuple(map(float, episodes)) == (3 * ended, 15 * ended, 15 * ended, 3 * 32)
+
+
 @pytest.mark.parametrize("options", [{}, RIGHT], ids=["reference", "recommended"])
 def test_before_any_update_the_ratio_is_one(options):
     """Training sees what the rollout saw: states, resets, segment borders."""
